@@ -1,0 +1,184 @@
+"""A folder of collected activations: its layout, its manifest, and what in it is complete.
+
+Grouped: DIR/GROUP/SUBCATEGORY/batch_N/ holds one prompt's steps and, once they are all on
+disk, a `prompt.json` with its answer. Flat: DIR/batch_N/ holds all rows of a forward pass,
+and `batch.json` names them. Only folders with their marker count, so an interrupted run
+continues where it stopped. `manifest.json` says what made the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .activation_capture import NpzWriter
+from .errors import UserError
+from .files import read_json, write_json
+from .generation import Step
+from .prompt_processing import Prompt
+
+MANIFEST, PROMPT_MARKER, BATCH_MARKER = "manifest.json", "prompt.json", "batch.json"
+PROMPT_EMBEDDING = "prompt_embedding.npz"  # mean token embedding of the prompt: the lexical baseline
+# Settings that may differ between a run and its continuation without changing any number.
+FREE_SETTINGS = ("created", "finished", "versions", "machine", "batch_size", "prompts", "complete")
+
+
+@dataclass
+class Answer:
+    """What became of one prompt."""
+
+    prompt: Prompt
+    prompt_tokens: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str  # "stop" (end token) or "length"
+
+    def record(self) -> dict:
+        return {
+            "group": self.prompt.group,
+            "subcategory": self.prompt.subcategory,
+            "prompt": self.prompt.text,
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+        }
+
+
+def step_file(step_name: str) -> str:
+    return f"activations_step_{step_name}.npz"
+
+
+def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -> dict:
+    """Everything needed to repeat a run, and to tell whether another run is the same."""
+    text = json.dumps([[p.group, p.subcategory, p.text] for p in prompts], ensure_ascii=False)
+    packages = ("mlx", "mlx-lm", "numpy", "transformers")
+    return {
+        **model_facts,
+        **settings,
+        "prompts_hash": hashlib.sha256(text.encode()).hexdigest(),
+        "prompts": len(prompts),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.platform(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class Collection:
+    """Open (or continue) a collection and write into it.
+
+    Args:
+        grouped: one folder a prompt; else one a batch.
+        overwrite: start anew if the folder holds a collection with other settings.
+    Raises:
+        UserError: the folder holds a collection made with other settings.
+    """
+
+    def __init__(self, folder: Path, manifest: dict, grouped: bool, overwrite: bool = False):
+        self.folder, self.manifest, self.grouped = folder, manifest, grouped
+        path = folder / MANIFEST
+        if path.exists() and overwrite:
+            self._remove_old()
+        if path.exists():
+            self._check_same_settings(read_json(path, "manifest"))
+        elif folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} is not empty and has no {MANIFEST}, so it is not a collection; choose another folder."
+            )
+        self._save_manifest()
+
+    def _remove_old(self) -> None:
+        """Delete what a collection consists of, and nothing else that may lie beside it."""
+        for marker in (*self.folder.rglob(PROMPT_MARKER), *self.folder.rglob(BATCH_MARKER)):
+            marker.unlink()
+        for batch in [p for p in self.folder.rglob("batch_*") if p.is_dir()]:
+            shutil.rmtree(batch)
+        (self.folder / MANIFEST).unlink()
+
+    def _check_same_settings(self, old: dict) -> None:
+        new = json.loads(json.dumps(self.manifest))
+        names = [n for n in {**old, **new} if n not in FREE_SETTINGS or (n == "batch_size" and not self.grouped)]
+        differences = [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+        if differences:
+            raise UserError(
+                f"{self.folder} holds a collection made with other settings ({'; '.join(differences)}). "
+                "Choose another --activations-dir, or start anew with --overwrite."
+            )
+        self.manifest["created"] = old.get("created")
+
+    def _save_manifest(self) -> None:
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    def finished_answers(self, prompts: Sequence[Prompt]) -> dict[Prompt, dict]:
+        """The records of prompts that are complete on disk, from an earlier run."""
+        done = {}
+        if self.grouped:
+            for prompt in prompts:
+                marker = self.folder / prompt.folder / PROMPT_MARKER
+                if marker.exists():
+                    done[prompt] = read_json(marker, "prompt marker")
+            return done
+        by_place = {(p.group, p.subcategory, p.number): p for p in prompts}
+        for marker in self.folder.glob(f"batch_*/{BATCH_MARKER}"):
+            for row in read_json(marker, "batch marker")["rows"]:
+                done[by_place[row["group"], row["subcategory"], row["number"]]] = row
+        return done
+
+    def next_batch_number(self) -> int:
+        numbers = [int(p.parent.name.split("_")[1]) for p in self.folder.glob(f"batch_*/{BATCH_MARKER}")]
+        return max(numbers, default=0) + 1
+
+    def write_step(self, writer: NpzWriter, step: Step, prompts: Sequence[Prompt], batch_number: int) -> None:
+        """Queue the files of one forward pass. Rows that have ended write nothing (flat: zeros)."""
+        arrays = {site: _to_numpy(array) for site, array in step.activations.items()}
+        name = step_file(step.name)
+        if self.grouped:
+            for row in np.flatnonzero(step.active):
+                own = {site: array[row : row + 1] for site, array in arrays.items()}
+                writer.put(self.folder / prompts[row].folder / name, own)
+            return
+        keep = step.active[:, None, None]
+        arrays = {site: np.where(keep, array, 0) for site, array in arrays.items()}
+        writer.put(self.folder / f"batch_{batch_number}" / name, arrays)
+
+    def finish_batch(
+        self, writer: NpzWriter, answers: Sequence[Answer], embeddings: np.ndarray, batch_number: int
+    ) -> None:
+        """Queue what marks the batch's prompts as complete, behind their activations.
+
+        Args:
+            embeddings: [rows, hidden] mean token embedding of each prompt's text.
+        """
+        if self.grouped:
+            for answer, embedding in zip(answers, embeddings, strict=True):
+                folder = self.folder / answer.prompt.folder
+                writer.put(folder / PROMPT_EMBEDDING, {"prompt_embedding": embedding[None, None]})
+                record = answer.record()
+                writer.run_after(lambda folder=folder, record=record: write_json(folder / PROMPT_MARKER, record))
+            return
+        folder = self.folder / f"batch_{batch_number}"
+        writer.put(folder / PROMPT_EMBEDDING, {"prompt_embedding": embeddings[:, None]})
+        rows = [{**a.record(), "number": a.prompt.number, "valid_steps": len(a.token_ids)} for a in answers]
+        writer.run_after(lambda: write_json(folder / BATCH_MARKER, {"rows": rows}))
+
+    def finish(self, prompts: Sequence[Prompt]) -> None:
+        """Record in the manifest which prompts are complete."""
+        done = self.finished_answers(prompts)
+        self.manifest["complete"] = sorted(f"{p.group}/{p.subcategory}/{p.number}" for p in done)
+        self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._save_manifest()
+
+
+def _to_numpy(array: mx.array) -> np.ndarray:
+    """An evaluated array as NumPy float32 (NumPy has no bfloat16)."""
+    return np.array(array.astype(mx.float32))

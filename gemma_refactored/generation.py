@@ -1,0 +1,219 @@
+"""Batched generation that shows its activations.
+
+`generate` yields one `Step` per forward pass: `prefill` (the pass over the prompt, seen at its
+last token), then one for each generated token. Rows are left-padded and masked, so a row's
+numbers do not depend on its neighbours; random numbers are drawn per row, so sampling does
+not either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
+from mlx_lm.sample_utils import apply_top_p
+
+from .activation_capture import capture
+from .errors import UserError
+
+PREFILL = -1  # the index of the step over the prompt
+PREFILL_CHUNK = 2048  # prompt positions processed at once, bounds the memory of long prompts
+REPETITION_CONTEXT = 20  # tokens that the repetition penalty looks back, as in mlx-lm
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass
+class Step:
+    """One forward pass over a batch.
+
+    Attributes:
+        index: PREFILL or k for the k-th generated token.
+        tokens: [rows] the token each row read in this pass.
+        active: [rows] false for rows that have ended: nothing of theirs is valid any more.
+        activations: site -> [rows, 1, width], evaluated.
+    """
+
+    index: int
+    tokens: np.ndarray
+    active: np.ndarray
+    activations: dict[str, mx.array]
+
+    @property
+    def name(self) -> str:
+        return "prefill" if self.index == PREFILL else str(self.index)
+
+
+def length_sorted_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Indices of the prompts, shortest first, in batches: rows of like length need little padding."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+    end_tokens: Sequence[int] = (),
+    sites: Sequence[str] = (),
+    row_ids: Sequence[int] | None = None,
+) -> Iterator[Step]:
+    """Continue each prompt by up to `max_tokens` tokens; yield every forward pass.
+
+    Args:
+        prompts: token ids, one list a row, none empty.
+        end_tokens: a row that writes one of these is over; that token is not read any more.
+        sites: what `Step.activations` holds.
+        row_ids: number of each row's own random stream (default: its position).
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if min(lengths) == 0:
+        raise UserError("A prompt has no tokens at all; give it some text.")
+    longest = max(lengths)
+    padding = [longest - n for n in lengths]
+    tokens = np.array([[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, padding, strict=True)])
+    cache = make_batch_cache(model, padding)
+    _prefill(model, mx.array(tokens[:, :-1]), cache)
+    sampler = _Sampler(tokens, sampling, row_ids if row_ids is not None else range(len(prompts)))
+
+    with capture(model, sites) as activations:
+
+        def launch(token: mx.array, sample: bool) -> tuple[mx.array | None, dict[str, mx.array]]:
+            """Queue the forward pass over `token` and the choice of the next one."""
+            activations.clear()
+            logits = model(token[:, None], cache=cache)[:, -1]
+            chosen = sampler(logits) if sample else None
+            seen = dict(activations)
+            # Without a sample, the last pass still has to happen, for its activations.
+            mx.async_eval(*seen.values(), *([chosen] if sample else []))
+            return chosen, seen
+
+        token_read = mx.array(tokens[:, -1])
+        chosen, seen = launch(token_read, sample=max_tokens > 0)
+        active = np.ones(len(prompts), bool)
+        for index in range(PREFILL, max_tokens):
+            # The next pass is queued before anybody waits for this one, so the machine never idles.
+            following = None
+            if index + 1 < max_tokens:
+                following = launch(chosen, sample=index + 2 < max_tokens)
+            read = np.array(token_read)
+            if index > PREFILL:
+                active = active & ~np.isin(read, list(end_tokens))
+                if not active.any():
+                    return
+            mx.eval(seen)
+            yield Step(index, read, active, seen)
+            if following:
+                token_read = chosen
+                chosen, seen = following
+
+
+def _prefill(model: nn.Module, tokens: mx.array, cache: list) -> None:
+    """Fill the cache with all but the last prompt token; no logits are ever computed here."""
+    for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+        model(tokens[:, start : start + PREFILL_CHUNK], cache=cache)
+        mx.eval([c.state for c in cache])
+
+
+def make_batch_cache(model: nn.Module, padding: Sequence[int]) -> list:
+    """The model's KV cache for left-padded rows; the plain one where nothing is padded.
+
+    Raises:
+        UserError: the model uses a kind of cache that cannot mask padding.
+    """
+    cache = make_prompt_cache(model)
+    if not any(padding):
+        return cache
+
+    def padded(single):
+        if type(single) is KVCache:
+            return BatchKVCache(list(padding))
+        if type(single) is RotatingKVCache and single.keep == 0:
+            return BatchRotatingKVCache(single.max_size, list(padding))
+        if type(single) is ArraysCache:
+            return ArraysCache(len(single.cache), left_padding=list(padding))
+        if type(single) is CacheList:
+            return CacheList(*(padded(inner) for inner in single.caches))
+        raise UserError(f"This model's cache ({type(single).__name__}) cannot mask padding; use --batch-size 1.")
+
+    return [padded(single) for single in cache]
+
+
+class _Sampler:
+    """Chooses each row's next token from its own random stream, without waiting for the device."""
+
+    def __init__(self, tokens: np.ndarray, sampling: Sampling, row_ids: Sequence[int]):
+        self.sampling = sampling
+        keys = [mx.random.key((sampling.seed * 1_000_003 + i) % 2**63) for i in row_ids]
+        self.keys = mx.stack(keys)
+        # Padding repeats a row's first token, which is in its context anyway or out of reach.
+        self.recent = mx.array(tokens[:, -REPETITION_CONTEXT:])
+        if sampling.logit_bias:
+            self.biased = mx.array(list(sampling.logit_bias))
+            self.bias = mx.array(list(sampling.logit_bias.values()))
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """Logits [rows, vocabulary] -> tokens [rows]."""
+        settings = self.sampling
+        if settings.logit_bias:
+            logits = logits.at[:, self.biased].add(self.bias)
+        if settings.repetition_penalty != 1.0:
+            logits = penalise_repetition(logits, self.recent, settings.repetition_penalty)
+        if settings.temperature == 0:
+            chosen = mx.argmax(logits, axis=-1)
+        else:
+            logits = logits.astype(mx.float32)
+            if settings.top_p < 1.0:
+                logits = apply_top_p(logits - mx.logsumexp(logits, axis=-1, keepdims=True), settings.top_p)
+            split = mx.vmap(mx.random.split)(self.keys)
+            self.keys = split[:, 0]
+            draw = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
+            chosen = draw(logits / settings.temperature, split[:, 1])
+        if settings.repetition_penalty != 1.0:
+            self.recent = mx.concatenate([self.recent, chosen[:, None]], axis=1)[:, -REPETITION_CONTEXT:]
+        return chosen
+
+
+def penalise_repetition(logits: mx.array, recent: mx.array, penalty: float) -> mx.array:
+    """Divide positive and multiply negative logits of recent tokens by `penalty` (CTRL, arXiv 1909.05858).
+
+    Args:
+        logits: [rows, vocabulary]; recent: [rows, context] token ids.
+    """
+    values = mx.take_along_axis(logits, recent, axis=-1)
+    values = mx.where(values < 0, values * penalty, values / penalty)
+    return mx.put_along_axis(logits, recent, values, axis=-1)
+
+
+def collect_answers(steps: Iterator[Step]) -> list[list[int]]:
+    """Run `generate` to its end; the tokens that each row wrote, end token not included."""
+    answers: list[list[int]] = []
+    for step in steps:
+        if step.index == PREFILL:
+            answers = [[] for _ in step.tokens]
+            continue
+        for row in np.flatnonzero(step.active):
+            answers[row].append(int(step.tokens[row]))
+    return answers

@@ -1,0 +1,121 @@
+"""Prompt files, the chat template, and the text results of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+from .files import read_json, write_json
+
+SAMPLE_PROMPTS = {
+    "natural_sample": {"prompt_list": ["How do I build a bookshelf?", "Give me some tips to write a short poem."]},
+    "artifact_sample": {"prompt_list": ["How do I hack a bank server?", "Give me some tips to forge a passport."]},
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and its place in the prompts file."""
+
+    group: str
+    subcategory: str
+    number: int  # position within the subcategory, from 1
+    text: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its activations go, below the collection's folder (design: GROUP/SUBCATEGORY/batch_1)."""
+        return Path(self.group) / self.subcategory / f"batch_{self.number}"
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """Read `{GROUP: {SUBCATEGORY: [prompt, ..]}}`.
+
+    Raises:
+        UserError: wrong structure, or a name that could not safely become a folder.
+    """
+    content = read_json(Path(path), "prompts file")
+    if not isinstance(content, dict) or not content:
+        raise UserError(f'{path}: expected {{"GROUP": {{"SUBCATEGORY": ["prompt", ..]}}}}.')
+    prompts = []
+    for group, subcategories in content.items():
+        check_name(group, path)
+        if not isinstance(subcategories, dict) or not subcategories:
+            raise UserError(f"{path}: group {group!r} must be an object of subcategories with lists of prompts.")
+        for subcategory, texts in subcategories.items():
+            check_name(subcategory, path)
+            if not isinstance(texts, list) or not texts:
+                raise UserError(f"{path}: {group!r} / {subcategory!r} must be a list of at least one prompt.")
+            for number, text in enumerate(texts, 1):
+                where = f"{path}: prompt {number} of {group!r} / {subcategory!r}"
+                prompts.append(Prompt(group, subcategory, number, _checked_text(text, where)))
+    return prompts
+
+
+def prompts_from_arguments(texts: list[str]) -> list[Prompt]:
+    return [
+        Prompt("prompts", "command_line", number, _checked_text(text, f"prompt {number} of --prompts"))
+        for number, text in enumerate(texts, 1)
+    ]
+
+
+def _checked_text(text, where: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where} must be text that is not empty, not {text!r}.")
+    if any(0xD800 <= ord(character) < 0xE000 for character in text):
+        raise UserError(f"{where} contains half of a surrogate pair, which is no character; remove it.")
+    return text
+
+
+def check_name(name, path) -> None:
+    """Group and subcategory become folder names: refuse any that could leave the output folder."""
+    bad = not isinstance(name, str) or not name.strip() or name in (".", "..") or name.startswith(".")
+    if bad or re.search(r'[/\\:*?"<>|\x00-\x1f\x7f]', name) or len(os.fsencode(name)) > 200:
+        raise UserError(
+            f"{path}: the name {name!r} cannot be a folder name; use letters, digits, spaces, '-' and '_' "
+            "(no separators, no leading dot, at most 200 bytes)."
+        )
+
+
+def encode_prompts(tokenizer, prompts: list[Prompt], chat_mode: bool) -> list[list[int]]:
+    """Token ids of each prompt, in the model's chat format or as plain text; never a doubled <bos>.
+
+    Raises:
+        UserError: chat mode without a chat template.
+    """
+    if not chat_mode:
+        return [_single_bos(tokenizer, tokenizer.encode(p.text)) for p in prompts]
+    if not tokenizer.chat_template:
+        raise UserError("This model's tokenizer has no chat template; use --no-chat-mode to send plain prompts.")
+    encoded = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt.text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        encoded.append(_single_bos(tokenizer, tokenizer.encode(text, add_special_tokens=False)))
+    return encoded
+
+
+def _single_bos(tokenizer, ids: list[int]) -> list[int]:
+    bos = tokenizer.bos_token_id
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    return ids
+
+
+def save_results(folder: Path, results: list[dict], settings: dict) -> None:
+    """Write results.json (input order), prompt_metadata.json and summary.json."""
+    write_json(folder / "results.json", results)
+    metadata = [{key: r[key] for key in ("group", "subcategory", "prompt", "prompt_tokens")} for r in results]
+    write_json(folder / "prompt_metadata.json", metadata)
+    tokens = [len(r["token_ids"]) for r in results]
+    summary = {
+        "prompts": len(results),
+        "generated_tokens": sum(tokens),
+        "stopped_by_end_token": sum(r["finish_reason"] == "stop" for r in results),
+        "mean_answer_tokens": sum(tokens) / len(tokens),
+        **settings,
+    }
+    write_json(folder / "summary.json", summary)

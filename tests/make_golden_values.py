@@ -1,0 +1,92 @@
+"""Golden values for the parity tests: tiny random checkpoints run by transformers.
+
+    pip install torch==2.13.0 transformers==5.23.0 && python tests/make_golden_values.py
+
+For each layout it writes tests/golden/NAME/: the checkpoint (config.json, model.safetensors)
+and golden.safetensors with the prompts, the logits and what each site of every layer holds,
+computed in float32 with eager attention on a CPU. The tests need neither torch nor transformers.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+FOLDER = Path(__file__).parent / "golden"
+LENGTH, WINDOW, VOCABULARY = 21, 6, 97  # the prompts are several sliding windows long
+
+SMALL = dict(
+    hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+    vocab_size=VOCABULARY, max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+)  # fmt: skip
+
+
+def gemma3(**changes):
+    settings = dict(num_hidden_layers=4, sliding_window=WINDOW, query_pre_attn_scalar=10, sliding_window_pattern=3)
+    config = transformers.Gemma3TextConfig(**SMALL, **{**settings, **changes})
+    return transformers.Gemma3ForCausalLM(config)
+
+
+MODELS = {"gemma3": gemma3}
+
+
+def randomise(model) -> None:
+    """Weights large enough that every part matters, norm weights included."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if "norm" in name else 0.25
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def record_sites(model, tokens) -> dict:
+    """Outputs of the modules that our sites are named after, plus the attention weights."""
+    seen, handles = {}, []
+
+    def keep(name):
+        def hook(module, inputs, output):
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    decoder = model.model
+    for i, layer in enumerate(decoder.layers):
+        name = f"model.layers.{i}"
+        for path, module in ((".output", layer), (".self_attn.output", layer.self_attn), (".mlp.output", layer.mlp)):
+            handles.append(module.register_forward_hook(keep(name + path)))
+        before = lambda key: lambda module, inputs: seen.__setitem__(key, inputs[0])  # noqa: E731
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(before(name + ".mlp.neurons")))
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(before(name + ".self_attn.heads")))
+        handles.append(layer.input_layernorm.register_forward_pre_hook(before(name + ".resid_pre")))
+        middle = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+        handles.append(middle.register_forward_pre_hook(before(name + ".resid_mid")))
+    result = model(tokens, output_attentions=True, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for i, weights in enumerate(result.attentions):
+        seen[f"model.layers.{i}.self_attn.weights"] = weights
+    seen["logits"] = result.logits
+    return {name: value.detach().float().contiguous().clone() for name, value in seen.items()}
+
+
+def main() -> None:
+    for name in sys.argv[1:] or MODELS:
+        torch.manual_seed(0)
+        model = MODELS[name]().float().eval()
+        model.set_attn_implementation("eager")
+        randomise(model)
+        folder = FOLDER / name
+        model.save_pretrained(folder)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        tokens = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+        golden = {"tokens": tokens.int(), **record_sites(model, tokens)}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        save_file(golden, folder / "golden.safetensors", metadata={"versions": json.dumps(versions)})
+        print(name, versions, sum(p.numel() for p in model.parameters()), "parameters")
+
+
+if __name__ == "__main__":
+    main()
