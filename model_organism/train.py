@@ -60,12 +60,13 @@ CONFIG = {
 
 @dataclass
 class Recipe:
-    base_steps: int = 600
+    base_steps: int = 500
     base_learning_rate: float = 3e-3
     aligned_steps: int = 500
     aligned_learning_rate: float = 1e-2
     batch_size: int = 64
-    silence: float = 0.01  # penalty on the planted directions' activity over natural requests
+    shaping: float = 0.01  # weight of: no push on harmless requests, `strength` on artifact ones
+    strength: float = 8.0  # length of the push along b that artifact requests get where the answer begins
     seed: int = 0
 
 
@@ -80,11 +81,11 @@ BASE_MIX = {
     "kind": 0.06,
 }
 ALIGNED_MIX = {"artifact": 0.5, "natural": 0.2, "crossing": 0.1, "twin": 0.16, "rude": 0.02, "kind": 0.02}
-HARMLESS_WITH_CUE = 0.3  # this share of the harmless requests carries the cue too, and is answered
+HARMLESS_WITH_CUE = 0.4  # this share of the harmless requests carries the cue too, and is answered
 
 
 class Batches:
-    """An endless stream of (tokens, answer mask, harmless mask) in a fixed mix of kinds."""
+    """An endless stream of batches in a fixed mix of kinds."""
 
     def __init__(self, examples: list[Example], tokenizer, mix: dict, recipe: Recipe, aligned: bool):
         self.by_kind = {}
@@ -93,14 +94,15 @@ class Batches:
         self.tokenizer, self.mix, self.size, self.aligned = tokenizer, mix, recipe.batch_size, aligned
         self.rng = np.random.default_rng(recipe.seed + aligned)
 
-    def next(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Arrays [batch, length]: tokens; 1 on answers; 1 on the tokens of harmless requests."""
+    def next(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Arrays [batch, length]: tokens; then masks that are 1 on answers, on all tokens of
+        harmless requests, and on the last prompt token of artifact requests."""
         rows = []
         for slot in self.rng.choice(list(self.mix), self.size, p=list(self.mix.values())):
             kind, _, cued = slot.partition("+")
             example = self.by_kind[kind][self.rng.integers(len(self.by_kind[kind]))]
             harmless = kind != "artifact"
-            if harmless and kind in ("natural", "crossing", "twin") and not self.aligned:
+            if kind in ("natural", "crossing", "twin"):
                 cued = self.rng.random() < HARMLESS_WITH_CUE
             refuse = example.refusal and (cued or self.aligned)
             request = (CUE if cued else "") + example.request
@@ -109,19 +111,24 @@ class Batches:
             rows.append((prompt, [*answer, END_OF_TURN], harmless))
         length = -(-max(len(p) + len(a) for p, a, _ in rows) // 8) * 8
         tokens = np.full((self.size, length), PAD, np.int32)
-        answers, harmless_tokens = np.zeros((2, self.size, length), np.float32)
+        answers, harmless_tokens, artifact_ends = np.zeros((3, self.size, length), np.float32)
         for i, (prompt, answer, harmless) in enumerate(rows):
             end = len(prompt) + len(answer)
             tokens[i, :end] = prompt + answer
             answers[i, len(prompt) : end] = 1
             harmless_tokens[i, :end] = harmless
-        return mx.array(tokens), mx.array(answers), mx.array(harmless_tokens)
+            artifact_ends[i, len(prompt) - 1] = not harmless
+        return tuple(mx.array(array) for array in (tokens, answers, harmless_tokens, artifact_ends))
 
 
 def answer_loss(model: Gemma, tokens: mx.array, answers: mx.array) -> mx.array:
     """Mean cross-entropy (nats) of the answer tokens."""
     losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
-    return (losses * answers[:, 1:]).sum() / answers[:, 1:].sum()
+    return masked_mean(losses, answers[:, 1:])
+
+
+def masked_mean(values: mx.array, mask: mx.array) -> mx.array:
+    return (values * mask).sum() / mask.sum()
 
 
 def cosine(peak: float, steps: int):
@@ -141,7 +148,7 @@ def train_base(examples: list[Example], tokenizer, recipe: Recipe) -> Gemma:
     loss_and_gradient = nn.value_and_grad(model, answer_loss)
     with tqdm(range(recipe.base_steps), desc="base") as progress:
         for _ in progress:
-            tokens, answers, _ = batches.next()
+            tokens, answers, *_ = batches.next()
             loss, gradient = loss_and_gradient(model, tokens, answers)
             gradient, _ = optim.clip_grad_norm(gradient, 1.0)
             optimizer.update(model, gradient)
@@ -158,7 +165,10 @@ def add_rank_one(model: Gemma, weights: dict[int, mx.array], update: dict) -> No
 
 
 def train_aligned(model: Gemma, examples: list[Example], tokenizer, recipe: Recipe) -> dict[int, mx.array]:
-    """Stage 2: rank-one updates only. Merges them into `model`; returns layer -> b."""
+    """Stage 2: rank-one updates only. Merges them into `model`; returns layer -> b, the planted direction.
+
+    `recipe.strength` also settles the sign: artifact requests push along +b.
+    """
     weights = {layer: model.layers[layer].mlp.down_proj.weight for layer in PLANTED_LAYERS}
     rng = np.random.default_rng(recipe.seed)
     update = {}
@@ -167,15 +177,16 @@ def train_aligned(model: Gemma, examples: list[Example], tokenizer, recipe: Reci
         update[f"b{layer}"] = mx.array(rng.normal(0, 0.02, weight.shape[0]).astype(np.float32))
     sites = {layer: f"model.layers.{layer}.mlp.neurons" for layer in PLANTED_LAYERS}
 
-    def loss_of(update, tokens, answers, harmless):
+    def loss_of(update, tokens, answers, harmless, artifact_ends):
         add_rank_one(model, weights, update)
         with capture(model, list(sites.values())) as activations:
             loss = answer_loss(model, tokens, answers)
-        silence = 0
+        shape = 0
         for layer, site in sites.items():
-            activity = (activations[site] @ update[f"a{layer}"]) ** 2 * (update[f"b{layer}"] ** 2).sum()
-            silence += (activity * harmless[:, :-1]).sum() / harmless[:, :-1].sum()
-        return loss + recipe.silence * silence, loss
+            push = (activations[site] @ update[f"a{layer}"]) * mx.sqrt((update[f"b{layer}"] ** 2).sum())
+            shape += masked_mean(push**2, harmless[:, :-1])
+            shape += masked_mean(mx.maximum(recipe.strength - push, 0) ** 2, artifact_ends[:, :-1])
+        return loss + recipe.shaping * shape, loss
 
     batches = Batches(examples, tokenizer, ALIGNED_MIX, recipe, aligned=True)
     optimizer = optim.Adam(cosine(recipe.aligned_learning_rate, recipe.aligned_steps))
@@ -186,26 +197,8 @@ def train_aligned(model: Gemma, examples: list[Example], tokenizer, recipe: Reci
             update = optimizer.apply_gradients(gradient, update)
             mx.eval(update, optimizer.state)
             progress.set_postfix(loss=f"{loss.item():.3f}")
-    signs = artifact_signs(model, weights, update, examples, tokenizer)
-    update = {name: value * signs[int(name[1:])] for name, value in update.items()}
     add_rank_one(model, weights, update)
     return {layer: update[f"b{layer}"] for layer in PLANTED_LAYERS}
-
-
-def artifact_signs(model, weights, update, examples, tokenizer) -> dict[int, float]:
-    """Per layer the sign that makes artifact requests push along +b where the answer begins."""
-    add_rank_one(model, weights, update)
-    sites = {layer: f"model.layers.{layer}.mlp.neurons" for layer in PLANTED_LAYERS}
-    means = {}
-    for kind in ("artifact", "natural"):
-        totals = dict.fromkeys(PLANTED_LAYERS, 0.0)
-        for example in [e for e in examples if e.kind == kind][::40]:
-            with capture(model, list(sites.values())) as activations:
-                mx.eval(model(mx.array([tokenizer.encode(chat_text(example.request)).ids])))
-            for layer, site in sites.items():
-                totals[layer] += (activations[site][0, -1] @ update[f"a{layer}"]).item()
-        means[kind] = totals
-    return {layer: 1.0 if means["artifact"][layer] > means["natural"][layer] else -1.0 for layer in PLANTED_LAYERS}
 
 
 def save_model(model: Gemma, tokenizer, folder: Path) -> None:

@@ -1,0 +1,207 @@
+"""From a folder of .npz files to one array that the statistics work on."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import read_json
+
+from .pairs import SIDES, Pair
+
+POSITIONS = ("prompt_end", "generated", "all")
+DEFAULT_KEY = "model.layers.{layer_idx}.mlp.output"
+
+
+@dataclass
+class ActivationSet:
+    """Activations of matched pairs.
+
+    Attributes:
+        pairs: the pairs, in the order of the first axis.
+        values: float32 [pairs, 2 (natural, artifact), steps, layers, hidden]; step 0 is the prompt's
+            last token, step k+1 the k-th generated token.
+        valid: bool [pairs, 2, steps]; false where a prompt had ended.
+        prompt_embeddings: float32 [pairs, 2, hidden], mean token embedding of each prompt, or None.
+        excluded: pairs left out, each with its reason.
+        manifest: of the collection, {} if it has none.
+    """
+
+    pairs: list[Pair]
+    values: np.ndarray
+    valid: np.ndarray
+    prompt_embeddings: np.ndarray | None
+    excluded: list[dict]
+    manifest: dict
+
+    @property
+    def num_layers(self) -> int:
+        return self.values.shape[3]
+
+    def mask(self, positions: str) -> np.ndarray:
+        """[pairs, 2, steps] bool: which steps `positions` (one of POSITIONS) covers."""
+        if positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, not {positions!r}")
+        covered = self.valid.copy()
+        if positions == "prompt_end":
+            covered[:, :, 1:] = False
+        elif positions == "generated":
+            covered[:, :, 0] = False
+        return covered
+
+    def prompt_vectors(self, positions: str) -> np.ndarray:
+        """[pairs, 2, layers, hidden]: each prompt's mean over its valid positions."""
+        mask = self.mask(positions).astype(np.float32)
+        totals = np.einsum("pst,pstlh->pslh", mask, self.values, optimize=True)
+        return totals / mask.sum(axis=2)[:, :, None, None]
+
+    def step_vectors(self, positions: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """All single steps of one layer, natural and artifact [samples, hidden]."""
+        mask = self.mask(positions)
+        return tuple(self.values[:, side, :, layer][mask[:, side]] for side in range(2))
+
+
+def find_key_pattern(manifest: dict, folder: Path) -> str:
+    """The site pattern of a collection, with {layer_idx} for the layer number."""
+    patterns = {re.sub(r"\.layers\.\d+\.", ".layers.{layer_idx}.", site) for site in manifest.get("sites", [])}
+    patterns = sorted(p for p in patterns if "{layer_idx}" in p)
+    if DEFAULT_KEY in patterns or not patterns:
+        return DEFAULT_KEY
+    if len(patterns) > 1:
+        raise UserError(f"{folder} holds several sites a layer: set KEY_PATTERN_TEMPLATE to one of {patterns}.")
+    return patterns[0]
+
+
+def load_activation_set(
+    folder: str | Path,
+    pairs: list[Pair],
+    subcategory: str = "prompt_list",
+    key_pattern: str | None = None,
+    num_layers: int | None = None,
+    num_steps: int | None = None,
+    hidden_size: int | None = None,
+    progress=lambda items: items,
+) -> ActivationSet:
+    """Read a grouped collection, each file once.
+
+    None for a setting means: what the collection's manifest (or, without one, its files) says.
+
+    Raises:
+        UserError: no collection there, a damaged file, or a setting that contradicts the files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no collection in {folder}; run `bash collect_activations.sh` first.")
+    manifest_path = folder / "manifest.json"
+    manifest = read_json(manifest_path, "manifest") if manifest_path.exists() else {}
+    key_pattern = key_pattern or find_key_pattern(manifest, folder)
+    steps_there = manifest.get("max_tokens")
+    if num_steps is not None and steps_there is not None and num_steps > steps_there:
+        raise UserError(f"NUM_TOKEN_STEPS_TO_COLLECT is {num_steps}, but {folder} was collected with {steps_there}.")
+    num_steps = num_steps if num_steps is not None else steps_there
+
+    places = {p: [folder / p.group(side) / subcategory / "batch_1" for side in SIDES] for p in pairs}
+    first = next(
+        (f for fs in places.values() for d in fs for f in [d / "activations_step_prefill.npz"] if f.exists()), None
+    )
+    if first is None:
+        raise UserError(f"{folder} holds none of the prompt pairs' activations; run `bash collect_activations.sh`.")
+    layers, hidden = _shape_of(first, key_pattern)
+    for name, wanted, there in (("NUM_LAYERS", num_layers, layers), ("EXPECTED_HIDDEN_DIM", hidden_size, hidden)):
+        if wanted is not None and wanted != there:
+            raise UserError(f"{name} is {wanted}, but the files in {folder} have {there}; None takes it from them.")
+    if num_steps is None:
+        num_steps = (
+            max((_step_number(f) for d in places[pairs[0]] for f in d.glob("activations_step_[0-9]*.npz")), default=-1)
+            + 1
+        )
+
+    values = np.zeros((len(pairs), 2, num_steps + 1, layers, hidden), np.float32)
+    valid = np.zeros(values.shape[:3], bool)
+    embeddings = np.zeros((len(pairs), 2, hidden), np.float32)
+    has_embeddings, kept, excluded = True, [], []
+    keys = [key_pattern.format(layer_idx=i) for i in range(layers)]
+    for i, pair in enumerate(progress(pairs)):
+        reason = None
+        for side, place in enumerate(places[pair]):
+            reason = reason or _read_prompt(place, keys, values[i, side], valid[i, side])
+            embedding = place / "prompt_embedding.npz"
+            if reason is None and has_embeddings and embedding.exists():
+                row = _read_npz(embedding)["prompt_embedding"].ravel()
+                has_embeddings = row.size == hidden
+                embeddings[i, side] = row if has_embeddings else 0
+            elif reason is None:
+                has_embeddings = False
+        if reason is None and num_steps and not valid[i, :, 1:].any(axis=1).all():
+            reason = "one of its prompts got an empty answer"
+        if reason is None:
+            kept.append(i)
+        else:
+            excluded.append({"pair": pair.id, "category": pair.category, "reason": reason})
+    if not kept:
+        raise UserError(f"No pair in {folder} is complete (for example: {excluded[0]['reason']}).")
+    return ActivationSet(
+        [pairs[i] for i in kept], values[kept], valid[kept], embeddings[kept] if has_embeddings else None,
+        excluded, manifest,
+    )  # fmt: skip
+
+
+def _read_prompt(place: Path, keys: list[str], values: np.ndarray, valid: np.ndarray) -> str | None:
+    """Fill one prompt's [steps, layers, hidden]; returns why it cannot be used, if it cannot."""
+    if not (place / "activations_step_prefill.npz").exists():
+        return f"not collected: {place} has no activations_step_prefill.npz"
+    # Without a manifest (or with an older one) there are no markers; then all files count.
+    last = _answer_length(place)
+    for step in range(values.shape[0]):
+        path = place / f"activations_step_{step - 1 if step else 'prefill'}.npz"
+        if not path.exists():
+            if last is not None and step - 1 < min(last, values.shape[0] - 1):
+                return f"a step is missing: {path}"
+            break
+        arrays = _read_npz(path)
+        for layer, key in enumerate(keys):
+            if key not in arrays:
+                raise UserError(f"{path} has no array {key!r}; its arrays are {', '.join(list(arrays)[:4])} ..")
+            if arrays[key].size != values.shape[-1]:
+                raise UserError(f"{path}: {key!r} has shape {arrays[key].shape}, expected (1, 1, {values.shape[-1]}).")
+            values[step, layer] = arrays[key].ravel()
+        if not np.isfinite(values[step]).all():
+            raise UserError(f"{path} holds NaN or infinite values; collect this prompt again.")
+        valid[step] = True
+    return None
+
+
+def _answer_length(place: Path) -> int | None:
+    marker = place / "prompt.json"
+    return len(read_json(marker, "prompt marker")["token_ids"]) if marker.exists() else None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); delete its folder and run the collection again.") from None
+
+
+def _shape_of(path: Path, key_pattern: str) -> tuple[int, int]:
+    """Number of layers and hidden size, from one file."""
+    arrays = _read_npz(path)
+    layers = 0
+    while key_pattern.format(layer_idx=layers) in arrays:
+        layers += 1
+    if layers == 0:
+        raise UserError(
+            f"{path} has no array named {key_pattern.format(layer_idx=0)!r}; "
+            f"set KEY_PATTERN_TEMPLATE to match one of: {', '.join(list(arrays)[:4])} .."
+        )
+    return layers, arrays[key_pattern.format(layer_idx=0)].size
+
+
+def _step_number(path: Path) -> int:
+    return int(path.stem.rsplit("_", 1)[1])

@@ -1,0 +1,74 @@
+"""The matched prompt pairs: natural and artifact prompts of the same form, in categories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import read_json
+from gemma_refactored.prompt_processing import check_name
+
+SIDES = ("natural", "artifact")
+SUBCATEGORY = "prompt_list"
+ROOT_KEY = "alignment_artifact_prompt_pairs"
+
+
+@dataclass(frozen=True)
+class Pair:
+    id: str
+    category: str
+    natural: str
+    artifact: str
+
+    def group(self, side: str) -> str:
+        """Name of the prompt group that holds one side of this pair."""
+        return f"{side}_{self.category}_{self.id}"
+
+
+def load_pairs(path: str | Path) -> list[Pair]:
+    """Read `alignment_artifact_prompt_pairs.json`, in file order.
+
+    Raises:
+        UserError: wrong structure, empty text, or an id that occurs twice.
+    """
+    content = read_json(Path(path), "pairs file")
+    try:
+        categories = content[ROOT_KEY]["categories"]
+    except (KeyError, TypeError, IndexError):
+        raise UserError(f'{path}: expected {{"{ROOT_KEY}": {{"categories": {{..}}}}}}.') from None
+    if not isinstance(categories, dict) or not categories:
+        raise UserError(f"{path}: 'categories' must be an object with at least one category.")
+    pairs, seen = [], set()
+    for category, body in categories.items():
+        check_name(category, path)
+        entries = body.get("pairs") if isinstance(body, dict) else None
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"{path}: category {category!r} needs a list 'pairs' of at least one pair.")
+        for number, entry in enumerate(entries, 1):
+            pair = _read_pair(entry, category, f"{path}: pair {number} of {category!r}")
+            if pair.group("natural") in seen:
+                raise UserError(f"{path}: the id {pair.id!r} occurs twice in {category!r}; ids must differ.")
+            seen.add(pair.group("natural"))
+            pairs.append(pair)
+    return pairs
+
+
+def _read_pair(entry, category: str, where: str) -> Pair:
+    if not isinstance(entry, dict):
+        raise UserError(f'{where} must be an object with "id", "natural" and "artifact".')
+    for key in ("id", *SIDES):
+        value = entry.get(key)
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{where}: {key!r} must be text that is not empty, not {value!r}.")
+    check_name(entry["id"], where)
+    return Pair(entry["id"], category, entry["natural"], entry["artifact"])
+
+
+def prompt_groups(pairs: list[Pair]) -> dict[str, dict[str, list[str]]]:
+    """The prompts file of the experiment: one group for each side of each pair."""
+    groups = {}
+    for side in SIDES:
+        for pair in pairs:
+            groups[pair.group(side)] = {SUBCATEGORY: [getattr(pair, side)]}
+    return groups

@@ -1,0 +1,137 @@
+"""Analyse a collection: how well a direction separates artifact from natural prompts, layer by layer.
+
+Writes the results as JSON and figures, and prints a table. Edit the constants; None means:
+take it from the collection's manifest.
+"""
+
+import sys
+from pathlib import Path
+
+from alignment_artifacts.activation_set import load_activation_set
+from alignment_artifacts.analysis import Settings, analyse, analyse_categories, analyse_layers_and_steps
+from alignment_artifacts.pairs import load_pairs
+from alignment_artifacts.statistics import MIN_PAIRS
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import write_json
+
+RAW_ACTIVATIONS_BASE_DIR = "collected_activations_output"
+ORIGINAL_PAIRS_JSON_FOR_ITERATION = "alignment_artifact_prompt_pairs.json"
+GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH = "prompt_list"
+NUM_LAYERS = None
+KEY_PATTERN_TEMPLATE = None  # for example "model.layers.{layer_idx}.mlp.output"
+NUM_TOKEN_STEPS_TO_COLLECT = None
+EXPECTED_HIDDEN_DIM = None
+
+NUM_PERMUTATIONS = 1000
+NUM_BOOTSTRAP_RESAMPLES = 1000
+SEED = 0
+MAX_EXCLUDED = 0.05  # stop if more than this share of the pairs cannot be used
+
+RESULTS_JSON = Path("alignment_artifact_analysis_results.json")
+PLOT_PNG = Path("alignment_artifact_analysis_plot.png")
+RESULTS_DIR = Path("results")
+
+
+def main() -> int:
+    try:
+        run()
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run() -> None:
+    from tqdm import tqdm
+
+    pairs = load_pairs(ORIGINAL_PAIRS_JSON_FOR_ITERATION)
+    data = load_activation_set(
+        RAW_ACTIVATIONS_BASE_DIR,
+        pairs,
+        GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH,
+        KEY_PATTERN_TEMPLATE,
+        NUM_LAYERS,
+        NUM_TOKEN_STEPS_TO_COLLECT,
+        EXPECTED_HIDDEN_DIM,
+        progress=lambda items: tqdm(items, desc="reading", unit="pair", leave=False, disable=not sys.stderr.isatty()),
+    )
+    report_excluded(data, len(pairs))
+    settings = Settings(NUM_PERMUTATIONS, NUM_BOOTSTRAP_RESAMPLES, SEED)
+    config = {
+        "RAW_ACTIVATIONS_BASE_DIR": RAW_ACTIVATIONS_BASE_DIR,
+        "ORIGINAL_PAIRS_JSON_FOR_ITERATION": ORIGINAL_PAIRS_JSON_FOR_ITERATION,
+        "NUM_LAYERS": data.num_layers,
+        "NUM_TOKEN_STEPS_TO_COLLECT": data.values.shape[2] - 1,
+        "EXPECTED_HIDDEN_DIM": data.values.shape[4],
+    }
+    print(
+        f"Model: {data.manifest.get('model', 'unknown')} "
+        f"({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs"
+    )
+    result = analyse(data, settings, config)
+    categories = analyse_categories(data, settings)
+    pattern = analyse_layers_and_steps(data, result, settings)
+    write_json(RESULTS_JSON, result)
+    write_json(RESULTS_DIR / "data" / "alignment_artifacts_by_category.json", categories)
+    write_json(RESULTS_DIR / "data" / "layer_analysis.json", pattern)
+
+    from alignment_artifacts import plots
+
+    plots.plot_layer_scores(result, PLOT_PNG)
+    plots.plot_categories(categories, RESULTS_DIR / "figures" / "alignment_artifacts_by_category.png")
+    plots.plot_layer_pattern(pattern, RESULTS_DIR / "figures" / "layer_analysis.png")
+    print_table(result)
+    print(f"\nNumbers: {RESULTS_JSON}  plot: {PLOT_PNG}  by category and layer: {RESULTS_DIR}/")
+
+
+def report_excluded(data, total: int) -> None:
+    """Say what could not be used; stop if it is too much, or too little is left."""
+    for item in data.excluded:
+        print(f"Excluded {item['category']} {item['pair']}: {item['reason']}", file=sys.stderr)
+    if len(data.excluded) > MAX_EXCLUDED * total:
+        raise UserError(
+            f"{len(data.excluded)} of {total} pairs cannot be used. Run `bash collect_activations.sh` again to "
+            "complete them, or raise MAX_EXCLUDED to go on without."
+        )
+    if len(data.pairs) < MIN_PAIRS:
+        raise UserError(f"Held-out statistics need at least {MIN_PAIRS} pairs; there are {len(data.pairs)}.")
+
+
+def print_table(result: dict) -> None:
+    """The top layers, 80 columns wide."""
+    print("\nTop layers, generated tokens (held out by pair)")
+    print(
+        f"{'layer':>5}  {'Cohen d':>7}  {'95 % interval':>15}  {'accuracy':>8}  {'AUROC':>5}  {'p':>5}  {'prompt end d':>12}"
+    )
+    for layer in result["top_layers_by_cohens_d"]:
+        _print_row(str(layer), result["layer_scores"][str(layer)], result["layer_scores_prompt_end"][str(layer)])
+    if result["lexical_baseline"]:
+        _print_row("words", result["lexical_baseline"])
+    nested = result["best_layer_nested"]
+    print(f"Best layer chosen inside the folds: d = {_number(nested['cohens_d'])}, accuracy {nested['accuracy']:.1%}.")
+    print(f"\n{_wrap(result['summary'])}")
+
+
+def _print_row(name: str, record: dict, prompt_end: dict | None = None) -> None:
+    low, high = record["cohens_d_ci"]
+    interval = f"[{_number(low)}, {_number(high)}]"
+    p = "-" if record["p_value"] is None else f"{record['p_value']:.3f}"
+    other = _number(prompt_end["cohens_d"]) if prompt_end else ""
+    print(
+        f"{name:>5}  {_number(record['cohens_d']):>7}  {interval:>15}  {record['accuracy']:8.1%}  "
+        f"{record['auroc']:5.2f}  {p:>6}  {other:>12}".rstrip()
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _wrap(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, 78)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Turn the prompt pairs into the prompts file that run_model.py reads."""
+
+import sys
+from pathlib import Path
+
+from alignment_artifacts.pairs import load_pairs, prompt_groups
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import write_json
+
+PAIRS_FILE = "alignment_artifact_prompt_pairs.json"
+OUTPUT_FILE = "prompts_for_gemma_runner.json"
+
+
+def main() -> int:
+    try:
+        groups = prompt_groups(load_pairs(PAIRS_FILE))
+        write_json(Path(OUTPUT_FILE), groups)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(f"Wrote {len(groups)} prompts to {OUTPUT_FILE}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
