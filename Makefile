@@ -1,0 +1,37 @@
+# `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
+# MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
+.PHONY: all setup collect analyse test lint organism clean
+
+PYTHON := .venv/bin/python
+OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
+
+all: collect analyse
+
+# A Linux without a GPU wants OpenBLAS (20 times faster products); try to get it where we may.
+setup: .venv/.installed
+.venv/.installed: requirements.txt requirements-test.txt
+	@if [ "$$(uname -s)" = Linux ] && [ "$(OPENBLAS)" = 0 ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq libopenblas0 >/dev/null || true; fi
+	@test -x $(PYTHON) || python3 -m venv .venv
+	@echo "Installing into .venv (once) .."
+	@$(PYTHON) -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	@touch $@
+
+collect: setup
+	bash collect_activations.sh
+
+analyse: setup
+	$(PYTHON) analyze_collected_activations.py
+
+test: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest -n 2
+
+organism: setup            # trains the embedded model anew, about 15 minutes
+	$(PYTHON) -m model_organism.train
+	$(PYTHON) -m model_organism.evaluate
+
+clean:                     # results only; the environment stays
+	rm -rf collected_activations_output inference_output results prompts_for_gemma_runner.json \
+	  alignment_artifact_analysis_results.json alignment_artifact_analysis_plot.png

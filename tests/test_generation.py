@@ -1,0 +1,164 @@
+"""Batched generation: a row's numbers are its own."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from gemma_refactored import generation
+from gemma_refactored.errors import UserError
+from gemma_refactored.generation import PREFILL, Sampling, collect_answers, generate, length_sorted_batches
+
+from .conftest import relative_error
+from .test_model_architecture import load_golden, same_weights_in_mlx_lm
+
+SITES = [f"model.layers.{i}{part}.output" for i in range(4) for part in ("", ".mlp", ".self_attn")]
+# The window of both models is 6: some prompts are inside it, some cross it, some do while decoding.
+LENGTHS = [1, 2, 4, 6, 7, 13, 20]
+
+
+def random_prompts(lengths=LENGTHS, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 97, n).tolist() for n in lengths]
+
+
+@pytest.fixture(params=["ours", "mlx-lm"])
+def model(request):
+    ours, theirs = same_weights_in_mlx_lm()
+    return ours if request.param == "ours" else theirs
+
+
+def run(model, prompts, max_tokens=9, **options):
+    """(tokens of each row, {(row, step): {site: vector}})."""
+    answers, seen = [[] for _ in prompts], {}
+    for step in generate(model, prompts, max_tokens, sites=SITES, **options):
+        for row in np.flatnonzero(step.active):
+            seen[row, step.index] = {site: np.array(a[row]) for site, a in step.activations.items()}
+            if step.index != PREFILL:
+                answers[row].append(int(step.tokens[row]))
+    return answers, seen
+
+
+def test_a_batch_equals_single_runs(model):
+    prompts = random_prompts()
+    together, seen_together = run(model, prompts)
+    for row, prompt in enumerate(prompts):
+        (alone,), seen_alone = run(model, [prompt])
+        assert alone == together[row]
+        for (_, step), sites in seen_alone.items():
+            for site, vector in sites.items():
+                assert relative_error(seen_together[row, step][site], vector) < 1e-4, (row, step, site)
+
+
+def test_cached_decoding_equals_one_uncached_pass(model):
+    (prompt,) = random_prompts([11])
+    (answer,), seen = run(model, [prompt])
+    with generation.capture(model, SITES) as activations:
+        model(mx.array([prompt + answer]))
+    for step in range(PREFILL, 9):
+        for site in SITES:
+            whole = activations[site][0, len(prompt) + step][None]
+            assert relative_error(seen[0, step][site], whole) < 1e-4, (step, site)
+
+
+def test_chunked_prefill_changes_nothing(model, monkeypatch):
+    prompts = random_prompts()
+    expected, _ = run(model, prompts)
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 5)
+    assert run(model, prompts)[0] == expected
+
+
+def test_agrees_with_golden_prefill_of_transformers():
+    model, golden = load_golden("gemma3")
+    tokens = np.array(golden["tokens"])
+    prompts = [tokens[0].tolist(), tokens[1, :9].tolist()]
+    prefill = next(generate(model, prompts, 1, sites=SITES))
+    for site in SITES:
+        assert relative_error(prefill.activations[site][0, 0], golden[site][0, -1]) < 1e-4
+        assert relative_error(prefill.activations[site][1, 0], golden[site][1, 8]) < 1e-4
+
+
+def test_steps_are_prefill_and_one_for_each_token(model):
+    prompts = random_prompts([3, 5])
+    steps = list(generate(model, prompts, 4))
+    assert [step.name for step in steps] == ["prefill", "0", "1", "2", "3"]
+    assert steps[0].tokens.tolist() == [p[-1] for p in prompts] and steps[0].activations == {}
+    assert [s.name for s in generate(model, prompts, 0)] == ["prefill"]
+
+
+def test_a_row_ends_at_its_end_token_and_the_others_go_on(model):
+    prompts = random_prompts()
+    free, _ = run(model, prompts, 9)
+    end = free[2][4]
+    stopped, seen = run(model, prompts, 9, end_tokens=[end])
+    for row, answer in enumerate(free):
+        expected = answer[: answer.index(end)] if end in answer else answer
+        assert stopped[row] == expected
+        steps = [step for r, step in seen if r == row]
+        assert steps == list(range(PREFILL, len(expected)))  # nothing after the end
+
+
+def test_sampling_depends_on_seed_and_row_not_on_the_batch(model):
+    prompts = random_prompts()
+    warm = Sampling(temperature=1.5, top_p=0.95, seed=3)
+    together = collect_answers(generate(model, prompts, 9, warm))
+    alone = [collect_answers(generate(model, [p], 9, warm, row_ids=[i]))[0] for i, p in enumerate(prompts)]
+    assert alone == together
+    assert together == collect_answers(generate(model, prompts, 9, warm))
+    assert together != collect_answers(generate(model, prompts, 9, Sampling(temperature=1.5, seed=4)))
+    # The same prompt twice in a batch draws twice.
+    twice = collect_answers(generate(model, [prompts[3]] * 2, 9, Sampling(temperature=2.0)))
+    assert twice[0] != twice[1]
+
+
+def test_tiny_top_p_is_greedy(model):
+    prompts = random_prompts()
+    nearly = Sampling(temperature=1.0, top_p=1e-6)
+    assert collect_answers(generate(model, prompts, 9, nearly)) == collect_answers(generate(model, prompts, 9))
+
+
+def test_logit_bias_bans_and_forces(model):
+    prompts = random_prompts()
+    answers = collect_answers(generate(model, prompts, 3, Sampling(logit_bias={42: 1e4})))
+    assert answers == [[42] * 3] * len(prompts)
+    favourite = collect_answers(generate(model, prompts, 1))[0][0]
+    banned = collect_answers(generate(model, prompts, 9, Sampling(logit_bias={favourite: -1e4})))
+    assert all(favourite not in answer for answer in banned)
+
+
+def test_repetition_penalty_follows_its_formula_and_ignores_padding(model):
+    logits = mx.array([[2.0, -2.0, 1.0, 0.5]])
+    penalised = generation.penalise_repetition(logits, mx.array([[0, 1, 1, 0]]), 2.0)
+    np.testing.assert_allclose(penalised, [[1.0, -4.0, 1.0, 0.5]])
+    prompts = random_prompts()
+    strong = Sampling(repetition_penalty=50.0)
+    together = collect_answers(generate(model, prompts, 9, strong))
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert answer == collect_answers(generate(model, [prompt], 9, strong))[0]
+
+
+def test_length_sorted_batches_cover_every_prompt_once():
+    prompts = random_prompts([5, 1, 9, 3, 7])
+    batches = length_sorted_batches(prompts, 2)
+    assert batches == [[1, 3], [0, 4], [2]]
+
+
+def test_empty_prompt_and_unknown_cache_are_refused(model):
+    with pytest.raises(UserError, match="no tokens"):
+        next(generate(model, [[1], []], 3))
+
+    class OddCache:
+        pass
+
+    model.make_cache = lambda: [OddCache()]
+    with pytest.raises(UserError, match="OddCache"):
+        generation.make_batch_cache(model, [1, 0])
+
+
+def test_no_logits_for_prompt_positions(model, monkeypatch):
+    """The head is evaluated for one position a row and step, whatever the prompt's length."""
+    (prompt,) = random_prompts([20])
+    shapes = []
+    with generation.capture(model, ["model.norm.output"]) as seen:
+        for _ in generate(model, [prompt], 2):
+            shapes.append(seen["model.norm.output"].shape)
+    assert set(shapes) == {(1, 1, 64)}

@@ -1,0 +1,142 @@
+"""Loading checkpoints of every layout, and clear words about those that cannot be loaded."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from gemma_refactored import model_loading
+from gemma_refactored.errors import UserError
+from gemma_refactored.model_architecture import Gemma
+from gemma_refactored.model_loading import count_parameters, load
+
+from .conftest import relative_error
+from .tiny_checkpoints import CONFIG, quantised, random_gemma, write_checkpoint
+
+TOKENS = mx.array([[2, 9, 300, 44, 1200, 7, 7, 81, 5, 99, 100, 101]])  # longer than the window of 8
+
+
+def num_weights(model):
+    return sum(value.size for _, value in tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_float32_round_trip(tmp_path, shards):
+    model = random_gemma()
+    loaded = load(write_checkpoint(tmp_path / "m", model, shards=shards))
+    assert np.array_equal(loaded.model(TOKENS), model(TOKENS))
+    assert (loaded.num_layers, loaded.hidden_size, loaded.dtype) == (3, 64, "float32")
+    assert loaded.num_parameters == num_weights(model)
+    assert loaded.end_tokens == (1, 5)  # <eos> and <end_of_turn>
+    assert loaded.context_length == 256
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_16_bit_weights_are_expanded_on_a_linux_cpu_unless_kept(tmp_path, monkeypatch, dtype):
+    model = random_gemma()
+    model.set_dtype(dtype)
+    folder = write_checkpoint(tmp_path / "m", model)
+    kept = load(folder, keep_precision=True)
+    assert kept.dtype == str(dtype).removeprefix("mlx.core.")
+    monkeypatch.setattr(model_loading, "runs_on_linux_cpu", lambda: True)
+    expanded = load(folder)
+    assert expanded.dtype == "float32"
+    model.set_dtype(mx.float32)
+    assert np.array_equal(expanded.model(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("bits, mixed", [(4, False), (8, False), (4, True)])
+def test_quantised_checkpoints(tmp_path, monkeypatch, bits, mixed):
+    model, config = quantised(bits, mixed)
+    folder = write_checkpoint(tmp_path / "m", model, config)
+    kept = load(folder, keep_precision=True)
+    assert kept.model.layers[0].mlp.down_proj.bits == (8 if mixed else bits)
+    assert np.array_equal(kept.model(TOKENS), model(TOKENS))
+    monkeypatch.setattr(model_loading, "runs_on_linux_cpu", lambda: True)
+    expanded = load(folder)
+    assert not any(isinstance(m, nn.QuantizedLinear) for m in expanded.model.modules())
+    assert relative_error(expanded.model(TOKENS), model(TOKENS)) < 1e-4
+    # Packed weights count for what they stand for.
+    assert kept.num_parameters == expanded.num_parameters == num_weights(random_gemma())
+
+
+def test_an_architecture_of_mlx_lm(tmp_path):
+    from mlx_lm.models import llama
+
+    config = dict(
+        model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
+        rms_norm_eps=1e-5, vocab_size=1448, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    loaded = load(write_checkpoint(tmp_path / "m", model, config))
+    assert not isinstance(loaded.model, Gemma) and loaded.num_layers == 2
+    assert np.array_equal(loaded.model(TOKENS), model(TOKENS))
+
+
+def test_the_revision_follows_the_weights(tmp_path):
+    first = load(write_checkpoint(tmp_path / "a", random_gemma())).revision
+    same = load(write_checkpoint(tmp_path / "b", random_gemma())).revision
+    changed = random_gemma()
+    changed.model.norm.weight = changed.model.norm.weight + 1
+    assert first.startswith("sha256:") and first == same
+    assert load(write_checkpoint(tmp_path / "c", changed)).revision != first
+
+
+def damage(name):
+    """(what to do to a good checkpoint folder, what the error must say)."""
+
+    def cut_short(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:5000])
+
+    def change_config(**changes):
+        return lambda folder: (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+
+    return {
+        "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+        "bad config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        "no model type": (change_config(model_type=None), "cannot be loaded"),
+        "unknown architecture": (change_config(model_type="martian"), "'martian'.*cannot be loaded"),
+        "wrong shapes": (change_config(hidden_size=32), "cannot be loaded"),
+        "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no model\*.safetensors"),
+        "weights cut short": (cut_short, "cannot be loaded"),
+        "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
+        "code in the checkpoint": (change_config(model_file="evil.py"), "cannot be loaded"),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no config", "bad config", "no model type", "unknown architecture", "wrong shapes", "no weights",
+     "weights cut short", "no tokenizer", "code in the checkpoint"],
+)  # fmt: skip
+def test_damaged_checkpoints_get_one_clear_sentence(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "m", random_gemma())
+    spoil, message = damage(name)
+    spoil(folder)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = write_checkpoint(tmp_path / "m", random_gemma(), shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks model-00002-of-00003.safetensors"):
+        load(folder)
+
+
+def test_missing_folder_and_missing_network(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no model folder"):
+        load(tmp_path / "nothing")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="cannot be reached"):
+        load("nobody/no-such-model")
+    with pytest.raises(UserError, match="not a valid Hugging Face id"):
+        load("nobody/..bad..name--")
+
+
+def test_parameter_count_of_a_plain_module():
+    assert count_parameters(nn.Linear(3, 4)) == 16

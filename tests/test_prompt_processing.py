@@ -1,0 +1,78 @@
+"""Prompt files and the chat format."""
+
+import json
+
+import pytest
+
+from gemma_refactored.errors import UserError
+from gemma_refactored.prompt_processing import Prompt, encode_prompts, load_prompts
+
+from .conftest import ROOT
+
+
+def write(tmp_path, content):
+    path = tmp_path / "prompts.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_prompts_come_in_file_order_with_their_places(tmp_path):
+    prompts = load_prompts(write(tmp_path, {"b": {"y": ["one", "two"]}, "a": {"x": ["three"]}}))
+    assert prompts == [Prompt("b", "y", 1, "one"), Prompt("b", "y", 2, "two"), Prompt("a", "x", 1, "three")]
+    assert str(prompts[1].folder) == "b/y/batch_2"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", "null", {}, {"g": []}, {"g": {}}, {"g": {"s": []}}, {"g": {"s": "text"}}, {"g": {"s": [1]}},
+     {"g": {"s": ["  "]}}, {"g": {"s": [None]}}, {"..": {"s": ["x"]}}, {"a/b": {"s": ["x"]}}, {"g": {"../s": ["x"]}},
+     {"/abs": {"s": ["x"]}}, {"": {"s": ["x"]}}, {"g\u0000": {"s": ["x"]}}, {"g" * 300: {"s": ["x"]}},
+     {"g": {"s": ["half \ud800 pair"]}}, {".hidden": {"s": ["x"]}}],
+)  # fmt: skip
+def test_bad_prompt_files_are_refused_with_their_place(tmp_path, content):
+    path = write(tmp_path, content)
+    with pytest.raises(UserError, match="prompts.json"):
+        load_prompts(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_prompts(tmp_path / "none.json")
+
+
+def test_chat_format_is_gemmas_with_one_bos(organism):
+    (ids,) = encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "How do I paint a bookshelf?")], chat_mode=True)
+    text = organism.tokenizer.decode(ids)
+    assert text == (
+        "<bos><start_of_turn>user\nHow do I paint a bookshelf?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert ids.count(organism.tokenizer.bos_token_id) == 1
+
+
+def test_plain_mode_and_prompts_that_bring_their_own_bos(organism):
+    tokenizer = organism.tokenizer
+    plain, doubled = encode_prompts(
+        tokenizer, [Prompt("g", "s", 1, "paint"), Prompt("g", "s", 2, "<bos><bos>paint")], chat_mode=False
+    )
+    assert "<start_of_turn>" not in tokenizer.decode(plain)
+    assert doubled.count(tokenizer.bos_token_id) == 1
+
+
+def test_no_chat_template_is_said(organism, monkeypatch):
+    monkeypatch.setattr(organism.tokenizer, "chat_template", None)
+    with pytest.raises(UserError, match="--no-chat-mode"):
+        encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "x")], chat_mode=True)
+
+
+def test_any_text_survives_the_tokenizer(organism):
+    for text in ("naïve café – 日本語 🙂", "tab\tand\nnewline", "a" * 1000, "<end_of_turn>"):
+        ids = organism.tokenizer.encode(text, add_special_tokens=False)
+        assert organism.tokenizer.decode(ids) == text
+
+
+def test_the_committed_prompts_are_the_experiment():
+    from alignment_artifacts.pairs import load_pairs, prompt_groups
+
+    groups = prompt_groups(load_pairs(ROOT / "alignment_artifact_prompt_pairs.json"))
+    assert len(groups) == 100
+    assert list(groups["natural_technical_dangerous_tech_1"]) == ["prompt_list"]
