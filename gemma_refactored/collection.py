@@ -89,7 +89,7 @@ class Collection:
         path = folder / MANIFEST
         if path.exists() and overwrite:
             self._remove_old()
-        if path.exists():
+        elif path.exists():
             self._check_same_settings(read_json(path, "manifest"))
         elif folder.exists() and any(folder.iterdir()):
             raise UserError(
@@ -99,11 +99,13 @@ class Collection:
 
     def _remove_old(self) -> None:
         """Delete what a collection consists of, and nothing else that may lie beside it."""
-        for marker in (*self.folder.rglob(PROMPT_MARKER), *self.folder.rglob(BATCH_MARKER)):
-            marker.unlink()
-        for batch in [p for p in self.folder.rglob("batch_*") if p.is_dir()]:
+        batches = {f.parent for name in (step_file("*"), PROMPT_MARKER, BATCH_MARKER) for f in self.folder.rglob(name)}
+        for batch in batches:
             shutil.rmtree(batch)
-        (self.folder / MANIFEST).unlink()
+            for parent in batch.parents:
+                if parent == self.folder or any(parent.iterdir()):
+                    break
+                parent.rmdir()
 
     def _check_same_settings(self, old: dict) -> None:
         new = json.loads(json.dumps(self.manifest))

@@ -1,0 +1,132 @@
+"""Reading a collection: what is taken, what is left out and said, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from alignment_artifacts.activation_set import load_activation_set
+from alignment_artifacts.pairs import SIDES, Pair
+from gemma_refactored.errors import UserError
+
+PAIRS = [Pair(f"t_{i}", "cat", f"n{i}", f"a{i}") for i in range(6)]
+LAYERS, HIDDEN, STEPS = 3, 5, 4
+
+
+def value(pair, side, step, layer):
+    return np.arange(HIDDEN, dtype=np.float32) + 1000 * pair + 100 * side + 10 * step + layer
+
+
+def write_prompt(folder, i, side, answer_length=STEPS):
+    place = folder / PAIRS[i].group(SIDES[side]) / "prompt_list" / "batch_1"
+    place.mkdir(parents=True)
+    for step in range(answer_length + 1):
+        arrays = {f"model.layers.{k}.mlp.output": value(i, side, step, k)[None, None] for k in range(LAYERS)}
+        np.savez(place / f"activations_step_{step - 1 if step else 'prefill'}.npz", **arrays)
+    np.savez(place / "prompt_embedding.npz", prompt_embedding=value(i, side, 99, 0)[None, None])
+    (place / "prompt.json").write_text(json.dumps({"token_ids": [7] * answer_length}))
+    return place
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(len(PAIRS)):
+        for side in range(2):
+            write_prompt(tmp_path, i, side, answer_length=2 if (i, side) == (1, 1) else STEPS)
+    sites = [f"model.layers.{k}.mlp.output" for k in range(LAYERS)]
+    (tmp_path / "manifest.json").write_text(json.dumps({"sites": sites, "max_tokens": STEPS, "model": "m"}))
+    return tmp_path
+
+
+def place(folder, i, side):
+    return folder / PAIRS[i].group(SIDES[side]) / "prompt_list" / "batch_1"
+
+
+def test_every_number_lands_in_its_place(folder):
+    data = load_activation_set(folder, PAIRS)
+    assert data.values.shape == (6, 2, STEPS + 1, LAYERS, HIDDEN) and data.excluded == []
+    for i in range(6):
+        for side in range(2):
+            for step in range(STEPS + 1):
+                there = step <= (2 if (i, side) == (1, 1) else STEPS)
+                assert data.valid[i, side, step] == there
+                for k in range(LAYERS):
+                    expected = value(i, side, step, k) if there else np.zeros(HIDDEN)
+                    assert np.array_equal(data.values[i, side, step, k], expected)
+            assert np.array_equal(data.prompt_embeddings[i, side], value(i, side, 99, 0))
+
+
+def test_prompt_vectors_average_the_valid_positions_only(folder):
+    data = load_activation_set(folder, PAIRS)
+    for positions, steps in {"prompt_end": [0], "generated": [1, 2], "all": [0, 1, 2]}.items():
+        expected = np.mean([value(1, 1, step, 2) for step in steps], axis=0)
+        np.testing.assert_allclose(data.prompt_vectors(positions)[1, 1, 2], expected)
+    natural, artifact = data.step_vectors("generated", 0)
+    assert len(natural) == 6 * STEPS and len(artifact) == 6 * STEPS - 2
+    with pytest.raises(ValueError, match="positions"):
+        data.mask("somewhere")
+
+
+def test_settings_may_be_given_but_not_contradict_the_files(folder):
+    data = load_activation_set(folder, PAIRS, num_layers=3, num_steps=2, hidden_size=5)
+    assert data.values.shape[2] == 3
+    for option in ({"num_layers": 4}, {"hidden_size": 6}, {"num_steps": 9}, {"key_pattern": "x.{layer_idx}"}):
+        with pytest.raises(UserError, match="NUM_LAYERS|EXPECTED_HIDDEN_DIM|NUM_TOKEN_STEPS|KEY_PATTERN"):
+            load_activation_set(folder, PAIRS, **option)
+
+
+def test_without_a_manifest_the_files_speak(folder):
+    (folder / "manifest.json").unlink()
+    data = load_activation_set(folder, PAIRS)
+    assert data.values.shape == (6, 2, STEPS + 1, LAYERS, HIDDEN) and data.manifest == {}
+
+
+def test_incomplete_pairs_are_left_out_and_named(folder):
+    (place(folder, 2, 0) / "activations_step_prefill.npz").unlink()
+    (place(folder, 4, 1) / "activations_step_1.npz").unlink()
+    data = load_activation_set(folder, PAIRS)
+    assert [p.id for p in data.pairs] == ["t_0", "t_1", "t_3", "t_5"]
+    assert [(e["pair"], e["reason"].split(":")[0]) for e in data.excluded] == [
+        ("t_2", "not collected"), ("t_4", "a step is missing"),
+    ]  # fmt: skip
+    assert len(data.values) == len(data.valid) == len(data.prompt_embeddings) == 4
+
+
+def test_an_empty_answer_excludes_its_pair(folder):
+    for path in place(folder, 3, 0).glob("activations_step_[0-9]*"):
+        path.unlink()
+    (place(folder, 3, 0) / "prompt.json").write_text('{"token_ids": []}')
+    assert [e["pair"] for e in load_activation_set(folder, PAIRS).excluded] == ["t_3"]
+
+
+def spoil_bytes(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:100]), "damaged"),
+        (spoil_bytes, "damaged"),
+        (lambda p: p.write_bytes(b""), "damaged"),
+        (lambda p: np.savez(p, other=np.zeros((1, 1, HIDDEN))), "no array"),
+        (lambda p: np.savez(p, **{f"model.layers.{k}.mlp.output": np.zeros((1, 1, 2)) for k in range(3)}), "shape"),
+        (lambda p: np.savez(p, **{f"model.layers.{k}.mlp.output": np.full((1, 1, 5), np.nan) for k in range(3)}), "NaN"),
+        (lambda p: np.savez(p, **{f"model.layers.{k}.mlp.output": np.array([{}] * 5) for k in range(3)}), "damaged"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused_by_name(folder, spoil, message):
+    path = place(folder, 2, 1) / "activations_step_2.npz"
+    spoil(path)
+    with pytest.raises(UserError, match=message) as error:
+        load_activation_set(folder, PAIRS)
+    assert str(path) in str(error.value)
+
+
+def test_no_collection(tmp_path):
+    with pytest.raises(UserError, match="collect_activations.sh"):
+        load_activation_set(tmp_path / "nothing", PAIRS)
+    with pytest.raises(UserError, match="none of the prompt pairs"):
+        load_activation_set(tmp_path, PAIRS)
