@@ -100,15 +100,14 @@ def report_excluded(data, total: int) -> None:
 def print_table(result: dict) -> None:
     """The top layers, 80 columns wide."""
     print("\nTop layers, generated tokens (held out by pair)")
-    print(
-        f"{'layer':>5}  {'Cohen d':>7}  {'95 % interval':>15}  {'accuracy':>8}  {'AUROC':>5}  {'p':>5}  {'prompt end d':>12}"
-    )
+    print("layer  Cohen d    95 % interval  accuracy  AUROC      p  prompt end d")
     for layer in result["top_layers_by_cohens_d"]:
         _print_row(str(layer), result["layer_scores"][str(layer)], result["layer_scores_prompt_end"][str(layer)])
     if result["lexical_baseline"]:
         _print_row("words", result["lexical_baseline"])
-    nested = result["best_layer_nested"]
-    print(f"Best layer chosen inside the folds: d = {_number(nested['cohens_d'])}, accuracy {nested['accuracy']:.1%}.")
+    if nested := result["best_layer_nested"]:
+        d, accuracy = _number(nested["cohens_d"]), nested["accuracy"]
+        print(f"Best layer chosen inside the folds: d = {d}, accuracy {accuracy:.1%}.")
     print(f"\n{_wrap(result['summary'])}")
 
 

@@ -26,11 +26,12 @@ class LayerScores:
 
     Attributes:
         layers: one record a layer (the keys are those of the design, section 4).
-        best_layer: d and accuracy when the layer itself is chosen inside the training folds.
+        best_layer: d and accuracy when the layer itself is chosen inside the training folds; None with
+            fewer than eight pairs.
     """
 
     layers: list[dict]
-    best_layer: dict
+    best_layer: dict | None
 
 
 def score_layers(
@@ -79,7 +80,9 @@ def score_layers(
     return LayerScores(records, _best_layer(grams, folds, settings))
 
 
-def _best_layer(grams: list[st.Gram], folds: np.ndarray, settings: Settings) -> dict:
+def _best_layer(grams: list[st.Gram], folds: np.ndarray, settings: Settings) -> dict | None:
+    if len(folds) < st.MIN_PAIRS_NESTED:
+        return None
     held_out, chosen = st.nested_best_layer(grams, folds, settings.seed)
     d_interval, accuracy_interval = held_out.intervals(settings.resamples, settings.seed)
     return {
@@ -170,15 +173,17 @@ def summarise(result: dict) -> str:
     """What the numbers mean, in a sentence or two."""
     best = result["top_layers_by_cohens_d"][0]
     record, nested = result["layer_scores"][str(best)], result["best_layer_nested"]
-    if record["p_value"] is None or record["p_value"] > 0.05:
+    if record["p_value"] is None:
+        return "Cohen's d is not defined: the vectors of a class do not differ from each other at all."
+    if record["p_value"] > 0.05:
         return (
             f"No layer separates natural from artifact prompts better than chance (best: layer {best}, "
-            f"p = {record['p_value'] or 1:.2g} over all layers)."
+            f"p = {record['p_value']:.2g} over all layers)."
         )
+    accuracy = f"{nested['accuracy']:.0%} accuracy (layer chosen blindly too)" if nested else "better than chance"
     text = (
         f"Natural and artifact prompts are separated, best at layer {best} (p = {record['p_value']:.2g} over all "
-        f"layers): a direction from some pairs tells the prompts of other pairs apart with "
-        f"{nested['accuracy']:.0%} accuracy (layer chosen blindly too)."
+        f"layers): a direction from some pairs tells the prompts of other pairs apart with {accuracy}."
     )
     lexical = result["lexical_baseline"]
     if lexical and lexical["cohens_d"] is not None:

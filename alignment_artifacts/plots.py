@@ -104,10 +104,14 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
         grid = np.array([[np.nan if x is None else x for x in s["cohens_d"]] for s in steps], float).T
         limit = max(np.nanmax(np.abs(grid)), 1e-9) if grid.size else 1
         image = right.imshow(grid, aspect="auto", origin="lower", cmap="PuOr_r", vmin=-limit, vmax=limit)
-        names = ["prompt\nend" if s["step"] == "prefill" else str(s["step"]) for s in steps]
+        names = ["end" if s["step"] == "prefill" else str(s["step"]) for s in steps]
         every = max(1, len(names) // 20)
         right.set_xticks(range(0, len(names), every), names[::every], fontsize=8)
-        right.set(title="Held-out Cohen's d at single steps", xlabel="generated token", ylabel="layer")
+        right.set(
+            title="Held-out Cohen's d at single steps",
+            xlabel="end of the prompt, then generated tokens",
+            ylabel="layer",
+        )
         right.yaxis.get_major_locator().set_params(integer=True)
         right.spines[:].set_visible(False)
         figure.colorbar(image, ax=right, label="Cohen's d")

@@ -18,6 +18,7 @@ import numpy as np
 
 MAX_FOLDS, MIN_PAIRS_PER_FOLD = 5, 5
 MIN_PAIRS = 4
+MIN_PAIRS_NESTED = 8  # folds within folds
 CHUNK = 256  # permutations worked on at once
 
 
@@ -63,7 +64,7 @@ def hedges_d(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
     """Cohen's d with pooled standard deviation (n-1) and Hedges' small-sample correction.
 
     Args:
-        natural, artifact: [.., n] projections. Zero spread gives 0 if the means agree, else NaN.
+        natural, artifact: [.., n] projections, n at least 2. Zero spread gives 0 if the means agree, else NaN.
     """
     n, m = natural.shape[-1], artifact.shape[-1]
     freedom = n + m - 2
@@ -204,7 +205,11 @@ def nested_best_layer(layers: list[Gram], folds: np.ndarray, seed: int = 0) -> t
 
     Returns:
         The out-of-fold projections, and the layer chosen for each fold.
+    Raises:
+        ValueError: fewer than eight pairs.
     """
+    if len(folds) < MIN_PAIRS_NESTED:
+        raise ValueError(f"choosing a layer inside the folds needs at least {MIN_PAIRS_NESTED} pairs")
     held_out = [held_out_projections(layer, folds) for layer in layers]
     natural, artifact, thresholds = np.empty((3, len(folds)))
     chosen = []

@@ -99,6 +99,10 @@ def test_an_empty_answer_excludes_its_pair(folder):
     assert [e["pair"] for e in load_activation_set(folder, PAIRS).excluded] == ["t_3"]
 
 
+def save_all_layers(path, array):
+    np.savez(path, **{f"model.layers.{k}.mlp.output": array for k in range(LAYERS)})
+
+
 def spoil_bytes(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 0xFF
@@ -112,9 +116,9 @@ def spoil_bytes(path):
         (spoil_bytes, "damaged"),
         (lambda p: p.write_bytes(b""), "damaged"),
         (lambda p: np.savez(p, other=np.zeros((1, 1, HIDDEN))), "no array"),
-        (lambda p: np.savez(p, **{f"model.layers.{k}.mlp.output": np.zeros((1, 1, 2)) for k in range(3)}), "shape"),
-        (lambda p: np.savez(p, **{f"model.layers.{k}.mlp.output": np.full((1, 1, 5), np.nan) for k in range(3)}), "NaN"),
-        (lambda p: np.savez(p, **{f"model.layers.{k}.mlp.output": np.array([{}] * 5) for k in range(3)}), "damaged"),
+        (lambda p: save_all_layers(p, np.zeros((1, 1, 2))), "shape"),
+        (lambda p: save_all_layers(p, np.full((1, 1, 5), np.nan)), "NaN"),
+        (lambda p: save_all_layers(p, np.array([{}] * 5)), "damaged"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_refused_by_name(folder, spoil, message):

@@ -43,9 +43,7 @@ def test_missing_file(tmp_path):
 def test_chat_format_is_gemmas_with_one_bos(organism):
     (ids,) = encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "How do I paint a bookshelf?")], chat_mode=True)
     text = organism.tokenizer.decode(ids)
-    assert text == (
-        "<bos><start_of_turn>user\nHow do I paint a bookshelf?<end_of_turn>\n<start_of_turn>model\n"
-    )
+    assert text == ("<bos><start_of_turn>user\nHow do I paint a bookshelf?<end_of_turn>\n<start_of_turn>model\n")
     assert ids.count(organism.tokenizer.bos_token_id) == 1
 
 

@@ -1,0 +1,116 @@
+"""The analysis on simulated collections: every record, and what the sentence says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from alignment_artifacts import plots
+from alignment_artifacts.activation_set import ActivationSet
+from alignment_artifacts.analysis import (
+    Settings,
+    analyse,
+    analyse_categories,
+    analyse_layers_and_steps,
+    jsonable,
+)
+from alignment_artifacts.pairs import Pair
+
+SETTINGS = Settings(permutations=199, resamples=200)
+RECORD = {
+    "cohens_d", "cohens_d_ci", "accuracy", "accuracy_ci", "auroc", "p_value", "null_95", "cohens_d_in_sample",
+    "mean_shift_ratio", "direction_norm", "mean_separation_on_axis", "num_natural_samples", "num_artifact_samples",
+    "num_pairs",
+}  # fmt: skip
+
+
+def simulate(effect, lexical=0.0, pairs=50, steps=6, layers=4, hidden=16, seed=0):
+    """`effect` is added to artifact prompts along axis 0 of layer 2; steps of a prompt are correlated."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(pairs, 2, 1, layers, hidden)) + rng.normal(size=(pairs, 2, steps, layers, hidden)) * 0.5
+    values[:, 1, :, 2, 0] += effect
+    valid = np.ones((pairs, 2, steps), bool)
+    valid[3, 0, 4:] = False
+    embeddings = rng.normal(size=(pairs, 2, hidden))
+    embeddings[:, 1, 0] += lexical
+    names = [Pair(f"p_{i}", f"category_{i % 5}", f"n{i}", f"a{i}") for i in range(pairs)]
+    data = values.astype(np.float32) * valid[..., None, None]
+    return ActivationSet(names, data, valid, embeddings.astype(np.float32), [], {"model": "simulated"})
+
+
+def test_the_result_has_every_record_and_finds_the_layer():
+    data = simulate(effect=3.0)
+    result = analyse(data, SETTINGS, {"NUM_LAYERS": 4})
+    json.dumps(result, allow_nan=False)
+    assert set(result) >= {
+        "layer_scores", "layer_scores_prompt_end", "lexical_baseline", "top_layers_by_cohens_d", "excluded", "config",
+        "collection",
+    }  # fmt: skip
+    for scores in (result["layer_scores"], result["layer_scores_prompt_end"]):
+        assert list(scores) == ["0", "1", "2", "3"] and all(set(r) == RECORD for r in scores.values())
+    record = result["layer_scores"]["2"]
+    assert result["top_layers_by_cohens_d"][0] == 2 and record["p_value"] == 1 / 200
+    assert record["cohens_d_ci"][0] < record["cohens_d"] < record["cohens_d_ci"][1]
+    assert result["best_layer_nested"]["layer_chosen_in_each_fold"] == [2] * 5
+    assert (record["num_natural_samples"], record["num_artifact_samples"], record["num_pairs"]) == (5 * 50 - 2, 250, 50)
+    assert result["layer_scores_prompt_end"]["2"]["num_natural_samples"] == 50
+    direction = data.prompt_vectors("generated")[:, :, 2].mean(axis=0)
+    assert record["direction_norm"] == pytest.approx(np.linalg.norm(direction[1] - direction[0]), rel=1e-5)
+    assert "separated, best at layer 2" in result["summary"] and "Word choice alone gives" in result["summary"]
+    assert all(r["p_value"] > 0.05 for name, r in result["layer_scores"].items() if name != "2")
+
+
+def test_noise_is_called_chance():
+    result = analyse(simulate(effect=0.0, seed=1), SETTINGS, {})
+    assert result["summary"].startswith("No layer separates")
+
+
+def test_words_that_separate_as_well_are_named():
+    result = analyse(simulate(effect=1.5, lexical=3.0), SETTINGS, {})
+    assert "no evidence of alignment" in result["summary"]
+
+
+def test_prompts_collected_without_answers_are_analysed_at_the_prompt_end():
+    result = analyse(simulate(effect=3.0, steps=1), SETTINGS, {})
+    assert result["layer_scores"] == result["layer_scores_prompt_end"]
+
+
+def test_categories_and_steps():
+    data = simulate(effect=4.0)
+    categories = analyse_categories(data, SETTINGS)["categories"]
+    assert len(categories) == 5 and all(c["layer_scores"]["2"]["num_pairs"] == 10 for c in categories.values())
+    pattern = analyse_layers_and_steps(data, analyse(data, SETTINGS, {}), SETTINGS)
+    assert (pattern["first_significant_layer"], pattern["peak_layer"], pattern["significant_layers"]) == (2, 2, [2])
+    assert [s["step"] for s in pattern["steps"]] == ["prefill", 0, 1, 2, 3, 4]
+    assert [s["num_pairs"] for s in pattern["steps"]] == [50, 50, 50, 50, 49, 49]
+    assert all(np.argmax(s["cohens_d"]) == 2 for s in pattern["steps"])
+
+
+def test_a_category_with_too_few_pairs_says_so():
+    data = simulate(effect=1.0, pairs=12)  # 3 or 2 pairs a category
+    assert all("pairs, 4 needed" in c["reason"] for c in analyse_categories(data, SETTINGS)["categories"].values())
+
+
+def test_zero_spread_ends_as_null_not_as_nan():
+    data = simulate(effect=0.0)
+    data.values[:, 0], data.values[:, 1] = 0.0, 1.0
+    result = analyse(data, SETTINGS, {})
+    json.dumps(result, allow_nan=False)
+    assert result["layer_scores"]["0"]["cohens_d"] is None and result["layer_scores"]["0"]["accuracy"] == 1
+
+
+def test_jsonable_maps_numpy_and_nan():
+    assert jsonable({"a": [np.float32(1.5), np.nan, np.int64(2), (np.inf, None)]}) == {
+        "a": [1.5, None, 2, [None, None]]
+    }
+
+
+@pytest.mark.parametrize("effect", [0.0, 3.0])
+def test_figures_are_drawn_for_significant_and_for_no_effects(tmp_path, effect):
+    data = simulate(effect)
+    result = analyse(data, SETTINGS, {})
+    plots.plot_layer_scores(result, tmp_path / "deep" / "a.png")
+    plots.plot_categories(analyse_categories(data, SETTINGS), tmp_path / "b.png")
+    plots.plot_layer_pattern(analyse_layers_and_steps(data, result, SETTINGS), tmp_path / "c.png")
+    for name in ("deep/a.png", "b.png", "c.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
