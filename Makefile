@@ -2,6 +2,12 @@
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
 .PHONY: all setup collect analyse test lint organism clean
 
+# Another model's activations go into a folder of their own; the analysis then reads that one.
+ifdef MODEL_NAME
+ACTIVATIONS_DIR ?= collected_activations_$(notdir $(MODEL_NAME))
+export MODEL_NAME ACTIVATIONS_DIR
+endif
+
 PYTHON := .venv/bin/python
 OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
 

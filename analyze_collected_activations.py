@@ -4,6 +4,7 @@ Writes the results as JSON and figures, and prints a table. Edit the constants; 
 take it from the collection's manifest.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from alignment_artifacts.statistics import MIN_PAIRS
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_json
 
-RAW_ACTIVATIONS_BASE_DIR = "collected_activations_output"
+RAW_ACTIVATIONS_BASE_DIR = os.environ.get("ACTIVATIONS_DIR", "collected_activations_output")
 ORIGINAL_PAIRS_JSON_FOR_ITERATION = "alignment_artifact_prompt_pairs.json"
 GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH = "prompt_list"
 NUM_LAYERS = None
