@@ -1,4 +1,4 @@
-"""Fast float32 products for MLX on Linux without a GPU. Import this before `mlx.core`.
+"""Fast float32 products for MLX on Linux without a GPU. Imported before `mlx.core`, see __init__.
 
 The Linux CPU wheel of MLX is linked against the reference BLAS, about 20 times slower than
 OpenBLAS. The dynamic linker resolves a symbol to the first library that was loaded with
@@ -7,16 +7,23 @@ and CUDA builds are never touched.
 """
 
 import ctypes
-import importlib.util
+import importlib.metadata
 import logging
 import platform
 
+LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
+
+
+def needs_openblas() -> bool:
+    """True for the CPU build of MLX on Linux."""
+    if platform.system() != "Linux":
+        return False
+    return not any(d.name.lower().startswith("mlx-cuda") for d in importlib.metadata.distributions() if d.name)
+
 
 def load_openblas() -> bool:
-    """Load a system OpenBLAS on a CPU-only Linux. True if there is nothing left to wish for."""
-    if platform.system() != "Linux" or importlib.util.find_spec("mlx_cuda") or _has_cuda_backend():
-        return True
-    for name in ("libopenblas.so.0", "libopenblas.so"):
+    """Put a system OpenBLAS in place of the reference BLAS; false if there is none."""
+    for name in LIBRARIES:
         try:
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
@@ -25,20 +32,11 @@ def load_openblas() -> bool:
     return False
 
 
-def _has_cuda_backend() -> bool:
-    spec = importlib.util.find_spec("mlx")
-    if spec is None or not spec.submodule_search_locations:
-        return False
-    from pathlib import Path
-
-    return any(list(Path(p).glob("lib/libmlx*cuda*")) for p in spec.submodule_search_locations)
-
-
-HAS_FAST_BLAS = load_openblas()
+IS_SLOW = needs_openblas() and not load_openblas()
 
 
 def warn_if_slow() -> None:
-    if not HAS_FAST_BLAS:
+    if IS_SLOW:
         logging.getLogger(__name__).warning(
             "OpenBLAS not found: matrix products will be about 20 times slower (apt install libopenblas0)."
         )
