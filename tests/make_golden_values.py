@@ -30,7 +30,32 @@ def gemma3(**changes):
     return transformers.Gemma3ForCausalLM(config)
 
 
-MODELS = {"gemma3": gemma3}
+def gemma1():
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**SMALL, num_hidden_layers=3))
+
+
+def gemma2():
+    config = transformers.Gemma2Config(
+        **SMALL, num_hidden_layers=4, sliding_window=WINDOW, query_pre_attn_scalar=10,
+        attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
+    )  # fmt: skip
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def gemma3_multimodal():
+    """The layout of the 4B, 12B and 27B checkpoints: a text tower with scaled RoPE beside a vision tower."""
+    text = dict(
+        **SMALL, num_hidden_layers=4, sliding_window=WINDOW, query_pre_attn_scalar=10, sliding_window_pattern=3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+MODELS = {"gemma1": gemma1, "gemma2": gemma2, "gemma3": gemma3, "gemma3_multimodal": gemma3_multimodal}
 
 
 def randomise(model) -> None:
@@ -52,7 +77,7 @@ def record_sites(model, tokens) -> dict:
 
         return hook
 
-    decoder = model.model
+    decoder = getattr(model.model, "language_model", model.model)
     for i, layer in enumerate(decoder.layers):
         name = f"model.layers.{i}"
         for path, module in ((".output", layer), (".self_attn.output", layer.self_attn), (".mlp.output", layer.mlp)):

@@ -14,6 +14,7 @@ from gemma_refactored.model_architecture import GLOBAL, SLIDING, Gemma, GemmaCon
 from .conftest import GOLDEN, relative_error
 
 TOLERANCE = 1e-4
+GOLDEN_MODELS = sorted(folder.name for folder in GOLDEN.iterdir())
 
 
 def load_golden(name):
@@ -24,7 +25,7 @@ def load_golden(name):
     return model, mx.load(str(folder / "golden.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["gemma3"])
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_logits_and_every_site_agree_with_transformers(name):
     model, golden = load_golden(name)
     sites = [site for site in golden if site not in ("tokens", "logits")]
@@ -38,7 +39,7 @@ def test_logits_and_every_site_agree_with_transformers(name):
         assert relative_error(seen, golden[site]) < TOLERANCE, site
 
 
-@pytest.mark.parametrize("name", ["gemma3"])
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
 def test_reading_attention_weights_changes_nothing_else(name):
     model, golden = load_golden(name)
     site = "model.layers.0.self_attn.weights"
