@@ -82,7 +82,7 @@ def run() -> None:
     plots.plot_categories(categories, RESULTS_DIR / "figures" / "alignment_artifacts_by_category.png")
     plots.plot_layer_pattern(pattern, RESULTS_DIR / "figures" / "layer_analysis.png")
     print_table(result)
-    print(f"\nNumbers: {RESULTS_JSON}  plot: {PLOT_PNG}  by category and layer: {RESULTS_DIR}/")
+    print(f"\nNumbers: {RESULTS_JSON}\nPlot:    {PLOT_PNG}\nBy category, layer and step: {RESULTS_DIR}/")
 
 
 def report_excluded(data, total: int) -> None:

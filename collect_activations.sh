@@ -20,8 +20,8 @@ OUTPUT_DIR="${OUTPUT_DIR:-inference_output}"
 if [ -z "${PYTHON:-}" ]; then
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
 fi
-if ! "$PYTHON" -c "import mlx.core, mlx_lm, transformers" 2>/dev/null; then
-  echo "Error: MLX is not installed for $PYTHON. Run \`make\`, or: pip install -r requirements.txt" >&2
+if ! "$PYTHON" -c "import importlib.util as u; assert all(map(u.find_spec, ('mlx', 'mlx_lm', 'transformers')))" 2>/dev/null; then
+  echo "Error: MLX or mlx-lm is not installed for $PYTHON. Run \`make\`, or: pip install -r requirements.txt" >&2
   exit 2
 fi
 

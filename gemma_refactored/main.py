@@ -83,9 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
         prompts = load_prompts(arguments.prompts_file) if from_file else prompts_from_arguments(arguments.prompts)
     loaded = load(arguments.model or DEFAULT_MODEL, arguments.keep_precision)
     log.info(
-        "Model: %s (%d layers, hidden %d, %s parameters, %s) on %s",
-        loaded.name, loaded.num_layers, loaded.hidden_size,
-        _readable(loaded.num_parameters), loaded.dtype, device_description(),
+        "Model: %s (%d layers, %s parameters, %s) on %s",
+        loaded.name, loaded.num_layers, _readable(loaded.num_parameters), loaded.dtype, device_description(),
     )  # fmt: skip
     if arguments.list_sites:
         for site, shape in site_shapes(loaded.model).items():
@@ -200,12 +199,14 @@ def run_prompts(arguments: argparse.Namespace, loaded, prompts: list) -> None:
     results = [records[prompt] for prompt in prompts]
     save_results(Path(arguments.output_dir), results, {**loaded.facts(), **settings})
     seconds = time.perf_counter() - start
-    log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(pending), written, seconds, written / seconds)
+    if pending:
+        log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(pending), written, seconds, written / seconds)
     if arguments.verbose:
         for record in results:
             print(f"\n> {record['prompt']}\n{record['text']}")
-    where = f"; activations of {len(sites)} sites in {arguments.activations_dir}" if collection else ""
-    log.info("Answers in %s%s.", Path(arguments.output_dir) / "results.json", where)
+    log.info("Answers: %s", Path(arguments.output_dir) / "results.json")
+    if collection:
+        log.info("Activations of %d sites: %s", len(sites), arguments.activations_dir)
 
 
 def check_context(prompts: list, token_ids: list[list[int]], max_tokens: int, context_length: int) -> None:

@@ -105,7 +105,7 @@ def runs_on_linux_cpu() -> bool:
 
 def device_description() -> str:
     if mx.default_device() == mx.Device(mx.cpu):
-        return f"CPU ({platform.machine()})"
+        return "CPU"
     return f"GPU ({mx.device_info().get('device_name', 'unknown')})"
 
 
