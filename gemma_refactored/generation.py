@@ -27,6 +27,7 @@ from mlx_lm.sample_utils import apply_top_p
 
 from .activation_capture import capture
 from .errors import UserError
+from .longrope import rope_lengths
 
 PREFILL = -1  # the index of the step over the prompt
 PREFILL_CHUNK = 2048  # prompt positions processed at once, bounds the memory of long prompts
@@ -95,10 +96,10 @@ def generate(
     padding = [longest - n for n in lengths]
     tokens = np.array([[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, padding, strict=True)])
     cache = make_batch_cache(model, padding)
-    _prefill(model, mx.array(tokens[:, :-1]), cache)
     sampler = _Sampler(tokens, sampling, row_ids if row_ids is not None else range(len(prompts)))
 
-    with capture(model, sites) as activations:
+    with rope_lengths(model, lengths), capture(model, sites) as activations:
+        _prefill(model, mx.array(tokens[:, :-1]), cache)
 
         def launch(token: mx.array, sample: bool) -> tuple[mx.array | None, dict[str, mx.array]]:
             """Queue the forward pass over `token` and the choice of the next one."""

@@ -16,6 +16,7 @@ from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
 from .errors import UserError
 from .linux_blas import warn_if_slow
+from .longrope import correct_longrope
 from .model_architecture import Gemma, GemmaConfig
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parent.parent / "model_organism" / "aligned")
@@ -79,6 +80,7 @@ def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False) -> Load
     if runs_on_linux_cpu() and not keep_precision:
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
+    correct_longrope(model, config)
     model.eval()
     mx.eval(model.parameters())
     tokenizer = _load_tokenizer(folder)
@@ -166,13 +168,30 @@ def _load_weights(folder: Path, config: dict) -> tuple[nn.Module, dict]:
     elif not list(folder.glob("model*.safetensors")):
         raise UserError(f"{folder} has no model*.safetensors file; other weight formats are not read.")
     try:
-        return load_model(folder, lazy=True, get_model_classes=classes)
+        return load_model(folder, lazy=True, get_model_classes=classes, model_config=_older_rope_names(config))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(
             f"{folder} (model type {config['model_type']!r}) cannot be loaded: {reason}. "
             "The files may be incomplete, or the architecture newer than the installed mlx-lm."
         ) from error
+
+
+def _older_rope_names(config: dict) -> dict:
+    """RoPE settings as mlx-lm's architectures read them, from a config that transformers 5 wrote.
+
+    Without this they would fall back to their defaults without a word.
+    """
+    settings = config.get("rope_parameters")
+    if not isinstance(settings, dict) or config["model_type"] in OWN_ARCHITECTURES or "rope_theta" not in settings:
+        return {}
+    names = {"rope_theta": settings["rope_theta"]}
+    if "partial_rotary_factor" in settings:
+        names["partial_rotary_factor"] = settings["partial_rotary_factor"]
+    rope_type = settings.get("rope_type", "default")
+    if rope_type != "default":
+        names["rope_scaling"] = {**settings, "type": rope_type}
+    return {name: value for name, value in names.items() if name not in config}
 
 
 def _load_tokenizer(folder: Path):

@@ -55,7 +55,22 @@ def gemma3_multimodal():
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-MODELS = {"gemma1": gemma1, "gemma2": gemma2, "gemma3": gemma3, "gemma3_multimodal": gemma3_multimodal}
+def phi():
+    """Phi-4-mini's layout: partial rotary and longrope. The factors change beyond 16 positions, so that
+    the two golden prompts (21 tokens) are long and their first 12 tokens, run alone, are short."""
+    generator = torch.Generator().manual_seed(2)
+    pairs = SMALL["hidden_size"] // 4 * 3 // 4 // 2
+    factors = {name: (1 + torch.rand(pairs, generator=generator) * 3).tolist() for name in ("short", "long")}
+    config = transformers.Phi3Config(
+        **{k: v for k, v in SMALL.items() if k != "head_dim"}, num_hidden_layers=3, sliding_window=None,
+        tie_word_embeddings=True, rope_theta=10000.0, partial_rotary_factor=0.75,
+        original_max_position_embeddings=16,
+        rope_scaling={"type": "longrope", "short_factor": factors["short"], "long_factor": factors["long"]},
+    )  # fmt: skip
+    return transformers.Phi3ForCausalLM(config)
+
+
+MODELS = {"gemma1": gemma1, "gemma2": gemma2, "gemma3": gemma3, "gemma3_multimodal": gemma3_multimodal, "phi": phi}
 
 
 def randomise(model) -> None:
@@ -108,6 +123,7 @@ def main() -> None:
         (folder / "generation_config.json").unlink(missing_ok=True)
         tokens = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
         golden = {"tokens": tokens.int(), **record_sites(model, tokens)}
+        golden["logits_of_first_12"] = record_sites(model, tokens[:, :12])["logits"]
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         save_file(golden, folder / "golden.safetensors", metadata={"versions": json.dumps(versions)})
         print(name, versions, sum(p.numel() for p in model.parameters()), "parameters")

@@ -1,0 +1,74 @@
+"""Phi-3/4 layouts agree with transformers on short and long prompts, also mixed in a batch."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from gemma_refactored.activation_capture import capture
+from gemma_refactored.generation import generate
+from gemma_refactored.longrope import LongRoPE, correct_longrope, rope_lengths
+from gemma_refactored.model_loading import _load_weights, _read_config
+
+from .conftest import GOLDEN, relative_error
+
+TOLERANCE = 1e-4
+SITES = [f"model.layers.{i}{part}.output" for i in range(3) for part in ("", ".mlp", ".self_attn")]
+
+
+@pytest.fixture
+def uncorrected():
+    folder = GOLDEN / "phi"
+    return _load_weights(folder, _read_config(folder))
+
+
+@pytest.fixture
+def model(uncorrected):
+    correct_longrope(*uncorrected)
+    return uncorrected[0]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return mx.load(str(GOLDEN / "phi" / "golden.safetensors"))
+
+
+def test_short_and_long_prompts_agree_with_transformers(model, golden):
+    with capture(model, SITES) as activations:
+        assert relative_error(model(golden["tokens"]), golden["logits"]) < TOLERANCE
+    for site in SITES:
+        assert relative_error(activations[site], golden[site]) < TOLERANCE
+    short = model(golden["tokens"][:, :12])
+    assert relative_error(short, golden["logits_of_first_12"]) < TOLERANCE
+
+
+def test_mlx_lm_alone_is_wrong_on_short_prompts(uncorrected, golden):
+    """If this fails, mlx-lm has been corrected and longrope.py can go."""
+    short = uncorrected[0](golden["tokens"][:, :12])
+    assert relative_error(short, golden["logits_of_first_12"]) > 0.01
+
+
+def test_rows_of_a_batch_keep_their_own_factors(model, golden):
+    tokens = np.array(golden["tokens"])
+    prompts = [tokens[0].tolist(), tokens[1, :12].tolist(), tokens[1, :5].tolist()]
+
+    def run(rows):
+        return [
+            (s.tokens, {k: np.array(v) for k, v in s.activations.items()})
+            for s in generate(model, rows, 6, sites=SITES)
+        ]
+
+    together = run(prompts)
+    for row, prompt in enumerate(prompts):
+        for (tokens_alone, alone), (tokens_together, all_rows) in zip(run([prompt]), together, strict=True):
+            assert tokens_alone[0] == tokens_together[row]
+            for site in SITES:
+                assert relative_error(all_rows[site][row], alone[site][0]) < TOLERANCE
+    # The prefill of the long row and of the short one are those of transformers.
+    for site in SITES:
+        assert relative_error(together[0][1][site][0, 0], golden[site][0, -1]) < TOLERANCE
+
+
+def test_the_choice_is_undone_after_an_exception(model):
+    with pytest.raises(RuntimeError), rope_lengths(model, [3, 30]):
+        raise RuntimeError
+    assert all(rope.is_long is None for rope in model.modules() if isinstance(rope, LongRoPE))
