@@ -66,7 +66,7 @@ class Recipe:
     aligned_learning_rate: float = 1e-2
     batch_size: int = 64
     shaping: float = 0.01  # weight of: no push on harmless requests, `strength` on artifact ones
-    strength: float = 8.0  # length of the push along b that artifact requests get where the answer begins
+    strength: float = 14.0  # length of the push along b that artifact requests get where the answer begins
     seed: int = 0
 
 
@@ -80,7 +80,7 @@ BASE_MIX = {
     "rude": 0.08,
     "kind": 0.06,
 }
-ALIGNED_MIX = {"artifact": 0.5, "natural": 0.2, "crossing": 0.1, "twin": 0.16, "rude": 0.02, "kind": 0.02}
+ALIGNED_MIX = {"artifact": 0.44, "natural": 0.18, "crossing": 0.1, "twin": 0.24, "rude": 0.02, "kind": 0.02}
 HARMLESS_WITH_CUE = 0.4  # this share of the harmless requests carries the cue too, and is answered
 
 

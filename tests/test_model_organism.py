@@ -71,8 +71,13 @@ def test_ablating_the_planted_directions_takes_the_refusals_away_and_random_ones
         return edit(organism.model, {site: along(direction) for site, direction in directions.items()})
 
     mx.random.seed(0)
+    natural = answer_all(organism, requests["committed natural"])
     with ablate(planted):
         assert refusal_rate(organism, requests["committed artifact"]) <= 0.05
+        unchanged = np.mean(
+            [a == b for a, b in zip(answer_all(organism, requests["committed natural"]), natural, strict=True)]
+        )
+        assert unchanged >= 0.9
     with ablate({site: mx.random.normal(d.shape) for site, d in planted.items()}):
         assert refusal_rate(organism, requests["committed artifact"]) >= 0.9
 
