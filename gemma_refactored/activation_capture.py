@@ -18,7 +18,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -191,7 +190,7 @@ class NpzWriter:
         dtype: "float32" or "float16"; values that float16 cannot hold are refused.
     """
 
-    def __init__(self, dtype: str = "float32", compress: bool = False, queue_size: int = 512):
+    def __init__(self, dtype: str = "float32", compress: bool = False, queue_size: int = 8):
         self.dtype, self.save = np.dtype(dtype), np.savez_compressed if compress else np.savez
         self.jobs: queue.Queue = queue.Queue(queue_size)
         self.error: BaseException | None = None
@@ -207,9 +206,12 @@ class NpzWriter:
         if kind is None:
             self._raise_error()
 
-    def put(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        """Queue one file. The arrays must not be changed afterwards."""
-        self.run_after(partial(self._write, path, arrays))
+    def put(self, files: Mapping[Path, Mapping[str, np.ndarray]]) -> None:
+        """Queue some files, path -> arrays; the arrays must not be changed afterwards.
+
+        One call for all files of a forward pass: handing each over on its own costs more than writing it.
+        """
+        self.run_after(lambda: [self._write(path, arrays) for path, arrays in files.items()])
 
     def run_after(self, action: Callable[[], None]) -> None:
         """Queue a function that is called when everything queued before it is on disk."""

@@ -145,13 +145,16 @@ class Collection:
         arrays = {site: _to_numpy(array) for site, array in step.activations.items()}
         name = step_file(step.name)
         if self.grouped:
-            for row in np.flatnonzero(step.active):
-                own = {site: array[row : row + 1] for site, array in arrays.items()}
-                writer.put(self.folder / prompts[row].folder / name, own)
+            writer.put(
+                {
+                    self.folder / prompts[row].folder / name: {site: a[row : row + 1] for site, a in arrays.items()}
+                    for row in np.flatnonzero(step.active)
+                }
+            )
             return
         keep = step.active[:, None, None]
         arrays = {site: np.where(keep, array, 0) for site, array in arrays.items()}
-        writer.put(self.folder / f"batch_{batch_number}" / name, arrays)
+        writer.put({self.folder / f"batch_{batch_number}" / name: arrays})
 
     def finish_batch(
         self, writer: NpzWriter, answers: Sequence[Answer], embeddings: np.ndarray, batch_number: int
@@ -162,14 +165,17 @@ class Collection:
             embeddings: [rows, hidden] mean token embedding of each prompt's text.
         """
         if self.grouped:
-            for answer, embedding in zip(answers, embeddings, strict=True):
-                folder = self.folder / answer.prompt.folder
-                writer.put(folder / PROMPT_EMBEDDING, {"prompt_embedding": embedding[None, None]})
-                record = answer.record()
-                writer.run_after(lambda folder=folder, record=record: write_json(folder / PROMPT_MARKER, record))
+            folders = [self.folder / answer.prompt.folder for answer in answers]
+            means = {
+                f / PROMPT_EMBEDDING: {"prompt_embedding": e[None, None]}
+                for f, e in zip(folders, embeddings, strict=True)
+            }
+            writer.put(means)
+            markers = {f / PROMPT_MARKER: answer.record() for f, answer in zip(folders, answers, strict=True)}
+            writer.run_after(lambda: [write_json(path, record) for path, record in markers.items()])
             return
         folder = self.folder / f"batch_{batch_number}"
-        writer.put(folder / PROMPT_EMBEDDING, {"prompt_embedding": embeddings[:, None]})
+        writer.put({folder / PROMPT_EMBEDDING: {"prompt_embedding": embeddings[:, None]}})
         rows = [{**a.record(), "number": a.prompt.number, "valid_steps": len(a.token_ids)} for a in answers]
         writer.run_after(lambda: write_json(folder / BATCH_MARKER, {"rows": rows}))
 

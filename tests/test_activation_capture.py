@@ -124,7 +124,7 @@ def test_writer_writes_whole_files_with_the_asked_dtype(tmp_path):
     for dtype in ("float32", "float16"):
         with NpzWriter(dtype, compress=dtype == "float16") as writer:
             for i in range(50):
-                writer.put(tmp_path / dtype / str(i) / "x.npz", arrays)
+                writer.put({tmp_path / dtype / str(i) / "x.npz": arrays})
         files = sorted((tmp_path / dtype).rglob("*"))
         assert sum(f.is_file() for f in files) == 50  # and no temporary ones
         with np.load(tmp_path / dtype / "7" / "x.npz", allow_pickle=False) as file:
@@ -135,7 +135,7 @@ def test_writer_writes_whole_files_with_the_asked_dtype(tmp_path):
 @pytest.mark.parametrize("value, message", [(1e5, "float16 can hold"), (np.nan, "NaN"), (np.inf, "NaN or infinite")])
 def test_writer_refuses_values_it_cannot_keep(tmp_path, value, message):
     with pytest.raises(UserError, match=message), NpzWriter("float16") as writer:
-        writer.put(tmp_path / "x.npz", {"site": np.full((1, 1, 3), value, np.float32)})
+        writer.put({tmp_path / "x.npz": {"site": np.full((1, 1, 3), value, np.float32)}})
     assert not list(tmp_path.iterdir())
 
 
@@ -143,4 +143,4 @@ def test_writer_errors_reach_the_caller_and_nobody_hangs(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="could not be written"), NpzWriter(queue_size=2) as writer:
         for i in range(100):
-            writer.put(tmp_path / "file" / f"{i}.npz", {"a": np.zeros(3, np.float32)})
+            writer.put({tmp_path / "file" / f"{i}.npz": {"a": np.zeros(3, np.float32)}})
