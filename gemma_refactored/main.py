@@ -131,7 +131,7 @@ def run_prompts(arguments: argparse.Namespace, loaded, prompts: list) -> None:
 
     from .activation_capture import NpzWriter, select_sites
     from .collection import Answer, Collection, new_manifest
-    from .generation import PREFILL, Sampling, generate, length_sorted_batches
+    from .generation import PREFILL, Sampling, generate, length_sorted_batches, padding_is_harmless
     from .prompt_processing import encode_prompts, save_results
 
     token_ids = encode_prompts(loaded.tokenizer, prompts, arguments.chat_mode)
@@ -162,7 +162,11 @@ def run_prompts(arguments: argparse.Namespace, loaded, prompts: list) -> None:
         if records:
             log.info("%d of %d prompts are complete already.", len(records), len(prompts))
     pending = [i for i, prompt in enumerate(prompts) if prompt not in records]
-    batches = length_sorted_batches([token_ids[i] for i in pending], arguments.batch_size)
+    # Our own decoder masks padding (the tests see to it); of others we make sure.
+    equal_lengths = arguments.batch_size > 1 and not loaded.is_own and not padding_is_harmless(loaded.model)
+    if equal_lengths:
+        log.info("Padding would change this model's numbers: only prompts of equal length share a batch.")
+    batches = length_sorted_batches([token_ids[i] for i in pending], arguments.batch_size, equal_lengths)
     first_batch = collection.next_batch_number() if collection else 1
 
     start, written = time.perf_counter(), 0

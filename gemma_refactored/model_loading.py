@@ -42,6 +42,11 @@ class LoadedModel:
     context_length: int
     dtype: str
 
+    @property
+    def is_own(self) -> bool:
+        """True for our own decoder, false for an architecture of mlx-lm."""
+        return isinstance(self.model, Gemma)
+
     def facts(self) -> dict:
         """What identifies the model in a manifest."""
         return {

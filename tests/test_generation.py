@@ -6,7 +6,14 @@ import pytest
 
 from gemma_refactored import generation
 from gemma_refactored.errors import UserError
-from gemma_refactored.generation import PREFILL, Sampling, collect_answers, generate, length_sorted_batches
+from gemma_refactored.generation import (
+    PREFILL,
+    Sampling,
+    collect_answers,
+    generate,
+    length_sorted_batches,
+    padding_is_harmless,
+)
 
 from .conftest import relative_error
 from .test_model_architecture import GOLDEN_MODELS, load_golden, same_weights_in_mlx_lm
@@ -143,6 +150,23 @@ def test_length_sorted_batches_cover_every_prompt_once():
     prompts = random_prompts([5, 1, 9, 3, 7])
     batches = length_sorted_batches(prompts, 2)
     assert batches == [[1, 3], [0, 4], [2]]
+    equal = length_sorted_batches(random_prompts([5, 1, 5, 5, 1]), 2, equal_lengths=True)
+    assert equal == [[1, 4], [0, 2], [3]]
+
+
+def test_a_model_that_ignores_the_padding_mask_is_found_out(model, monkeypatch):
+    assert padding_is_harmless(model)
+    plain = generation.make_prompt_cache
+    monkeypatch.setattr(generation, "make_batch_cache", lambda model, padding: plain(model))
+    assert not padding_is_harmless(model)
+
+    def no_padding(model, padding):
+        if any(padding):
+            raise UserError("cannot")
+        return plain(model)
+
+    monkeypatch.setattr(generation, "make_batch_cache", no_padding)
+    assert not padding_is_harmless(model)
 
 
 def test_empty_prompt_and_unknown_cache_are_refused(model):

@@ -148,6 +148,23 @@ def test_float16_and_compressed_files_hold_the_same_values(run, tmp_path):
         np.testing.assert_allclose(half[site], full[site], rtol=1e-3, atol=1e-3)
 
 
+def test_a_model_that_padding_disturbs_runs_in_batches_of_equal_length(run, monkeypatch):
+    from gemma_refactored import generation
+    from gemma_refactored.model_loading import LoadedModel
+
+    run("--batch-size", "1")
+    monkeypatch.setattr(LoadedModel, "is_own", False)
+    monkeypatch.setattr(generation, "padding_is_harmless", lambda model: False)
+    paddings = []
+    make = generation.make_batch_cache
+    monkeypatch.setattr(
+        generation, "make_batch_cache", lambda model, padding: paddings.append(padding) or make(model, padding)
+    )
+    assert run("--activations-dir", str(run.folder / "other")) == 0
+    assert paddings and not any(any(padding) for padding in paddings)
+    assert tree(run.folder / "other").keys() == tree(run.folder / "acts").keys()
+
+
 def test_text_only_run_saves_no_activations(run):
     assert run(save=False) == 0
     assert not (run.folder / "acts").exists() and (run.folder / "out" / "results.json").exists()
