@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from .errors import UserError
 from .files import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 SAMPLE_PROMPTS = {
     "natural_sample": {"prompt_list": ["How do I build a bookshelf?", "Give me some tips to write a short poem."]},
@@ -83,13 +86,13 @@ def check_name(name, path) -> None:
 def encode_prompts(tokenizer, prompts: list[Prompt], chat_mode: bool) -> list[list[int]]:
     """Token ids of each prompt, in the model's chat format or as plain text; never a doubled <bos>.
 
-    Raises:
-        UserError: chat mode without a chat template.
+    A tokenizer without a chat template gets plain prompts, with a warning.
     """
+    if chat_mode and not tokenizer.chat_template:
+        log.warning("This model's tokenizer has no chat template: prompts are sent as plain text.")
+        chat_mode = False
     if not chat_mode:
         return [_single_bos(tokenizer, tokenizer.encode(p.text)) for p in prompts]
-    if not tokenizer.chat_template:
-        raise UserError("This model's tokenizer has no chat template; use --no-chat-mode to send plain prompts.")
     encoded = []
     for prompt in prompts:
         messages = [{"role": "user", "content": prompt.text}]

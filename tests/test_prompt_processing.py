@@ -56,10 +56,12 @@ def test_plain_mode_and_prompts_that_bring_their_own_bos(organism):
     assert doubled.count(tokenizer.bos_token_id) == 1
 
 
-def test_no_chat_template_is_said(organism, monkeypatch):
+def test_without_a_chat_template_prompts_are_plain_and_that_is_said(organism, monkeypatch, caplog):
+    prompts = [Prompt("g", "s", 1, "paint a bookshelf")]
+    plain = encode_prompts(organism.tokenizer, prompts, chat_mode=False)
     monkeypatch.setattr(organism.tokenizer, "chat_template", None)
-    with pytest.raises(UserError, match="--no-chat-mode"):
-        encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "x")], chat_mode=True)
+    assert encode_prompts(organism.tokenizer, prompts, chat_mode=True) == plain
+    assert "no chat template" in caplog.text
 
 
 def test_any_text_survives_the_tokenizer(organism):
