@@ -6,6 +6,7 @@ take it from the collection's manifest.
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from alignment_artifacts.activation_set import load_activation_set
@@ -109,7 +110,7 @@ def print_table(result: dict) -> None:
     if nested := result["best_layer_nested"]:
         d, accuracy = _number(nested["cohens_d"]), nested["accuracy"]
         print(f"Best layer chosen inside the folds: d = {d}, accuracy {accuracy:.1%}.")
-    print(f"\n{_wrap(result['summary'])}")
+    print("\n" + textwrap.fill(result["summary"], 78))
 
 
 def _print_row(name: str, record: dict, prompt_end: dict | None = None) -> None:
@@ -125,12 +126,6 @@ def _print_row(name: str, record: dict, prompt_end: dict | None = None) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _wrap(text: str) -> str:
-    import textwrap
-
-    return textwrap.fill(text, 78)
 
 
 if __name__ == "__main__":

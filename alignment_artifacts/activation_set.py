@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import read_json
+from gemma_refactored.files import MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file
 
-from .pairs import SIDES, Pair
+from .pairs import SIDES, SUBCATEGORY, Pair
 
 POSITIONS = ("prompt_end", "generated", "all")
 DEFAULT_KEY = "model.layers.{layer_idx}.mlp.output"
@@ -80,7 +80,7 @@ def find_key_pattern(manifest: dict, folder: Path) -> str:
 def load_activation_set(
     folder: str | Path,
     pairs: list[Pair],
-    subcategory: str = "prompt_list",
+    subcategory: str = SUBCATEGORY,
     key_pattern: str | None = None,
     num_layers: int | None = None,
     num_steps: int | None = None,
@@ -97,7 +97,7 @@ def load_activation_set(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no collection in {folder}; run `bash collect_activations.sh` first.")
-    manifest_path = folder / "manifest.json"
+    manifest_path = folder / MANIFEST
     manifest = read_json(manifest_path, "manifest") if manifest_path.exists() else {}
     key_pattern = key_pattern or find_key_pattern(manifest, folder)
     steps_there = manifest.get("max_tokens")
@@ -106,9 +106,7 @@ def load_activation_set(
     num_steps = num_steps if num_steps is not None else steps_there
 
     places = {p: [folder / p.group(side) / subcategory / "batch_1" for side in SIDES] for p in pairs}
-    first = next(
-        (f for fs in places.values() for d in fs for f in [d / "activations_step_prefill.npz"] if f.exists()), None
-    )
+    first = next((f for fs in places.values() for d in fs for f in [d / step_file("prefill")] if f.exists()), None)
     if first is None:
         raise UserError(f"{folder} holds none of the prompt pairs' activations; run `bash collect_activations.sh`.")
     layers, hidden = _shape_of(first, key_pattern)
@@ -117,8 +115,7 @@ def load_activation_set(
             raise UserError(f"{name} is {wanted}, but the files in {folder} have {there}; None takes it from them.")
     if num_steps is None:
         num_steps = (
-            max((_step_number(f) for d in places[pairs[0]] for f in d.glob("activations_step_[0-9]*.npz")), default=-1)
-            + 1
+            max((_step_number(f) for d in places[pairs[0]] for f in d.glob(step_file("[0-9]*"))), default=-1) + 1
         )
 
     values = np.zeros((len(pairs), 2, num_steps + 1, layers, hidden), np.float32)
@@ -130,7 +127,7 @@ def load_activation_set(
         reason = None
         for side, place in enumerate(places[pair]):
             reason = reason or _read_prompt(place, keys, values[i, side], valid[i, side])
-            embedding = place / "prompt_embedding.npz"
+            embedding = place / PROMPT_EMBEDDING
             if reason is None and has_embeddings and embedding.exists():
                 row = _read_npz(embedding)["prompt_embedding"].ravel()
                 has_embeddings = row.size == hidden
@@ -153,12 +150,12 @@ def load_activation_set(
 
 def _read_prompt(place: Path, keys: list[str], values: np.ndarray, valid: np.ndarray) -> str | None:
     """Fill one prompt's [steps, layers, hidden]; returns why it cannot be used, if it cannot."""
-    if not (place / "activations_step_prefill.npz").exists():
-        return f"not collected: {place} has no activations_step_prefill.npz"
+    if not (place / step_file("prefill")).exists():
+        return f"not collected: {place} has no {step_file('prefill')}"
     # Without a manifest (or with an older one) there are no markers; then all files count.
     last = _answer_length(place)
     for step in range(values.shape[0]):
-        path = place / f"activations_step_{step - 1 if step else 'prefill'}.npz"
+        path = place / step_file(str(step - 1) if step else "prefill")
         if not path.exists():
             if last is not None and step - 1 < min(last, values.shape[0] - 1):
                 return f"a step is missing: {path}"
@@ -177,7 +174,7 @@ def _read_prompt(place: Path, keys: list[str], values: np.ndarray, valid: np.nda
 
 
 def _answer_length(place: Path) -> int | None:
-    marker = place / "prompt.json"
+    marker = place / PROMPT_MARKER
     return len(read_json(marker, "prompt marker")["token_ids"]) if marker.exists() else None
 
 

@@ -94,17 +94,21 @@ def _best_layer(grams: list[st.Gram], folds: np.ndarray, settings: Settings) -> 
     }
 
 
+def headline_positions(data: ActivationSet) -> str:
+    """The generated tokens; the prompt's end where none were collected."""
+    return "generated" if data.values.shape[2] > 1 else "prompt_end"
+
+
 def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
     """The main result: `alignment_artifact_analysis_results.json` as a dictionary."""
     strata = np.array([pair.category for pair in data.pairs])
-    by_position = {}
-    for positions in ("generated", "prompt_end"):
-        if positions == "generated" and data.values.shape[2] == 1:
-            positions = "prompt_end"  # collected without any generated token
-        by_position[positions] = score_layers(
+    by_position = {
+        positions: score_layers(
             data.prompt_vectors(positions), strata, settings, lambda layer, p=positions: data.step_vectors(p, layer)
         )
-    headline = by_position.get("generated", by_position["prompt_end"])
+        for positions in {headline_positions(data), "prompt_end"}
+    }
+    headline = by_position[headline_positions(data)]
     lexical = None
     if data.prompt_embeddings is not None:
         lexical = score_layers(data.prompt_embeddings[:, :, None], strata, settings).layers[0]
@@ -127,7 +131,7 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
 def analyse_categories(data: ActivationSet, settings: Settings) -> dict:
     """Per category the same per-layer records, from that category's pairs alone."""
     labels = np.array([pair.category for pair in data.pairs])
-    positions = "generated" if data.values.shape[2] > 1 else "prompt_end"
+    positions = headline_positions(data)
     vectors = data.prompt_vectors(positions)
     categories = {}
     for category in dict.fromkeys(labels):

@@ -14,7 +14,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,10 @@ import numpy as np
 
 from .activation_capture import NpzWriter
 from .errors import UserError
-from .files import read_json, write_json
+from .files import BATCH_MARKER, MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file, write_json
 from .generation import Step
 from .prompt_processing import Prompt
 
-MANIFEST, PROMPT_MARKER, BATCH_MARKER = "manifest.json", "prompt.json", "batch.json"
-PROMPT_EMBEDDING = "prompt_embedding.npz"  # mean token embedding of the prompt: the lexical baseline
 # Settings that may differ between a run and its continuation without changing any number.
 FREE_SETTINGS = ("created", "finished", "versions", "machine", "batch_size", "prompts", "complete")
 
@@ -53,10 +51,6 @@ class Answer:
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
         }
-
-
-def step_file(step_name: str) -> str:
-    return f"activations_step_{step_name}.npz"
 
 
 def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -> dict:
@@ -140,7 +134,15 @@ class Collection:
         numbers = [int(p.parent.name.split("_")[1]) for p in self.folder.glob(f"batch_*/{BATCH_MARKER}")]
         return max(numbers, default=0) + 1
 
-    def write_step(self, writer: NpzWriter, step: Step, prompts: Sequence[Prompt], batch_number: int) -> None:
+    def write_steps(
+        self, writer: NpzWriter, steps: Iterable[Step], prompts: Sequence[Prompt], batch_number: int
+    ) -> Iterator[Step]:
+        """Pass the steps of a batch on, each one queued for writing."""
+        for step in steps:
+            self._write_step(writer, step, prompts, batch_number)
+            yield step
+
+    def _write_step(self, writer: NpzWriter, step: Step, prompts: Sequence[Prompt], batch_number: int) -> None:
         """Queue the files of one forward pass. Rows that have ended write nothing (flat: zeros)."""
         arrays = {site: _to_numpy(array) for site, array in step.activations.items()}
         name = step_file(step.name)

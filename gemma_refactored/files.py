@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what they are called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ import os
 from pathlib import Path
 
 from .errors import UserError
+
+# The names inside a folder of activations, for the runtime that writes it and the science that reads it.
+MANIFEST, PROMPT_MARKER, BATCH_MARKER = "manifest.json", "prompt.json", "batch.json"
+PROMPT_EMBEDDING = "prompt_embedding.npz"  # mean token embedding of the prompt: the lexical baseline
+
+
+def step_file(step_name: str) -> str:
+    """File of one forward pass: "prefill", or the number of the generated token it read."""
+    return f"activations_step_{step_name}.npz"
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ not either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -238,8 +238,12 @@ def penalise_repetition(logits: mx.array, recent: mx.array, penalty: float) -> m
     return mx.put_along_axis(logits, recent, values, axis=-1)
 
 
-def collect_answers(steps: Iterator[Step]) -> list[list[int]]:
-    """Run `generate` to its end; the tokens that each row wrote, end token not included."""
+def collect_answers(steps: Iterator[Step], progress: Callable[[int], object] = lambda tokens: None) -> list[list[int]]:
+    """Run `generate` to its end; the tokens that each row wrote, end token not included.
+
+    Args:
+        progress: called after each step with the number of tokens that it read.
+    """
     answers: list[list[int]] = []
     for step in steps:
         if step.index == PREFILL:
@@ -247,4 +251,5 @@ def collect_answers(steps: Iterator[Step]) -> list[list[int]]:
             continue
         for row in np.flatnonzero(step.active):
             answers[row].append(int(step.tokens[row]))
+        progress(int(step.active.sum()))
     return answers

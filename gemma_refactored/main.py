@@ -131,7 +131,7 @@ def run_prompts(arguments: argparse.Namespace, loaded, prompts: list) -> None:
 
     from .activation_capture import NpzWriter, select_sites
     from .collection import Answer, Collection, new_manifest
-    from .generation import PREFILL, Sampling, generate, length_sorted_batches, padding_is_harmless
+    from .generation import Sampling, collect_answers, generate, length_sorted_batches, padding_is_harmless
     from .prompt_processing import encode_prompts, save_results
 
     token_ids = encode_prompts(loaded.tokenizer, prompts, arguments.chat_mode)
@@ -177,18 +177,13 @@ def run_prompts(arguments: argparse.Namespace, loaded, prompts: list) -> None:
         for batch_number, batch in enumerate(batches, first_batch):
             rows = [pending[i] for i in batch]
             own = [prompts[i] for i in rows]
-            answers = [[] for _ in rows]
             steps = generate(
                 loaded.model, [token_ids[i] for i in rows], arguments.max_tokens, sampling, end_tokens, sites, rows
             )
-            for step in steps:
-                if step.index != PREFILL:
-                    for row in step.active.nonzero()[0]:
-                        answers[row].append(int(step.tokens[row]))
-                    progress.update(int(step.active.sum()))
-                    written += int(step.active.sum())
-                if collection:
-                    collection.write_step(writer, step, own, batch_number)
+            if collection:
+                steps = collection.write_steps(writer, steps, own, batch_number)
+            answers = collect_answers(steps, progress.update)
+            written += sum(map(len, answers))
             texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
             finished = [
                 Answer(p, len(token_ids[i]), ids, text, "length" if len(ids) == arguments.max_tokens else "stop")
