@@ -126,7 +126,7 @@ def load_activation_set(
     for i, pair in enumerate(progress(pairs)):
         reason = None
         for side, place in enumerate(places[pair]):
-            reason = reason or _read_prompt(place, keys, values[i, side], valid[i, side])
+            reason = reason or _read_prompt(place, keys, values[i, side], valid[i, side], needs_marker=bool(manifest))
             embedding = place / PROMPT_EMBEDDING
             if reason is None and has_embeddings and embedding.exists():
                 row = _read_npz(embedding)["prompt_embedding"].ravel()
@@ -148,12 +148,13 @@ def load_activation_set(
     )  # fmt: skip
 
 
-def _read_prompt(place: Path, keys: list[str], values: np.ndarray, valid: np.ndarray) -> str | None:
+def _read_prompt(place: Path, keys: list[str], values: np.ndarray, valid: np.ndarray, needs_marker: bool) -> str | None:
     """Fill one prompt's [steps, layers, hidden]; returns why it cannot be used, if it cannot."""
     if not (place / step_file("prefill")).exists():
         return f"not collected: {place} has no {step_file('prefill')}"
-    # Without a manifest (or with an older one) there are no markers; then all files count.
     last = _answer_length(place)
+    if last is None and needs_marker:  # only files without a manifest (an older collection) have no markers
+        return f"not complete: {place} has no {PROMPT_MARKER}"
     for step in range(values.shape[0]):
         path = place / step_file(str(step - 1) if step else "prefill")
         if not path.exists():

@@ -76,7 +76,8 @@ def test_settings_may_be_given_but_not_contradict_the_files(folder):
 
 
 def test_without_a_manifest_the_files_speak(folder):
-    (folder / "manifest.json").unlink()
+    for file in ("manifest.json", *(f"{p.group(s)}/prompt_list/batch_1/prompt.json" for p in PAIRS for s in SIDES)):
+        (folder / file).unlink()
     data = load_activation_set(folder, PAIRS)
     assert data.values.shape == (6, 2, STEPS + 1, LAYERS, HIDDEN) and data.manifest == {}
 
@@ -90,6 +91,13 @@ def test_incomplete_pairs_are_left_out_and_named(folder):
         ("t_2", "not collected"), ("t_4", "a step is missing"),
     ]  # fmt: skip
     assert len(data.values) == len(data.valid) == len(data.prompt_embeddings) == 4
+
+
+def test_a_prompt_that_was_interrupted_is_not_taken_for_a_short_one(folder):
+    (place(folder, 2, 0) / "prompt.json").unlink()
+    (place(folder, 2, 0) / "activations_step_3.npz").unlink()
+    excluded = load_activation_set(folder, PAIRS).excluded
+    assert [(e["pair"], e["reason"].split(":")[0]) for e in excluded] == [("t_2", "not complete")]
 
 
 def test_an_empty_answer_excludes_its_pair(folder):
