@@ -1,6 +1,6 @@
 # `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
-.PHONY: all setup collect analyse test organism clean
+.PHONY: all setup collect check analyse test organism clean
 
 # Another model's activations go into a folder of their own; the analysis then reads that one.
 ifdef MODEL_NAME
@@ -11,7 +11,7 @@ endif
 PYTHON := .venv/bin/python
 OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
 
-all: collect analyse
+all: collect check analyse
 
 # A Linux without a GPU wants OpenBLAS (20 times faster products); try to get it where we may.
 setup: .venv/.installed
@@ -25,6 +25,9 @@ setup: .venv/.installed
 
 collect: setup
 	bash collect_activations.sh
+
+check: setup               # batch = single, cached = uncached, capture on = off, .. on this machine
+	$(PYTHON) run_model.py --check $(if $(MODEL_NAME),--model $(MODEL_NAME)) $(if $(ACTIVATIONS_DIR),--activations-dir $(ACTIVATIONS_DIR))
 
 analyse: setup
 	$(PYTHON) analyze_collected_activations.py

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from alignment_artifacts.activation_set import load_activation_set
+from alignment_artifacts.activation_set import certificate_verdict, load_activation_set
 from alignment_artifacts.analysis import Settings, analyse, analyse_categories, analyse_layers_and_steps
 from alignment_artifacts.pairs import load_pairs
 from alignment_artifacts.statistics import MIN_PAIRS
@@ -70,7 +70,9 @@ def run() -> None:
         f"Model: {data.manifest.get('model', 'unknown')} "
         f"({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs"
     )
-    result = analyse(data, settings, config)
+    verdict = certificate_verdict(RAW_ACTIVATIONS_BASE_DIR, data.manifest)
+    print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))
+    result = {**analyse(data, settings, config), "certificate": verdict}
     categories = analyse_categories(data, settings)
     pattern = analyse_layers_and_steps(data, result, settings)
     write_json(RESULTS_JSON, result)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file
+from gemma_refactored.files import CERTIFICATE, MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file
 
 from .pairs import SIDES, SUBCATEGORY, Pair
 
@@ -66,9 +66,24 @@ class ActivationSet:
         return tuple(self.values[:, side, :, layer][mask[:, side]] for side in range(2))
 
 
+def certificate_verdict(folder: str | Path, manifest: dict) -> str:
+    """What `run_model.py --check` found for the model and precision of a collection, in a few words."""
+    path = Path(folder) / CERTIFICATE
+    if not path.exists():
+        return "none (python run_model.py --check issues one)"
+    certificate = read_json(path, "certificate")
+    if certificate["model_revision"] != manifest.get("model_revision"):
+        return f"for another model ({certificate['model']}); run run_model.py --check again"
+    if certificate["dtype"] != manifest.get("weights_dtype"):
+        return f"for {certificate['dtype']}, but this was collected in {manifest.get('weights_dtype')}"
+    failed = [check["name"] for check in certificate["checks"] if check["passed"] is False]
+    detail = f": {', '.join(failed)}" if failed else f", tolerance {certificate['tolerance']:g}"
+    return f"{certificate['verdict']} on {certificate['device']} in {certificate['dtype']}{detail}"
+
+
 def find_key_pattern(manifest: dict, folder: Path) -> str:
     """The site pattern of a collection, with {layer_idx} for the layer number."""
-    patterns = {re.sub(r"\.layers\.\d+\.", ".layers.{layer_idx}.", site) for site in manifest.get("sites", [])}
+    patterns = {re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1) for site in manifest.get("sites", [])}
     patterns = sorted(p for p in patterns if "{layer_idx}" in p)
     if DEFAULT_KEY in patterns or not patterns:
         return DEFAULT_KEY

@@ -46,6 +46,12 @@ def _natural_order(site: str) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in site.split(".")]
 
 
+def block_sites(model: nn.Module) -> list[str]:
+    """The residual stream after each block, whatever the architecture calls its blocks."""
+    names = {id(module): site for site, module in modules_by_site(model).items()}
+    return [names[id(block)] for block in model.layers]
+
+
 def site_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape each site has for one row of three tokens, found by a forward pass.
 

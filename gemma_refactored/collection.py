@@ -23,7 +23,16 @@ import numpy as np
 
 from .activation_capture import NpzWriter
 from .errors import UserError
-from .files import BATCH_MARKER, MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file, write_json
+from .files import (
+    BATCH_MARKER,
+    CERTIFICATE,
+    MANIFEST,
+    PROMPT_EMBEDDING,
+    PROMPT_MARKER,
+    read_json,
+    step_file,
+    write_json,
+)
 from .generation import Step
 from .prompt_processing import Prompt
 
@@ -85,7 +94,7 @@ class Collection:
             self._remove_old()
         elif path.exists():
             self._check_same_settings(read_json(path, "manifest"))
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(f.name != CERTIFICATE for f in folder.iterdir()):
             raise UserError(
                 f"{folder} is not empty and has no {MANIFEST}, so it is not a collection; choose another folder."
             )

@@ -10,6 +10,7 @@ from .errors import UserError
 
 # The names inside a folder of activations, for the runtime that writes it and the science that reads it.
 MANIFEST, PROMPT_MARKER, BATCH_MARKER = "manifest.json", "prompt.json", "batch.json"
+CERTIFICATE = "certificate.json"  # what `run_model.py --check` found, beside the manifest
 PROMPT_EMBEDDING = "prompt_embedding.npz"  # mean token embedding of the prompt: the lexical baseline
 
 

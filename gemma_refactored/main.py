@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep-precision", action="store_true", help="Linux CPU: do not expand weights to float32")
     add("--ignore-end-tokens", action="store_true", help="write on after the end of the turn")
     add("--list-sites", action="store_true", help="print every site of the model with its shape, and stop")
+    add("--check", action="store_true", help="certify this model on this machine (see README), and stop")
     add("--create-sample-prompts", metavar="FILE", help="write an example prompts file, and stop")
     add("--verbose", "-v", action="store_true", help="print the answers")
     add("--quiet", "-q", action="store_true", help="print errors only")
@@ -47,30 +48,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code (0, or 2 for bad input)."""
+    """Run the command line; the exit code (0; 1 for a failed --check, 2 for bad input)."""
     arguments = build_parser().parse_args(argv)
     level = logging.ERROR if arguments.quiet else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        run(arguments)
+        return run(arguments)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted. Complete prompts are kept; run the same command again to continue.", file=sys.stderr)
         return 130
-    return 0
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code: 0, or 1 for a model that fails its check."""
     if arguments.create_sample_prompts:
         from .files import write_json
         from .prompt_processing import SAMPLE_PROMPTS
 
         write_json(Path(arguments.create_sample_prompts), SAMPLE_PROMPTS)
         log.info("Wrote %s.", arguments.create_sample_prompts)
-        return
+        return 0
     check_arguments(arguments)
     # Heavy imports only now, so that --help and mistakes are answered at once.
     from .activation_capture import site_shapes
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     from .prompt_processing import load_prompts, prompts_from_arguments
 
     prompts = []
-    if not arguments.list_sites:
+    if not (arguments.list_sites or arguments.check):
         from_file = arguments.prompts_file is not None
         prompts = load_prompts(arguments.prompts_file) if from_file else prompts_from_arguments(arguments.prompts)
     loaded = load(arguments.model or DEFAULT_MODEL, arguments.keep_precision)
@@ -89,13 +90,19 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.list_sites:
         for site, shape in site_shapes(loaded.model).items():
             print(f"{site}  {list(shape)}")
-        return
+        return 0
+    if arguments.check:
+        from .certificate import certify_and_save
+
+        return 0 if certify_and_save(loaded, Path(arguments.activations_dir)) else 1
     run_prompts(arguments, loaded, prompts)
+    return 0
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for what argparse cannot see."""
-    if not arguments.list_sites and (arguments.prompts is None) == (arguments.prompts_file is None):
+    needs_prompts = not (arguments.list_sites or arguments.check)
+    if needs_prompts and (arguments.prompts is None) == (arguments.prompts_file is None):
         raise UserError("Give either --prompts or --prompts-file (see --create-sample-prompts).")
     limits = {
         "batch_size": (1, 100_000), "max_tokens": (0, 1_000_000), "temp": (0, 100), "top_p": (1e-9, 1),

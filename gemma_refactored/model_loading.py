@@ -31,6 +31,7 @@ class LoadedModel:
     """A model with everything needed to run it and to say later which one it was."""
 
     name: str
+    folder: Path
     model: nn.Module
     tokenizer: object  # a transformers tokenizer
     config: dict
@@ -93,6 +94,7 @@ def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False) -> Load
     dtype = str(next(v.dtype for _, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating)))
     return LoadedModel(
         name=display_name(name),
+        folder=folder,
         model=model,
         tokenizer=tokenizer,
         config=config,
@@ -104,6 +106,13 @@ def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False) -> Load
         context_length=text.get("max_position_embeddings") or 2**31,
         dtype=dtype.removeprefix("mlx.core."),
     )
+
+
+def float32_weights(loaded: LoadedModel) -> dict[str, mx.array]:
+    """What the weights on disk stand for: loaded anew, expanded, by name."""
+    model = dequantize_model(_load_weights(loaded.folder, _read_config(loaded.folder))[0])
+    model.set_dtype(mx.float32)
+    return dict(tree_flatten(model.parameters()))
 
 
 def runs_on_linux_cpu() -> bool:
@@ -247,8 +256,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def find_embedding(model: nn.Module) -> nn.Module:
-    """The token embedding: the first embedding module in the tree, whatever it is called."""
-    for _, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
-            return module
-    raise UserError("This model has no token embedding module.")
+    """The token embedding: the embedding module with most rows (others may hold positions)."""
+    found = [m for _, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
+    if not found:
+        raise UserError("This model has no token embedding module.")
+    return max(found, key=lambda module: module.weight.shape[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
 
 from gemma_refactored.model_architecture import Gemma, GemmaConfig
 
@@ -19,15 +20,53 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-def random_gemma(config=CONFIG) -> Gemma:
-    model = Gemma(GemmaConfig.from_dict(config))
+# Architectures that run through mlx-lm, by model type: different names for blocks and parts, mixtures of
+# experts, recurrent layers.
+COMMON = dict(
+    hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, rms_norm_eps=1e-5, vocab_size=1448, rope_theta=10000.0, max_position_embeddings=256,
+    tie_word_embeddings=False, eos_token_id=1,
+)  # fmt: skip
+MOE = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1, mlp_only_layers=[],
+    norm_topk_prob=True,
+)  # fmt: skip
+FAMILIES = {
+    "llama": COMMON,
+    "qwen3": {**COMMON, "tie_word_embeddings": True},
+    "qwen3_moe": {**COMMON, **MOE},
+    "olmo2": COMMON,
+    "phi3": {**COMMON, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 256, "pad_token_id": 0},
+    "mixtral": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt2": dict(n_ctx=256, n_embd=64, n_head=4, n_layer=3, n_positions=256, layer_norm_epsilon=1e-5,
+                 vocab_size=1448, eos_token_id=1, bos_token_id=2),
+    "mamba": dict(vocab_size=1448, hidden_size=64, intermediate_size=96, state_size=8, num_hidden_layers=3,
+                  conv_kernel=4, use_bias=False, use_conv_bias=True, time_step_rank=4, eos_token_id=1),
+}  # fmt: skip
+
+
+def write_family(folder: Path, model_type: str) -> Path:
+    """A random checkpoint of an mlx-lm architecture."""
+    config = {"model_type": model_type, **FAMILIES[model_type]}
+    model_class, config_class = _get_classes(config)
+    model = model_class(config_class.from_dict(config))
+    randomise(model)
+    return write_checkpoint(folder, model, config)
+
+
+def randomise(model: nn.Module) -> None:
     mx.random.seed(0)
     weights = [(name, mx.random.normal(value.shape) * 0.2) for name, value in tree_flatten(model.parameters())]
     model.load_weights(weights)
+
+
+def random_gemma(config=CONFIG) -> Gemma:
+    model = Gemma(GemmaConfig.from_dict(config))
+    randomise(model)
     return model
 
 
-def write_checkpoint(folder: Path, model: Gemma, config=CONFIG, shards=1, tokenizer=True) -> Path:
+def write_checkpoint(folder: Path, model: nn.Module, config=CONFIG, shards=1, tokenizer=True) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     weights = sorted(tree_flatten(model.parameters()))
