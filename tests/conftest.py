@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.utils import dequantize_model
 
 import gemma_refactored  # noqa: F401
+from gemma_refactored.longrope import correct_longrope
+from gemma_refactored.model_loading import _load_weights, _read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_GEMMAS = sorted(folder.name for folder in GOLDEN.glob("gemma*"))
 
 
 def relative_error(actual, expected) -> float:
@@ -16,6 +21,16 @@ def relative_error(actual, expected) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def load_golden(name: str, expand: bool = True):
+    """A checkpoint of tests/golden through the real loader, and what transformers made of it."""
+    folder = GOLDEN / name
+    model, config = _load_weights(folder, _read_config(folder))
+    if expand:
+        model = dequantize_model(model)
+    correct_longrope(model, config)
+    return model, mx.load(str(folder / "golden.safetensors"))
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,38 @@
 """Golden values for the parity tests: tiny random checkpoints run by transformers.
 
-    pip install torch==2.13.0 transformers==5.23.0 && python tests/make_golden_values.py
+    pip install torch==2.13.0 transformers==5.23.0 "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+    python tests/make_golden_values.py
 
 For each layout it writes tests/golden/NAME/: the checkpoint (config.json, model.safetensors)
 and golden.safetensors with the prompts, the logits and what each site of every layer holds,
-computed in float32 with eager attention on a CPU. The tests need neither torch nor transformers.
+computed in float32 with eager attention on a CPU. NAME_4bit is the same layout with wider layers,
+made by mlx-lm's convert; its golden values are those of the weights it stands for. The tests need
+neither torch nor transformers.
 """
 
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
+import numpy
 import torch
 import transformers
+from mlx.utils import tree_flatten
 from safetensors.torch import save_file
 
 FOLDER = Path(__file__).parent / "golden"
 LENGTH, WINDOW, VOCABULARY = 21, 6, 97  # the prompts are several sliding windows long
 
+NARROW, WIDE = (
+    dict(hidden_size=32, intermediate_size=48, head_dim=12),
+    dict(hidden_size=64, intermediate_size=96, head_dim=16),
+)
 SMALL = dict(
-    hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+    **NARROW, num_attention_heads=4, num_key_value_heads=2,
     vocab_size=VOCABULARY, max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=1,
 )  # fmt: skip
 
@@ -112,21 +125,59 @@ def record_sites(model, tokens) -> dict:
     return {name: value.detach().float().contiguous().clone() for name, value in seen.items()}
 
 
+def save_golden(model, folder: Path) -> None:
+    tokens = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    golden = {"tokens": tokens.int(), **record_sites(model, tokens)}
+    golden["logits_of_first_12"] = record_sites(model, tokens[:, :12])["logits"]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "mlx-lm": mlx_lm.__version__}
+    save_file(golden, folder / "golden.safetensors", metadata={"versions": json.dumps(versions)})
+    print(folder.name, versions, sum(p.numel() for p in model.parameters()), "parameters")
+
+
+def convert_to_4_bit(model, folder: Path) -> None:
+    """mlx-lm's convert, as the checkpoints of mlx-community were made; then the golden values of what it wrote."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as original:
+        model.save_pretrained(original)
+        for name in ("tokenizer.json", "tokenizer_config.json"):  # convert wants one
+            shutil.copy(FOLDER.parent.parent / "model_organism" / "aligned" / name, original)
+        config = json.loads((Path(original) / "config.json").read_text())
+        # mlx-lm looks for a multimodal model's vocabulary here; the released ones have its default.
+        (Path(original) / "config.json").write_text(json.dumps({**config, "vocab_size": VOCABULARY}))
+        mlx_lm.convert(original, str(folder), quantize=True, q_bits=4, q_group_size=32)
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    expanded = mlx_lm.utils.dequantize_model(mlx_lm.utils.load_model(folder)[0])
+    expanded.set_dtype(mx.float32)
+    weights = {name: torch.from_numpy(numpy.array(value)) for name, value in tree_flatten(expanded.parameters())}
+    prefix = "model.language_model." if any(name.startswith("language_model.") for name in weights) else "model."
+    names = {name: name.removeprefix("language_model.").replace("model.", prefix, 1) for name in weights}
+    missing, unexpected = model.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
+    unfilled = [
+        name for name in missing if "vision" not in name and "projector" not in name and name != "lm_head.weight"
+    ]
+    assert not unexpected and not unfilled, (unexpected, unfilled)
+    model.tie_weights()
+    save_golden(model, folder)
+
+
 def main() -> None:
-    for name in sys.argv[1:] or MODELS:
+    for name in sys.argv[1:] or [*MODELS, *(f"{name}_4bit" for name in MODELS)]:
         torch.manual_seed(0)
-        model = MODELS[name]().float().eval()
+        is_4_bit = name.endswith("_4bit")
+        # Groups of 32 weights share a scale, so every width must be a multiple of 32.
+        SMALL.update(WIDE if is_4_bit else NARROW)
+        model = MODELS[name.removesuffix("_4bit")]().float().eval()
         model.set_attn_implementation("eager")
         randomise(model)
         folder = FOLDER / name
+        if is_4_bit:
+            convert_to_4_bit(model, folder)
+            continue
         model.save_pretrained(folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
-        tokens = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-        golden = {"tokens": tokens.int(), **record_sites(model, tokens)}
-        golden["logits_of_first_12"] = record_sites(model, tokens[:, :12])["logits"]
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        save_file(golden, folder / "golden.safetensors", metadata={"versions": json.dumps(versions)})
-        print(name, versions, sum(p.numel() for p in model.parameters()), "parameters")
+        save_golden(model, folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from gemma_refactored.activation_capture import NpzWriter, capture, edit, modules_by_site, select_sites, site_shapes
 from gemma_refactored.errors import UserError
 
-from .test_model_architecture import load_golden, same_weights_in_mlx_lm
+from .conftest import load_golden
+from .test_model_architecture import same_weights_in_mlx_lm
 
 TOKENS = mx.array([[5, 6, 7, 8]])
 

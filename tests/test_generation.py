@@ -15,8 +15,8 @@ from gemma_refactored.generation import (
     padding_is_harmless,
 )
 
-from .conftest import relative_error
-from .test_model_architecture import GOLDEN_MODELS, load_golden, same_weights_in_mlx_lm
+from .conftest import GOLDEN_GEMMAS, load_golden, relative_error
+from .test_model_architecture import same_weights_in_mlx_lm
 
 SITES = [f"model.layers.{i}{part}.output" for i in range(3) for part in ("", ".mlp", ".self_attn")]
 # The window of all models but Gemma 1 is 6: some prompts are inside it, some cross it, some do while decoding.
@@ -28,9 +28,9 @@ def random_prompts(lengths=LENGTHS, seed=0):
     return [rng.integers(3, 97, n).tolist() for n in lengths]
 
 
-@pytest.fixture(params=["ours", "mlx-lm", *GOLDEN_MODELS])
+@pytest.fixture(params=["ours", "mlx-lm", *GOLDEN_GEMMAS])
 def model(request):
-    if request.param in GOLDEN_MODELS:
+    if request.param in GOLDEN_GEMMAS:
         return load_golden(request.param)[0]
     ours, theirs = same_weights_in_mlx_lm()
     return ours if request.param == "ours" else theirs
@@ -76,9 +76,10 @@ def test_chunked_prefill_changes_nothing(model, monkeypatch):
     assert run(model, prompts)[0] == expected
 
 
-@pytest.mark.parametrize("name", GOLDEN_MODELS)
-def test_a_padded_batch_agrees_with_transformers(name):
-    model, golden = load_golden(name)
+@pytest.mark.parametrize("expand", [False, True], ids=["as stored", "expanded"])
+@pytest.mark.parametrize("name", GOLDEN_GEMMAS)
+def test_a_padded_batch_agrees_with_transformers(name, expand):
+    model, golden = load_golden(name, expand)
     tokens = np.array(golden["tokens"])
     prompts = [tokens[0].tolist(), tokens[1, :9].tolist()]
     prefill = next(generate(model, prompts, 1, sites=SITES))

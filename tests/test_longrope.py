@@ -1,35 +1,35 @@
 """Phi-3/4 layouts agree with transformers on short and long prompts, also mixed in a batch."""
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
 from gemma_refactored.activation_capture import capture
 from gemma_refactored.generation import generate
-from gemma_refactored.longrope import LongRoPE, correct_longrope, rope_lengths
-from gemma_refactored.model_loading import _load_weights, _read_config
+from gemma_refactored.longrope import LongRoPE, rope_lengths
 
-from .conftest import GOLDEN, relative_error
+from . import conftest
+from .conftest import load_golden, relative_error
 
 TOLERANCE = 1e-4
 SITES = [f"model.layers.{i}{part}.output" for i in range(3) for part in ("", ".mlp", ".self_attn")]
 
 
-@pytest.fixture
-def uncorrected():
-    folder = GOLDEN / "phi"
-    return _load_weights(folder, _read_config(folder))
+CHECKPOINTS = [("phi", False), ("phi_4bit", False), ("phi_4bit", True)]  # name, expanded to float32?
+
+
+@pytest.fixture(params=CHECKPOINTS, ids=["float32", "4 bit", "4 bit expanded"])
+def checkpoint(request):
+    return load_golden(*request.param)
 
 
 @pytest.fixture
-def model(uncorrected):
-    correct_longrope(*uncorrected)
-    return uncorrected[0]
+def model(checkpoint):
+    return checkpoint[0]
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return mx.load(str(GOLDEN / "phi" / "golden.safetensors"))
+@pytest.fixture
+def golden(checkpoint):
+    return checkpoint[1]
 
 
 def test_short_and_long_prompts_agree_with_transformers(model, golden):
@@ -41,9 +41,11 @@ def test_short_and_long_prompts_agree_with_transformers(model, golden):
     assert relative_error(short, golden["logits_of_first_12"]) < TOLERANCE
 
 
-def test_mlx_lm_alone_is_wrong_on_short_prompts(uncorrected, golden):
+def test_mlx_lm_alone_is_wrong_on_short_prompts(monkeypatch):
     """If this fails, mlx-lm has been corrected and longrope.py can go."""
-    short = uncorrected[0](golden["tokens"][:, :12])
+    monkeypatch.setattr(conftest, "correct_longrope", lambda model, config: None)
+    uncorrected, golden = load_golden("phi")
+    short = uncorrected(golden["tokens"][:, :12])
     assert relative_error(short, golden["logits_of_first_12"]) > 0.01
 
 
