@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from .files import write_atomically
 from .model_architecture import HookPoint
 
 DEFAULT_FILTER = "mlp.output"
+
+log = logging.getLogger(__name__)
 
 Edit = Callable[[mx.array], mx.array]
 
@@ -66,6 +69,9 @@ def site_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[str]:
     """The sites that a filter names, of those with one vector a position.
 
+    Where a model's blocks have no `mlp` (Mamba, Mixtral), the default filter stands for the residual
+    stream after each block, and says so.
+
     Args:
         site_filter: "all", or comma-separated substrings or globs ("mlp.output",
             "layers.[0-3].output").
@@ -78,6 +84,9 @@ def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[st
     patterns = [part.strip() for part in site_filter.split(",") if part.strip()]
     if patterns == ["all"]:
         return sites
+    if patterns == [DEFAULT_FILTER] and not any(_matches(site, DEFAULT_FILTER) for site in sites):
+        log.warning("This model has no %s: taking the residual stream after each block instead.", DEFAULT_FILTER)
+        return block_sites(model)
     chosen = set()
     for pattern in patterns:
         matches = {site for site in sites if _matches(site, pattern)}

@@ -257,7 +257,12 @@ def count_parameters(model: nn.Module) -> int:
 
 def find_embedding(model: nn.Module) -> nn.Module:
     """The token embedding: the embedding module with most rows (others may hold positions)."""
-    found = [m for _, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.QuantizedEmbedding))]
+    found = [
+        module
+        for path, module in model.named_modules()
+        # Gemma 3n and 4 also look up a small second vector of each token for every layer.
+        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not path.endswith("_per_layer")
+    ]
     if not found:
         raise UserError("This model has no token embedding module.")
     return max(found, key=lambda module: module.weight.shape[0])

@@ -135,7 +135,9 @@ def test_architectures_of_mlx_lm_pass_or_say_what_does_not_apply(tmp_path, model
     result = certify(load(write_family(tmp_path / model_type, model_type)))
     assert result["verdict"] == "passed", describe(result)
     passed = outcome(result)
-    assert passed["batch = single"] and passed["cached = uncached"] and passed["residual is all"]
+    assert passed["batch = single"] and passed["cached = uncached"]
+    # Each block of Gemma 4 also sees an embedding of its own, and its last blocks the keys of earlier ones.
+    assert passed["residual is all"] is (None if model_type == "gemma4" else True)
     # Recurrent layers cannot mask padding; the run then batches equal lengths only, and the certificate says so.
     assert passed["padded = unpadded"] is (None if model_type == "mamba" else True)
 

@@ -34,6 +34,16 @@ def test_float32_round_trip(tmp_path, shards):
     assert loaded.context_length == 256
 
 
+def test_a_separate_head(tmp_path):
+    config = {**CONFIG, "tie_word_embeddings": False}
+    model = random_gemma(config)
+    loaded = load(write_checkpoint(tmp_path / "m", model, config))
+    assert np.array_equal(loaded.model(TOKENS), model(TOKENS))
+    assert loaded.num_parameters == num_weights(model) == num_weights(random_gemma()) + 1448 * 64
+    hidden = model.model(TOKENS)
+    assert relative_error(loaded.model(TOKENS), hidden @ model.lm_head.weight.T) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_16_bit_weights_are_expanded_on_a_linux_cpu_unless_kept(tmp_path, monkeypatch, dtype):
     model = random_gemma()

@@ -1,5 +1,6 @@
 """Small random checkpoints in the layouts that users have, with the organism's tokenizer."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -38,6 +39,11 @@ FAMILIES = {
     "olmo2": COMMON,
     "phi3": {**COMMON, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 256, "pad_token_id": 0},
     "mixtral": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma4": dict(text_config={**COMMON, "model_type": "gemma4_text", "global_head_dim": 16, "sliding_window": 8,
+                                "num_hidden_layers": 4, "num_kv_shared_layers": 1, "sliding_window_pattern": 2,
+                                "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 1448,
+                                "rope_parameters": None},
+                   vocab_size=1448, eos_token_id=1),
     "gpt2": dict(n_ctx=256, n_embd=64, n_head=4, n_layer=3, n_positions=256, layer_norm_epsilon=1e-5,
                  vocab_size=1448, eos_token_id=1, bos_token_id=2),
     "mamba": dict(vocab_size=1448, hidden_size=64, intermediate_size=96, state_size=8, num_hidden_layers=3,
@@ -49,7 +55,7 @@ def write_family(folder: Path, model_type: str) -> Path:
     """A random checkpoint of an mlx-lm architecture."""
     config = {"model_type": model_type, **FAMILIES[model_type]}
     model_class, config_class = _get_classes(config)
-    model = model_class(config_class.from_dict(config))
+    model = model_class(config_class.from_dict(copy.deepcopy(config)))
     randomise(model)
     return write_checkpoint(folder, model, config)
 
