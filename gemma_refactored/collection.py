@@ -190,9 +190,8 @@ class Collection:
         rows = [{**a.record(), "number": a.prompt.number, "valid_steps": len(a.token_ids)} for a in answers]
         writer.run_after(lambda: write_json(folder / BATCH_MARKER, {"rows": rows}))
 
-    def finish(self, prompts: Sequence[Prompt]) -> None:
+    def finish(self, done: Iterable[Prompt]) -> None:
         """Record in the manifest which prompts are complete."""
-        done = self.finished_answers(prompts)
         self.manifest["complete"] = sorted(f"{p.group}/{p.subcategory}/{p.number}" for p in done)
         self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._save_manifest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 from .errors import UserError
@@ -21,7 +22,8 @@ def step_file(step_name: str) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary name in the same folder, then rename: no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not named by the process id: another machine's process may have the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)

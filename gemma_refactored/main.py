@@ -7,8 +7,14 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .distributed import Team
+    from .model_loading import LoadedModel
+    from .prompt_processing import Prompt
 
 log = logging.getLogger("gemma_refactored")
 
@@ -39,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output-dir", default="inference_output", help="where the texts go (default %(default)s)")
     add("--keep-precision", action="store_true", help="Linux CPU: do not expand weights to float32")
     add("--ignore-end-tokens", action="store_true", help="write on after the end of the turn")
+    add("--shard", action="store_true", help="under mlx.launch: split the model over the processes")
     add("--list-sites", action="store_true", help="print every site of the model with its shape, and stop")
     add("--check", action="store_true", help="certify this model on this machine (see README), and stop")
     add("--create-sample-prompts", metavar="FILE", help="write an example prompts file, and stop")
@@ -50,21 +57,29 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code (0; 1 for a failed --check, 2 for bad input)."""
     arguments = build_parser().parse_args(argv)
-    level = logging.ERROR if arguments.quiet else logging.INFO
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    from .distributed import Team, join_team  # MLX is imported only now, so that --help is answered at once
+
+    team = Team()
     try:
-        return run(arguments)
+        team = join_team()
+        level = logging.ERROR if arguments.quiet or not team.leads else logging.INFO
+        logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        return run(arguments, team)
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error{'' if team.leads else f' in process {team.rank}'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted. Complete prompts are kept; run the same command again to continue.", file=sys.stderr)
+        if team.leads:
+            print("\nInterrupted. Complete prompts are kept; run the same command again to continue.", file=sys.stderr)
         return 130
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, team: Team) -> int:
     """The exit code: 0, or 1 for a model that fails its check."""
+    wants_no_prompts = arguments.create_sample_prompts or arguments.list_sites or arguments.check
+    if wants_no_prompts and not (team.leads or arguments.shard):
+        return 0
     if arguments.create_sample_prompts:
         from .files import write_json
         from .prompt_processing import SAMPLE_PROMPTS
@@ -73,29 +88,31 @@ def run(arguments: argparse.Namespace) -> int:
         log.info("Wrote %s.", arguments.create_sample_prompts)
         return 0
     check_arguments(arguments)
-    # Heavy imports only now, so that --help and mistakes are answered at once.
+    # Heavy imports only now, so that mistakes are answered at once.
     from .activation_capture import site_shapes
     from .model_loading import DEFAULT_MODEL, device_description, load
     from .prompt_processing import load_prompts, prompts_from_arguments
 
     prompts = []
-    if not (arguments.list_sites or arguments.check):
+    if not wants_no_prompts:
         from_file = arguments.prompts_file is not None
         prompts = load_prompts(arguments.prompts_file) if from_file else prompts_from_arguments(arguments.prompts)
-    loaded = load(arguments.model or DEFAULT_MODEL, arguments.keep_precision)
+    loaded = load(arguments.model or DEFAULT_MODEL, arguments.keep_precision, arguments.shard)
+    processes = f", {team.size} processes share the {'model' if arguments.shard else 'prompts'}"
     log.info(
-        "Model: %s (%d layers, %s parameters, %s) on %s",
+        "Model: %s (%d layers, %s parameters, %s) on %s%s",
         loaded.name, loaded.num_layers, _readable(loaded.num_parameters), loaded.dtype, device_description(),
+        processes if team.size > 1 else "",
     )  # fmt: skip
     if arguments.list_sites:
-        for site, shape in site_shapes(loaded.model).items():
+        for site, shape in site_shapes(loaded.model).items() if team.leads else ():
             print(f"{site}  {list(shape)}")
         return 0
     if arguments.check:
         from .certificate import certify_and_save
 
         return 0 if certify_and_save(loaded, Path(arguments.activations_dir)) else 1
-    run_prompts(arguments, loaded, prompts)
+    run_prompts(arguments, loaded, prompts, team)
     return 0
 
 
@@ -113,6 +130,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} must be between {low:g} and {high:g}, not {getattr(arguments, name)}."
             )
+    if arguments.check and arguments.shard:
+        raise UserError("--check certifies a whole model; leave --shard away.")
     if arguments.process_by_group and not arguments.save_activations:
         raise UserError("--process-by-group decides where activations go; add --save-activations.")
 
@@ -130,15 +149,12 @@ def parse_logit_bias(items: list[str] | None, vocabulary: int) -> dict[int, floa
     return biases
 
 
-def run_prompts(arguments: argparse.Namespace, loaded, prompts: list) -> None:
+def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: list[Prompt], team: Team) -> None:
     """Generate for all prompts that are not complete yet, and save what was asked for."""
-    from contextlib import nullcontext
-
-    from tqdm import tqdm
-
     from .activation_capture import NpzWriter, select_sites
-    from .collection import Answer, Collection, new_manifest
-    from .generation import Sampling, collect_answers, generate, length_sorted_batches, padding_is_harmless
+    from .collection import new_manifest
+    from .generation import Sampling
+    from .inference import Job, answer_prompts, check_context, open_collection, plan_batches
     from .prompt_processing import encode_prompts, save_results
 
     token_ids = encode_prompts(loaded.tokenizer, prompts, arguments.chat_mode)
@@ -146,97 +162,56 @@ def run_prompts(arguments: argparse.Namespace, loaded, prompts: list) -> None:
     bias = parse_logit_bias(arguments.logit_bias, len(loaded.tokenizer))
     sampling = Sampling(arguments.temp, arguments.top_p, arguments.repetition_penalty, bias, arguments.seed)
     end_tokens = () if arguments.ignore_end_tokens else loaded.end_tokens
+    job = Job(prompts, token_ids, arguments.max_tokens, arguments.batch_size, sampling, end_tokens)
+    job.shares_model = arguments.shard
     settings = {
         name: getattr(arguments, name)
         for name in ("max_tokens", "temp", "top_p", "repetition_penalty", "logit_bias", "seed",
                      "chat_mode", "ignore_end_tokens", "batch_size")
     }  # fmt: skip
 
-    records, sites, collection = {}, [], None
+    collection = writer = None
+    grouped = arguments.process_by_group
     if arguments.save_activations:
-        sites = select_sites(loaded.model, arguments.activation_filter)
+        job.sites = select_sites(loaded.model, arguments.activation_filter)
         storage = {
             "activation_filter": arguments.activation_filter,
-            "sites": sites,
+            "sites": job.sites,
             "activation_dtype": arguments.activation_dtype,
             "compressed": arguments.compress_activations,
-            "layout": "grouped" if arguments.process_by_group else "flat",
+            "layout": "grouped" if grouped else "flat",
         }
         manifest = new_manifest(loaded.facts(), {**settings, **storage}, prompts)
         folder = Path(arguments.activations_dir)
-        collection = Collection(folder, manifest, arguments.process_by_group, arguments.overwrite)
-        records = collection.finished_answers(prompts)
-        if records:
-            log.info("%d of %d prompts are complete already.", len(records), len(prompts))
-    pending = [i for i, prompt in enumerate(prompts) if prompt not in records]
-    # Our own decoder masks padding (the tests see to it); of others we make sure.
-    equal_lengths = arguments.batch_size > 1 and not loaded.is_own and not padding_is_harmless(loaded.model)
-    if equal_lengths:
-        log.info("Padding would change this model's numbers: only prompts of equal length share a batch.")
-    batches = length_sorted_batches([token_ids[i] for i in pending], arguments.batch_size, equal_lengths)
-    first_batch = collection.next_batch_number() if collection else 1
+        collection = open_collection(job, folder, manifest, grouped, arguments.overwrite, team)
+        if job.finished:
+            log.info("%d of %d prompts are complete already.", len(job.finished), len(prompts))
+        if job.shares_model and not team.leads:
+            collection = None  # all processes compute the same numbers; one writes them
+        else:
+            writer = NpzWriter(arguments.activation_dtype, arguments.compress_activations)
 
-    start, written = time.perf_counter(), 0
-    writer = NpzWriter(arguments.activation_dtype, arguments.compress_activations) if collection else None
-    show_progress = not arguments.quiet and sys.stderr.isatty()
-    progress = tqdm(total=len(pending) * arguments.max_tokens, unit="tok", disable=not show_progress, leave=False)
-    with writer or nullcontext(), progress:
-        for batch_number, batch in enumerate(batches, first_batch):
-            rows = [pending[i] for i in batch]
-            own = [prompts[i] for i in rows]
-            steps = generate(
-                loaded.model, [token_ids[i] for i in rows], arguments.max_tokens, sampling, end_tokens, sites, rows
-            )
-            if collection:
-                steps = collection.write_steps(writer, steps, own, batch_number)
-            answers = collect_answers(steps, progress.update)
-            written += sum(map(len, answers))
-            texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            finished = [
-                Answer(p, len(token_ids[i]), ids, text, "length" if len(ids) == arguments.max_tokens else "stop")
-                for p, i, ids, text in zip(own, rows, answers, texts, strict=True)
-            ]
-            if collection:
-                collection.finish_batch(writer, finished, mean_prompt_embeddings(loaded, own), batch_number)
-            records |= {answer.prompt: answer.record() for answer in finished}
+    start = time.perf_counter()
+    batches = plan_batches(job, loaded, team, grouped)
+    own = answer_prompts(job, loaded, batches, collection, writer, team.leads and not arguments.quiet)
+    shares = team.exchange(list(own.items()))
+    if not team.leads:
+        return
+    new = {prompts[i]: record for share in shares for i, record in share}
+    records = {**job.finished, **new}
     if collection:
-        collection.finish(prompts)
-
+        collection.finish(records)
     results = [records[prompt] for prompt in prompts]
     save_results(Path(arguments.output_dir), results, {**loaded.facts(), **settings})
-    seconds = time.perf_counter() - start
-    if pending:
-        log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(pending), written, seconds, written / seconds)
+    if new:
+        seconds, written = time.perf_counter() - start, sum(len(record["token_ids"]) for record in new.values())
+        log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(new), written, seconds, written / seconds)
     if arguments.verbose:
         for record in results:
             print(f"\n> {record['prompt']}\n{record['text']}")
     log.info("Answers: %s", Path(arguments.output_dir) / "results.json")
     if collection:
-        log.info("Activations of %d sites: %s", len(sites), arguments.activations_dir)
-
-
-def check_context(prompts: list, token_ids: list[list[int]], max_tokens: int, context_length: int) -> None:
-    for prompt, ids in zip(prompts, token_ids, strict=True):
-        if len(ids) + max_tokens > context_length:
-            raise UserError(
-                f"Prompt {prompt.number} of {prompt.group!r} has {len(ids)} tokens; with --max-tokens {max_tokens} "
-                f"that is more than the model's context of {context_length}. Shorten it or lower --max-tokens."
-            )
-
-
-def mean_prompt_embeddings(loaded, prompts: list):
-    """[prompts, hidden] float32: mean input embedding of each prompt's own words (no chat format)."""
-    import mlx.core as mx
-    import numpy as np
-
-    from .model_loading import find_embedding
-
-    embedding = find_embedding(loaded.model)
-    means = []
-    for prompt in prompts:
-        ids = loaded.tokenizer.encode(prompt.text, add_special_tokens=False)
-        means.append(embedding(mx.array(ids)).astype(mx.float32).mean(axis=0))
-    return np.array(mx.stack(means))
+        log.info("Activations of %d sites: %s", len(job.sites), arguments.activations_dir)
 
 
 def _readable(count: int) -> str:

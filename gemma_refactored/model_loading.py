@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
+from .distributed import shard
 from .errors import UserError
 from .linux_blas import warn_if_slow
 from .longrope import correct_longrope
@@ -68,7 +69,7 @@ def display_name(name: str | Path) -> str:
     return f"{path.resolve().parent.name}/{path.resolve().name}" if path.exists() else str(name)
 
 
-def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False) -> LoadedModel:
+def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False, split: bool = False) -> LoadedModel:
     """Load a model for inference.
 
     Args:
@@ -76,8 +77,10 @@ def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False) -> Load
         keep_precision: run 16-bit and quantised weights as they are. By default they are
             expanded to float32 on a Linux CPU, where MLX's kernels for them are 10 to 30
             times slower; elsewhere they are always kept.
+        split: this process holds its part of the model only, see `distributed.shard`.
     Raises:
-        UserError: no such model, missing or damaged files, an unknown architecture, no network.
+        UserError: no such model, missing or damaged files, an unknown architecture, no network,
+            a model that cannot be split.
     """
     warn_if_slow()
     folder = locate(name)
@@ -87,6 +90,9 @@ def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False) -> Load
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
     correct_longrope(model, config)
+    num_parameters = count_parameters(model)
+    if split:
+        shard(model, config["model_type"])
     model.eval()
     mx.eval(model.parameters())
     tokenizer = _load_tokenizer(folder)
@@ -102,7 +108,7 @@ def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False) -> Load
         revision=_revision(folder),
         num_layers=len(model.layers),
         hidden_size=text.get("hidden_size") or find_embedding(model).weight.shape[-1],
-        num_parameters=count_parameters(model),
+        num_parameters=num_parameters,
         context_length=text.get("max_position_embeddings") or 2**31,
         dtype=dtype.removeprefix("mlx.core."),
     )

@@ -149,12 +149,12 @@ def test_float16_and_compressed_files_hold_the_same_values(run, tmp_path):
 
 
 def test_a_model_that_padding_disturbs_runs_in_batches_of_equal_length(run, monkeypatch):
-    from gemma_refactored import generation
+    from gemma_refactored import generation, inference
     from gemma_refactored.model_loading import LoadedModel
 
     run("--batch-size", "1")
     monkeypatch.setattr(LoadedModel, "is_own", False)
-    monkeypatch.setattr(generation, "padding_is_harmless", lambda model: False)
+    monkeypatch.setattr(inference, "padding_is_harmless", lambda model: False)
     paddings = []
     make = generation.make_batch_cache
     monkeypatch.setattr(
@@ -219,7 +219,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(model_folder, tmp_path, mon
 
 
 def test_ctrl_c_says_how_to_continue(monkeypatch, capsys):
-    def interrupt(_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command_line, "run", interrupt)
