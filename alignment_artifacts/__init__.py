@@ -1,0 +1,10 @@
+"""The science: from activations to statistics, directions, suppression and its proof."""
+
+
+def __getattr__(name: str):
+    # Only when asked for: the statistics alone need neither MLX nor transformers.
+    if name in ("suppress_prompt", "AlignmentArtifacts"):
+        from . import artifacts
+
+        return getattr(artifacts, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
