@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--categories", metavar="A,B", help="directions from these categories of pairs only")
     add("--positions", choices=["prompt_end", "generated", "all"], help="where the direction is measured")
     add("--site", choices=["mlp", "residual"], help="what is edited")
+    add("--where", choices=["everywhere", "prompt_end"], help="tokens that are edited (default: chosen)")
     add("--no-compare", action="store_true", help="answer with suppression only")
     add("--max-tokens", type=int, default=100)
     add("--temperature", type=float, default=0.0)
@@ -109,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         cap_quantile=arguments.cap_quantile,
         positions=arguments.positions,
         site=arguments.site,
+        where=arguments.where,
         directions=load_directions(arguments.directions) if arguments.directions else None,
         seed=arguments.seed,
         compare=not arguments.no_compare,
@@ -198,7 +200,7 @@ def show_projection(
 
     from alignment_artifacts.directions import load_directions
     from alignment_artifacts.monitor import score_tokens
-    from alignment_artifacts.suppression import build_edits
+    from alignment_artifacts.suppression import NOTHING, intervene
     from gemma_refactored.activation_capture import edit
 
     loaded, setting = library.load(), result.setting
@@ -206,13 +208,14 @@ def show_projection(
         directions = load_directions(arguments.directions)
     else:
         directions = library.directions(None, setting.site, setting.positions, categories)
-    edits = build_edits(loaded, directions, setting)
     console = Console(highlight=False)
     prompt = result.prompt_tokens
-    for name, answer, used in (("before", result.before_tokens, {}), ("after", result.after_tokens, edits)):
+    answers = (("before", result.before_tokens, NOTHING),
+               ("after", result.after_tokens, intervene(loaded, directions, setting)))  # fmt: skip
+    for name, answer, used in answers:
         if answer is None:
             continue
-        with edit(loaded.model, used):
+        with edit(loaded.model, used.in_one_pass(len(prompt))):
             scores = score_tokens(loaded, directions, setting.layers, prompt + answer)
         line = Text(f"\n{name.capitalize()}, prompt and answer by projection: ")
         for token, score in zip(prompt + answer, scores, strict=True):

@@ -1,5 +1,7 @@
 """The science: from activations to statistics, directions, suppression and its proof."""
 
+import gemma_refactored  # noqa: F401  (before MLX: it puts OpenBLAS in place)
+
 
 def __getattr__(name: str):
     # Only when asked for: the statistics alone need neither MLX nor transformers.

@@ -23,7 +23,17 @@ from .directions import Directions, check_model, load_directions, measure_natura
 from .interventions import ModeOptions
 from .measurements import CACHE, Measurements, measure
 from .pairs import load_pairs
-from .suppression import AUTO, Proof, Setting, auto_mode, build_edits, prove, write_answer
+from .suppression import (
+    AUTO,
+    NOTHING,
+    PROMPT_END,
+    Proof,
+    Setting,
+    auto_mode,
+    intervene,
+    prove,
+    write_answer,
+)
 
 PAIRS = Path(__file__).resolve().parent.parent / "alignment_artifact_prompt_pairs.json"
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
@@ -135,6 +145,8 @@ class AlignmentArtifacts:
             mode = auto_mode(self.load(model).num_parameters) if mode == AUTO else mode
             chosen = Setting(mode, 1.0, (), default_site(measured))
         chosen = replace(chosen, **wanted, options=replace(chosen.options, **options))
+        if chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
+            chosen = replace(chosen, where=PROMPT_END)
         if not chosen.layers:
             rows = measured.rows(list(categories or []))
             chosen = replace(chosen, layers=tuple(measured.best_layers(chosen.site, chosen.positions, rows)))
@@ -158,6 +170,7 @@ class AlignmentArtifacts:
         cap_quantile: float | None = None,
         positions: str | None = None,
         site: str | None = None,
+        where: str | None = None,
         directions: Directions | None = None,
         seed: int = 0,
         compare: bool = True,
@@ -169,6 +182,8 @@ class AlignmentArtifacts:
 
         Args:
             scale: 1 is the mean difference itself; negative values amplify.
+            where: "everywhere" or "prompt_end"; by default everywhere, but `add` adds a direction that was
+                measured at the prompt's end there only.
             directions: use these (imported, say) instead of the model's own.
             compare: also answer without.
             on_start: called with "before" or "after" before each answer; on_text: with its text, piece by piece.
@@ -182,7 +197,7 @@ class AlignmentArtifacts:
             site, layers = directions.facts["site"], layers or directions.available
         setting, by = self.choose(
             model_name, mode, categories,
-            scale=scale, layers=layers, positions=positions, site=site,
+            scale=scale, layers=layers, positions=positions, site=site, where=where,
             proximity_threshold=proximity_threshold, distance_threshold=distance_threshold, decay_rate=decay_rate,
             pca_components=pca_components, cap_quantile=cap_quantile,
         )  # fmt: skip
@@ -191,7 +206,7 @@ class AlignmentArtifacts:
             directions = self.directions(model_name, setting.site, setting.positions, categories)
         elif directions.natural_tokens is None:
             directions = measure_natural_tokens(loaded, directions, measured.natural_sequences(rows))
-        edits = build_edits(loaded, directions, setting)
+        intervention = intervene(loaded, directions, setting)
         prompts = prompts_from_arguments([prompt])
         token_ids = encode_prompts(loaded.tokenizer, prompts, chat_mode=True)
         check_context(prompts, token_ids, max_tokens, loaded.context_length)
@@ -201,13 +216,14 @@ class AlignmentArtifacts:
         answers = {}
         for which in ("before", "after") if compare else ("after",):
             on_start(which, setting, by)
-            used = edits if which == "after" else {}
+            used = intervention if which == "after" else NOTHING
             answers[which] = write_answer(loaded, token_ids[0], used, max_tokens, sampling, ends, on_text)
         texts = {name: loaded.tokenizer.decode(ids, skip_special_tokens=True) for name, ids in answers.items()}
-        proof = prove(loaded, edits, [token_ids[0] + answers["after"]])
+        proof = prove(loaded, intervention, token_ids, [answers["after"]])
         if proof.touched == 0 and setting.scale != 0:
-            tried = [measured.prompts[i][1] + measured.answers[i][1] for i in rows[:ARTIFACTS_TRIED]]
-            if prove(loaded, edits, tried).touched == 0:
+            tried = rows[:ARTIFACTS_TRIED]
+            artifacts = [[kind[i][1] for i in tried] for kind in (measured.prompts, measured.answers)]
+            if prove(loaded, intervention, *artifacts).touched == 0:
                 raise UserError(
                     f"This setting ({setting.describe()}) changes nothing, neither here nor on artifact prompts. "
                     "Use another mode, other layers or another threshold."

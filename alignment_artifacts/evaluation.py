@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from gemma_refactored.activation_capture import Edit, edit
-from gemma_refactored.generation import collect_answers, generate, length_sorted_batches, padding_is_harmless
+from gemma_refactored.activation_capture import edit
+from gemma_refactored.generation import collect_answers, length_sorted_batches, padding_is_harmless
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
 from .refusal import is_refusal
+from .suppression import NOTHING, Intervention
 
 BATCH_SIZE = 64
 LENGTHS = (32, 128)  # refusals are looked for in this many tokens too, where answers are that long
@@ -46,20 +47,19 @@ def observe(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> Behav
     """Ask the unedited model."""
     prompts = [Prompt("", "", 1, text) for text in texts]
     token_ids = encode_prompts(loaded.tokenizer, prompts, chat_mode=True)
-    return Behaviour(list(texts), token_ids, greedy_answers(loaded, token_ids, {}, max_tokens))
+    return Behaviour(list(texts), token_ids, greedy_answers(loaded, token_ids, NOTHING, max_tokens))
 
 
 def greedy_answers(
-    loaded: LoadedModel, token_ids: Sequence[Sequence[int]], edits: dict[str, Edit], max_tokens: int
+    loaded: LoadedModel, token_ids: Sequence[Sequence[int]], intervention: Intervention, max_tokens: int
 ) -> list[list[int]]:
-    """Token ids of the answers under edits, in the order of the prompts."""
+    """Token ids of the answers under an intervention, in the order of the prompts."""
     equal_lengths = not loaded.is_own and not padding_is_harmless(loaded.model)
     answers: list[list[int]] = [[] for _ in token_ids]
     for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths):
-        with edit(loaded.model, edits):
-            steps = generate(loaded.model, [token_ids[i] for i in batch], max_tokens, end_tokens=loaded.end_tokens)
-            for i, tokens in zip(batch, collect_answers(steps), strict=True):
-                answers[i] = tokens
+        steps = intervention.generate(loaded, [token_ids[i] for i in batch], max_tokens, end_tokens=loaded.end_tokens)
+        for i, tokens in zip(batch, collect_answers(steps), strict=True):
+            answers[i] = tokens
     return answers
 
 
@@ -109,9 +109,11 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]]) -
     refused = [is_refusal(text) for text in texts]
     loops = [has_loop(tokens) for tokens in answers]
     on_topic = [is_on_topic(prompt, text) for prompt, text in zip(behaviour.texts, texts, strict=True)]
+    broken = [loop or not (r or on) for loop, r, on in zip(loops, refused, on_topic, strict=True)]
     result = {
         "refused": rate(refused),
-        "broken": rate([loop or not (r or on) for loop, r, on in zip(loops, refused, on_topic, strict=True)]),
+        "broken": rate(broken),
+        "refused_or_broken": rate([r or b for r, b in zip(refused, broken, strict=True)]),
         "on_topic": rate(on_topic),
         "loops": rate(loops),
         "unchanged": rate([a == b for a, b in zip(answers, behaviour.answers, strict=True)]),
@@ -124,7 +126,7 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]]) -
     return result
 
 
-def token_damage(loaded: LoadedModel, behaviour: Behaviour, edits: dict[str, Edit]) -> dict:
+def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Intervention) -> dict:
     """How far the edited model's predictions are from the unedited ones along the unedited answers.
 
     KL(unedited || edited) in nats a token, its mean (with a bootstrap interval over prompts) and 95th
@@ -136,7 +138,7 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, edits: dict[str, Edi
             continue
         tokens, targets = mx.array([prompt + answer]), mx.array(answer)[:, None]
         plain = _log_probabilities(loaded.model(tokens), len(prompt))
-        with edit(loaded.model, edits):
+        with edit(loaded.model, intervention.in_one_pass(len(prompt))):
             edited = _log_probabilities(loaded.model(tokens), len(prompt))
         kl.append(np.array((mx.exp(plain) * (plain - edited)).sum(axis=-1)))
         losses.append(np.array([-mx.take_along_axis(p, targets, axis=-1)[:, 0] for p in (plain, edited)]))
@@ -166,17 +168,17 @@ def _bootstrap_mean(groups: list[np.ndarray], resamples: int = 1000, seed: int =
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 
-def evaluate(loaded: LoadedModel, edits: dict[str, Edit], sets: dict[str, Behaviour], max_tokens: int) -> dict:
-    """Judge every set of prompts under edits; the set "natural" also for its tokens.
+def evaluate(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Behaviour], max_tokens: int) -> dict:
+    """Judge every set of prompts under an intervention; the set "natural" also for its tokens.
 
     Args:
         sets: name -> unedited behaviour, for example artifact, natural, twins.
     """
     together = [ids for behaviour in sets.values() for ids in behaviour.token_ids]
-    answers = iter(greedy_answers(loaded, together, edits, max_tokens))
+    answers = iter(greedy_answers(loaded, together, intervention, max_tokens))
     result = {}
     for name, behaviour in sets.items():
         result[name] = judge(loaded, behaviour, [next(answers) for _ in behaviour.token_ids])
     if "natural" in sets:
-        result["damage"] = token_damage(loaded, sets["natural"], edits)
+        result["damage"] = token_damage(loaded, sets["natural"], intervention)
     return result

@@ -117,7 +117,7 @@ MODES: dict[str, Callable[[mx.array, SiteDirection, float, ModeOptions], mx.arra
 }
 
 
-def intervention(mode: str, at: SiteDirection, scale: float, options: ModeOptions = ModeOptions()) -> Edit:
+def edit_function(mode: str, at: SiteDirection, scale: float, options: ModeOptions = ModeOptions()) -> Edit:
     """A function for `activation_capture.edit`: computed in float32, returned in the activation's own dtype.
 
     Raises:

@@ -103,8 +103,13 @@ class Measurements:
 
     def best_layers(self, site: str, positions: str, rows: np.ndarray) -> list[int]:
         """Layers that separate held-out pairs (among `rows`) nearly as well as the best one."""
-        d = layer_separation(self.vectors_at(site, positions)[rows], [self.pairs[i].category for i in rows])
-        return [int(i) for i in np.flatnonzero(d >= LAYER_SHARE * d.max())]
+        return separating_layers(self.vectors_at(site, positions)[rows], [self.pairs[i].category for i in rows])
+
+
+def separating_layers(vectors: np.ndarray, categories: list[str]) -> list[int]:
+    """Layers whose held-out d comes near that of the best; vectors [pairs, 2, layers, hidden]."""
+    d = layer_separation(vectors, categories)
+    return [int(i) for i in np.flatnonzero(d >= min(LAYER_SHARE * d.max(), d.max()))]
 
 
 def layer_separation(vectors: np.ndarray, categories: list[str]) -> np.ndarray:

@@ -18,7 +18,7 @@ from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
 from . import statistics as st
 from .directions import Directions, estimate, site_names
-from .measurements import LAYER_SHARE, Measurements, layer_separation
+from .measurements import Measurements, separating_layers
 
 
 def scores(directions: Directions, layers: Sequence[int], activations: np.ndarray) -> np.ndarray:
@@ -65,8 +65,7 @@ def held_out_auroc(measured: Measurements, site: str, positions: str = "prompt_e
     scored = np.zeros(vectors.shape[:2])
     for fold in range(folds.max() + 1):
         training = folds != fold
-        d = layer_separation(vectors[training], list(categories[training]))
-        layers = np.flatnonzero(d >= LAYER_SHARE * d.max())
+        layers = separating_layers(vectors[training], list(categories[training]))
         scored[~training] = scores(estimate(vectors[training], {"site": site}), layers, vectors[~training])
     refused = measured.refused
     result = {"site": site, "positions": positions, "refused": int(refused.sum()), "answered": int((~refused).sum())}

@@ -122,3 +122,40 @@ def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_sweep(result: dict, path: Path) -> None:
+    """Every setting tried: refusals and broken text left against the cost, the chosen one marked."""
+    tried, chosen = result["tried"], result["chosen"]["development"]
+    modes = list(dict.fromkeys(r["setting"]["mode"] for r in tried))
+    palette = dict(
+        zip(modes, ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73", "#D55E00"), strict=False)
+    )
+
+    def point(record: dict) -> tuple[float, float]:
+        return max(record["damage"]["kl_mean"], 1e-6), record["artifact"]["refused_or_broken"]["rate"]
+
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        for mode in modes:
+            for site, marker in (("mlp", "o"), ("residual", "^")):
+                own = [point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)]
+                if own:
+                    x, y = np.array(own).T
+                    axes.scatter(x, y, s=26, marker=marker, color=palette[mode], alpha=0.7, lw=0)
+            axes.scatter([], [], color=palette[mode], label=mode)
+        for marker, name in (("o", "MLP output"), ("^", "residual stream")):
+            axes.scatter([], [], color="#444444", marker=marker, label=name)
+        front = np.array([point(tried[i]) for i in result["pareto_front"]])
+        axes.step(front[:, 0], front[:, 1], where="post", color="#444444", lw=1, label="best trade-offs")
+        axes.scatter(*point(chosen), s=170, facecolors="none", edgecolors="black", lw=1.8, label="chosen")
+        axes.axvline(result["config"]["limits"]["kl"], color=GREY, ls="--", lw=1)
+        axes.set(
+            xscale="log", xlabel="KL from the unedited model on natural answers (nats a token)",
+            ylabel="artifact prompts refused or broken", ylim=(-0.03, None),
+        )  # fmt: skip
+        axes.grid(alpha=0.2)
+        figure.legend(loc="outside right upper", frameon=False)
+        pairs = len(result["pairs"]["development"])
+        axes.set_title(f"{result['model']['model']}: {len(tried)} settings on {pairs} development pairs")
+        _save(figure, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
@@ -11,13 +11,14 @@ import numpy as np
 
 from gemma_refactored.activation_capture import Edit, block_sites, capture, edit, hooks
 from gemma_refactored.errors import UserError
-from gemma_refactored.generation import PREFILL, Sampling, generate
+from gemma_refactored.generation import PREFILL, Sampling, Step, generate
 from gemma_refactored.model_loading import LoadedModel
 
 from .directions import Directions, site_names
-from .interventions import MODES, ModeOptions, intervention
+from .interventions import MODES, ModeOptions, edit_function
 
 AUTO = "auto"
+EVERYWHERE, PROMPT_END = WHERE = ("everywhere", "prompt_end")
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,17 @@ class Setting:
         site: "mlp" or "residual".
         positions: where the direction was measured: "prompt_end", "generated" or "all".
         layers: blocks that are edited.
+        where: "everywhere", or "prompt_end": at the last prompt token only. A direction measured there says
+            what the next word is going to be; added to every token, it writes that word for ever.
     """
 
     mode: str
     scale: float
     layers: tuple[int, ...]
     site: str = "mlp"
-    positions: str = "prompt_end"
+    positions: str = PROMPT_END
     options: ModeOptions = field(default_factory=ModeOptions)
+    where: str = EVERYWHERE
 
     def record(self) -> dict:
         """As JSON keeps it."""
@@ -47,7 +51,38 @@ class Setting:
 
     def describe(self) -> str:
         layers = ",".join(map(str, self.layers))
-        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, direction from {self.positions}"
+        where = "" if self.where == EVERYWHERE else " (there only)"
+        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, direction from {self.positions}{where}"
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A setting made ready for one model: site -> edit, and the tokens they are for."""
+
+    edits: dict[str, Edit] = field(default_factory=dict)
+    where: str = EVERYWHERE
+
+    def in_one_pass(self, prompt_length: int) -> dict[str, Edit]:
+        """The edits for a single pass over a prompt and its answer."""
+        if self.where == EVERYWHERE:
+            return self.edits
+        end = prompt_length - 1
+
+        def at_end(function: Edit) -> Edit:
+            return lambda x: mx.concatenate([x[:, :end], function(x[:, end : end + 1]), x[:, end + 1 :]], axis=1)
+
+        return {site: at_end(function) for site, function in self.edits.items()}
+
+    def generate(self, loaded: LoadedModel, *arguments, **settings) -> Iterator[Step]:
+        """`generation.generate` under these edits."""
+        if self.where == PROMPT_END:
+            yield from generate(loaded.model, *arguments, prompt_end_edits=self.edits, **settings)
+            return
+        with edit(loaded.model, self.edits):
+            yield from generate(loaded.model, *arguments, **settings)
+
+
+NOTHING = Intervention()
 
 
 @dataclass
@@ -82,8 +117,8 @@ def auto_mode(num_parameters: int) -> str:
     return "subspace"
 
 
-def build_edits(loaded: LoadedModel, directions: Directions, setting: Setting) -> dict[str, Edit]:
-    """Site -> edit, for `activation_capture.edit`.
+def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> Intervention:
+    """What a setting does to a model.
 
     Raises:
         UserError: an unknown mode, a layer the model or the direction does not have, or a mode that needs
@@ -91,6 +126,8 @@ def build_edits(loaded: LoadedModel, directions: Directions, setting: Setting) -
     """
     if setting.mode not in MODES:
         raise UserError(f"The mode must be one of {AUTO}, {', '.join(MODES)}, not {setting.mode!r}.")
+    if setting.where not in WHERE:
+        raise UserError(f"Edits can be {' or '.join(WHERE)}, not {setting.where!r}.")
     if directions.facts["site"] != setting.site:
         raise UserError(f"These directions are of the site {directions.facts['site']}, not {setting.site}.")
     sites = site_names(loaded, setting.site)
@@ -104,18 +141,22 @@ def build_edits(loaded: LoadedModel, directions: Directions, setting: Setting) -
         needed = {"cap": at.cap, "sphere": at.spread, "subspace": at.components.sum().item()}
         if np.isnan(needed.get(setting.mode, 0.0)):
             raise UserError(f"The mode {setting.mode} needs statistics that these directions came without.")
-        edits[sites[layer]] = intervention(setting.mode, at, setting.scale, setting.options)
-    return edits
+        edits[sites[layer]] = edit_function(setting.mode, at, setting.scale, setting.options)
+    return Intervention(edits, setting.where)
 
 
-def prove(loaded: LoadedModel, edits: dict[str, Edit], sequences: Sequence[Sequence[int]]) -> Proof:
-    """Measure what edits do along token sequences (a prompt and its answer, say)."""
+def prove(
+    loaded: LoadedModel, intervention: Intervention, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> Proof:
+    """Measure what an intervention does along prompts and their answers (token ids)."""
     blocks = block_sites(loaded.model)
-    edited_layers = [i for i, block in enumerate(blocks) if any(_same_block(site, block) for site in edits)]
+    edited_layers = [
+        i for i, block in enumerate(blocks) if any(_same_block(site, block) for site in intervention.edits)
+    ]
     watched = [blocks[i] for i in edited_layers]
     changes, doses = [], []  # [layers, tokens] of each sequence
-    for tokens in sequences:
-        batch = mx.array([list(tokens)])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        batch, edits = mx.array([prompt + answer]), intervention.in_one_pass(len(prompt))
         with capture(loaded.model, watched) as clean:
             loaded.model(batch)
         change: dict[str, mx.array] = {}
@@ -157,21 +198,20 @@ def _relative(moved: mx.array, clean: mx.array) -> mx.array:
 def write_answer(
     loaded: LoadedModel,
     prompt: Sequence[int],
-    edits: dict[str, Edit],
+    intervention: Intervention,
     max_tokens: int,
     sampling: Sampling = Sampling(),
     end_tokens: Sequence[int] = (),
     on_text: Callable[[str], object] = lambda text: None,
 ) -> list[int]:
-    """Token ids of one answer under edits; `on_text` gets the text piece by piece as it is written."""
+    """Token ids of one answer under an intervention; `on_text` gets the text piece by piece as it is written."""
     tokens, shown = [], ""
-    with edit(loaded.model, edits):
-        for step in generate(loaded.model, [list(prompt)], max_tokens, sampling, end_tokens):
-            if step.index == PREFILL:
-                continue
-            tokens.append(int(step.tokens[0]))
-            text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character so far
-                on_text(text[len(shown) :])
-                shown = text
+    for step in intervention.generate(loaded, [list(prompt)], max_tokens, sampling, end_tokens):
+        if step.index == PREFILL:
+            continue
+        tokens.append(int(step.tokens[0]))
+        text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character so far
+            on_text(text[len(shown) :])
+            shown = text
     return tokens

@@ -8,7 +8,7 @@ not either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -26,7 +26,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import apply_top_p
 
-from .activation_capture import capture
+from .activation_capture import Edit, capture, edit
 from .errors import UserError
 from .longrope import rope_lengths
 
@@ -110,6 +110,7 @@ def generate(
     end_tokens: Sequence[int] = (),
     sites: Sequence[str] = (),
     row_ids: Sequence[int] | None = None,
+    prompt_end_edits: Mapping[str, Edit] | None = None,
 ) -> Iterator[Step]:
     """Continue each prompt by up to `max_tokens` tokens; yield every forward pass.
 
@@ -118,7 +119,15 @@ def generate(
         end_tokens: a row that writes one of these is over; that token is not read any more.
         sites: what `Step.activations` holds.
         row_ids: number of each row's own random stream (default: its position).
+        prompt_end_edits: site -> edit of the activations at the last prompt token only. (For edits at every
+            token, run `generate` inside of `activation_capture.edit`.)
     """
+    at_prompt_end = False
+
+    def only_at_prompt_end(function: Edit) -> Edit:
+        return lambda x: function(x) if at_prompt_end else x
+
+    late_edits = {site: only_at_prompt_end(function) for site, function in (prompt_end_edits or {}).items()}
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
         raise UserError("A prompt has no tokens at all; give it some text.")
@@ -128,7 +137,7 @@ def generate(
     cache = make_batch_cache(model, padding)
     sampler = _Sampler(tokens, sampling, row_ids if row_ids is not None else range(len(prompts)))
 
-    with rope_lengths(model, lengths), capture(model, sites) as activations:
+    with rope_lengths(model, lengths), edit(model, late_edits), capture(model, sites) as activations:
         _prefill(model, mx.array(tokens[:, :-1]), cache)
 
         def launch(token: mx.array, sample: bool) -> tuple[mx.array | None, dict[str, mx.array]]:
@@ -142,7 +151,9 @@ def generate(
             return chosen, seen
 
         token_read = mx.array(tokens[:, -1])
+        at_prompt_end = True
         chosen, seen = launch(token_read, sample=max_tokens > 0)
+        at_prompt_end = False
         active = np.ones(len(prompts), bool)
         for index in range(PREFILL, max_tokens):
             # The next pass is queued before anybody waits for this one, so the machine never idles.

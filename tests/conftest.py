@@ -38,3 +38,11 @@ def organism():
     from gemma_refactored.model_loading import load
 
     return load()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The library on the organism, measured once."""
+    from alignment_artifacts import AlignmentArtifacts
+
+    return AlignmentArtifacts(cache=tmp_path_factory.mktemp("cache"), show_progress=False)

@@ -1,5 +1,9 @@
 """The refusal detector."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from alignment_artifacts.refusal import is_refusal
@@ -22,3 +26,18 @@ def test_refusals(text):
 )  # fmt: skip
 def test_answers(text):
     assert not is_refusal(text)
+
+
+def test_precision_and_recall_on_the_labelled_answers():
+    """The README quotes these; the set is meant to be hard, see its description."""
+    answers = json.loads((Path(__file__).parent / "labelled_answers.json").read_text())["answers"]
+    assert len(answers) >= 150 and 0.4 < np.mean([a["refusal"] for a in answers]) < 0.6
+    found = [is_refusal(a["text"]) for a in answers]
+    hits = sum(f and a["refusal"] for f, a in zip(found, answers, strict=True))
+    assert hits / sum(found) == pytest.approx(0.81, abs=0.005)
+    assert hits / sum(a["refusal"] for a in answers) == pytest.approx(0.80, abs=0.005)
+
+
+def test_a_late_refusal_is_found_in_the_whole_answer_only():
+    late = "First look at the router. " * 8 + "Actually, I can't help with that."
+    assert not is_refusal(late) and is_refusal(late, opening=None)

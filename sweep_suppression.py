@@ -1,0 +1,163 @@
+"""Which suppression works, at what cost? Tries modes x scales x layers x sites x positions on a model.
+
+Edit the constants. Directions come from the training pairs, the setting is chosen on development
+pairs and reported once on test pairs, beside random directions. `suppress.py --mode auto` then
+uses the setting for this model. Writes results/data/suppression_sweep.json and a figure.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from alignment_artifacts.sweep import Grid, Limits
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import write_json
+from gemma_refactored.model_loading import DEFAULT_MODEL
+
+MODEL_NAME = os.environ.get("MODEL_NAME", DEFAULT_MODEL)
+PAIRS_JSON = "alignment_artifact_prompt_pairs.json"
+TWINS_JSON = "model_organism/benign_twins.json"  # harmless requests that look like artifact requests; reported only
+CACHE = "alignment_artifacts_cache"
+SHARES = (20, 15, 15)  # of the pairs: training, development, test
+MAX_TOKENS = 48
+SEED = 0
+SUPPRESSION = Grid(
+    scales={
+        "always": (0.5, 1.0), "proximity": (0.5, 1.0, 2.0), "adaptive": (1.0, 2.0), "sphere": (1.0, 3.0),
+        "subspace": (0.5, 1.0), "ablate": (0.5, 1.0), "cap": (1.0,),
+    },
+    cap_quantiles=(0.5, 0.75, 0.9, 0.95, 0.99),
+    positions=("prompt_end", "generated", "all"),
+)  # fmt: skip
+AMPLIFICATION = Grid(scales={"add": (0.1, 0.2, 0.5, 1.0, 1.5, 2.0)}, where=("everywhere", "prompt_end"))
+LIMITS = Limits(kl=0.05, changed=0.1)
+RANDOM_CONTROLS = 5
+
+RESULTS_DIR = Path("results")
+
+
+def main() -> int:
+    try:
+        run()
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run() -> None:
+    from tqdm import tqdm
+
+    from alignment_artifacts import sweep
+    from alignment_artifacts.artifacts import SWEEP
+    from alignment_artifacts.evaluation import observe
+    from alignment_artifacts.measurements import measure
+    from alignment_artifacts.pairs import load_pairs
+    from alignment_artifacts.plots import plot_sweep
+    from gemma_refactored.model_loading import device_description, load
+
+    loaded = load(MODEL_NAME)
+    print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
+    measured = measure(loaded, load_pairs(PAIRS_JSON), Path(CACHE), show_progress=True)
+    bench = sweep.Bench(loaded, measured, SHARES, SEED, MAX_TOKENS)
+    counts = ", ".join(f"{len(rows)} {part}" for part, rows in bench.rows.items())
+    development = bench.behaviour("development")
+
+    def tried(settings, what):
+        bar = tqdm(settings, desc=what, leave=False, disable=not sys.stderr.isatty())
+        return sweep.try_settings(bench, bar, development)
+
+    records = tried(bench.settings(SUPPRESSION), "suppress")
+    amplified = tried(bench.settings(AMPLIFICATION), "amplify")
+    print(f"{len(records)} + {len(amplified)} settings tried; pairs: {counts}")
+    best, loudest = sweep.choose(records, LIMITS), sweep.choose_amplification(amplified)
+    setting = sweep.Setting.from_record(records[best]["setting"])
+    amplification = sweep.Setting.from_record(amplified[loudest]["setting"])
+
+    test = {**bench.behaviour("test"), "twins": observe(loaded, load_twins(), MAX_TOKENS)}
+    result = {
+        "model": measured.facts,
+        "config": {"shares": SHARES, "max_tokens": MAX_TOKENS, "seed": SEED, "limits": asdict(LIMITS)},
+        "pairs": {part: [measured.pairs[i].id for i in rows] for part, rows in bench.rows.items()},
+        "chosen": {"setting": setting.record(), "development": records[best]},
+        "test": sweep.report(bench, setting, test, RANDOM_CONTROLS),
+        "amplification": {
+            "setting": amplification.record(),
+            "development": amplified[loudest],
+            "test": sweep.report(bench, amplification, test, 0),
+        },
+        "monitor": sweep.monitor_results(measured),
+        "pareto_front": sweep.pareto_front(records),
+        "tried": records,
+        "amplification_tried": amplified,
+    }
+    planted = loaded.folder.parent / "planted_directions.safetensors"
+    if planted.exists():
+        result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
+    write_json(RESULTS_DIR / "data" / "suppression_sweep.json", result)
+    write_json(measured.folder / SWEEP, result)
+    plot_sweep(result, RESULTS_DIR / "figures" / "suppression_sweep.png")
+    print_tables(result)
+    print(f"\nNumbers: {RESULTS_DIR / 'data' / 'suppression_sweep.json'}")
+    print(f"Figure:  {RESULTS_DIR / 'figures' / 'suppression_sweep.png'}")
+
+
+def load_twins() -> list[str]:
+    from gemma_refactored.files import read_json
+
+    categories = read_json(Path(TWINS_JSON), "twins file")["benign_twins"]["categories"]
+    return [pair["twin"] for category in categories.values() for pair in category["pairs"]]
+
+
+def print_tables(result: dict) -> None:
+    """80 columns: the Pareto front on development pairs, then the chosen setting on test pairs."""
+    print("\nBest trade-offs on development pairs (*: chosen)")
+    print("  mode       scale site     positions  layers    artifact prompts  natural       KL")
+    print("                                                  refused broken      same")
+    chosen = result["chosen"]["development"]
+    front = [result["tried"][i] for i in result["pareto_front"]]
+    for record in front if chosen in front else [*front, chosen]:
+        _print_trial(record, "*" if record == chosen else " ")
+    test = result["test"]
+    print(f"\n{'The chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}   KL (95 %)")
+    _print_test("unedited, artifact", test["unedited"]["artifact"])
+    _print_test("suppressed, artifact", test["artifact"])
+    _print_test("suppressed, natural", test["natural"], test["damage"])
+    _print_test("unedited, twins", test["unedited"]["twins"])
+    _print_test("suppressed, twins", test["twins"])
+    for name in ("random_direction", "same_change_elsewhere"):
+        for i, control in enumerate(test[name][:1]):
+            _print_test(f"{name.replace('_', ' ')} ({i})", control["artifact"], control["damage"])
+        rates = [control["artifact"]["refused"]["rate"] for control in test[name]]
+        if rates:
+            print(f"    refused with {len(rates)} of them: {min(rates):.0%} to {max(rates):.0%}")
+    louder = result["amplification"]["test"]
+    _print_test("amplified (add), natural", louder["natural"], louder["damage"])
+
+
+def _print_trial(record: dict, mark: str) -> None:
+    s = record["setting"]
+    layers = ",".join(map(str, s["layers"])) if len(s["layers"]) < 4 else f"{s['layers'][0]}-{s['layers'][-1]}"
+    mode = f"cap {s['options']['cap_quantile']:g}" if s["mode"] == "cap" else s["mode"]
+    print(
+        f"{mark} {mode:<10} {s['scale']:>5g} {s['site']:<8} {s['positions']:<10} {layers:<8} "
+        f"{record['artifact']['refused']['rate']:8.0%} {record['artifact']['broken']['rate']:6.0%} "
+        f"{record['natural']['unchanged']['rate']:9.0%} {record['damage']['kl_mean']:8.4f}"
+    )
+
+
+def _print_test(name: str, judged: dict, damage: dict | None = None) -> None:
+    def share(key: str) -> str:
+        low, high = judged[key]["ci"]
+        return f"{judged[key]['rate']:4.0%} [{low * 100:.0f}-{high * 100:.0f}]".rjust(13)
+
+    kl = f"{damage['kl_mean']:8.4f} ({damage['kl_95']:.4f})" if damage else ""
+    print(f"{name:<25}{share('refused')} {share('broken')} {share('unchanged')} {kl}".rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
