@@ -1,6 +1,6 @@
 # `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
-.PHONY: all setup collect check analyse test organism clean
+.PHONY: all setup collect check analyse sweep test organism clean
 
 # Another model's activations go into a folder of their own; the analysis then reads that one.
 ifdef MODEL_NAME
@@ -31,6 +31,9 @@ check: setup               # batch = single, cached = uncached, capture on = off
 
 analyse: setup
 	$(PYTHON) analyze_collected_activations.py
+
+sweep: setup               # which suppression works, at what cost
+	$(PYTHON) sweep_suppression.py
 
 test: setup
 	$(PYTHON) -m ruff check .

@@ -123,7 +123,7 @@ def print_tables(result: dict) -> None:
     for record in front if chosen in front else [*front, chosen]:
         _print_trial(record, "*" if record == chosen else " ")
     test = result["test"]
-    print(f"\n{'The chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}   KL (95 %)")
+    print(f"\n{'The chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
     _print_test("unedited, artifact", test["unedited"]["artifact"])
     _print_test("suppressed, artifact", test["artifact"])
     _print_test("suppressed, natural", test["natural"], test["damage"])
@@ -155,7 +155,7 @@ def _print_test(name: str, judged: dict, damage: dict | None = None) -> None:
         low, high = judged[key]["ci"]
         return f"{judged[key]['rate']:4.0%} [{low * 100:.0f}-{high * 100:.0f}]".rjust(13)
 
-    kl = f"{damage['kl_mean']:8.4f} ({damage['kl_95']:.4f})" if damage else ""
+    kl = f"{damage['kl_mean']:8.4f}" if damage else ""
     print(f"{name:<25}{share('refused')} {share('broken')} {share('unchanged')} {kl}".rstrip())
 
 

@@ -149,7 +149,7 @@ def plot_sweep(result: dict, path: Path) -> None:
         front = np.array([point(tried[i]) for i in result["pareto_front"]])
         axes.step(front[:, 0], front[:, 1], where="post", color="#444444", lw=1, label="best trade-offs")
         axes.scatter(*point(chosen), s=170, facecolors="none", edgecolors="black", lw=1.8, label="chosen")
-        axes.axvline(result["config"]["limits"]["kl"], color=GREY, ls="--", lw=1)
+        axes.axvline(result["config"]["limits"]["kl"], color=GREY, ls="--", lw=1, label="limit")
         axes.set(
             xscale="log", xlabel="KL from the unedited model on natural answers (nats a token)",
             ylabel="artifact prompts refused or broken", ylim=(-0.03, None),
