@@ -66,6 +66,7 @@ class Bench:
         rows = split_pairs([pair.category for pair in measured.pairs], shares, seed)
         self.rows = dict(zip(PARTS, rows, strict=True))
         self._directions: dict[tuple[str, str], Directions] = {}
+        self._random: dict[tuple[str, str, int], Directions] = {}
 
     def behaviour(self, part: str) -> dict[str, Behaviour]:
         """Unedited answers of a part's prompts, by side."""
@@ -81,6 +82,13 @@ class Bench:
             estimated = self.measured.estimate(site, positions, self.rows["training"])
             self._directions[site, positions] = self.with_natural_tokens(estimated)
         return self._directions[site, positions]
+
+    def random(self, site: str, positions: str, seed: int) -> Directions:
+        """Random directions of the same norms."""
+        if (site, positions, seed) not in self._random:
+            drawn = random_like(self.directions(site, positions), seed)
+            self._random[site, positions, seed] = self.with_natural_tokens(drawn)
+        return self._random[site, positions, seed]
 
     def intervention(self, setting: Setting) -> Intervention:
         return intervene(self.loaded, self.directions(setting.site, setting.positions), setting)
@@ -104,11 +112,21 @@ class Bench:
 
 
 def try_settings(bench: Bench, settings: Iterable[Setting], sets: dict[str, Behaviour]) -> list[dict]:
-    """One record a setting: {"setting": .., set: judgements, "damage": ..}."""
-    return [
-        {"setting": s.record(), **evaluate(bench.loaded, bench.intervention(s), sets, bench.max_tokens)}
-        for s in settings
-    ]
+    """One record a setting: its judgement of every set, "damage", "dose" (see `Proof`), and the same setting
+    with a random direction, judged on the artifact prompts."""
+    records, artifact = [], sets["artifact"]
+    for setting in settings:
+        intervention = bench.intervention(setting)
+        random = intervene(bench.loaded, bench.random(setting.site, setting.positions, 0), setting)
+        records.append(
+            {
+                "setting": setting.record(),
+                **evaluate(bench.loaded, intervention, sets, bench.max_tokens),
+                "dose": prove(bench.loaded, intervention, artifact.token_ids, artifact.answers).dose,
+                "random_direction": evaluate(bench.loaded, random, {"artifact": artifact}, bench.max_tokens),
+            }
+        )
+    return records
 
 
 def choose(records: Sequence[dict], limits: Limits = Limits()) -> int:
@@ -170,10 +188,10 @@ def same_change_elsewhere(intervention: Intervention, hidden: int, seed: int) ->
 def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls: int) -> dict:
     """Everything about one setting on pairs that nothing else has seen: behaviour, dose, random controls."""
     loaded, hidden = bench.loaded, bench.loaded.hidden_size
-    directions, intervention = bench.directions(setting.site, setting.positions), bench.intervention(setting)
+    intervention = bench.intervention(setting)
     random, elsewhere = [], []
     for seed in range(controls):
-        drawn = bench.with_natural_tokens(random_like(directions, seed))
+        drawn = bench.random(setting.site, setting.positions, seed)
         random.append(evaluate(loaded, intervene(loaded, drawn, setting), sets, bench.max_tokens))
         moved = same_change_elsewhere(intervention, hidden, seed)
         elsewhere.append(evaluate(loaded, moved, sets, bench.max_tokens))
