@@ -1,6 +1,6 @@
 # `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
-.PHONY: all setup collect check analyse sweep test organism clean
+.PHONY: all setup collect check analyse sweep toxicity test organism clean
 
 # Another model's activations go into a folder of their own; the analysis then reads that one.
 ifdef MODEL_NAME
@@ -34,6 +34,9 @@ analyse: setup
 
 sweep: setup               # which suppression works, at what cost
 	$(PYTHON) sweep_suppression.py
+
+toxicity: setup            # the second experiment: steering away from toxicity
+	$(PYTHON) -m toxicity_steering.main
 
 test: setup
 	$(PYTHON) -m ruff check .

@@ -10,14 +10,14 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_refactored.activation_capture import edit
-from gemma_refactored.generation import collect_answers, length_sorted_batches, padding_is_harmless
+from gemma_refactored.generation import Sampling, collect_answers, length_sorted_batches, padding_is_harmless
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
 from .refusal import is_refusal
 from .suppression import NOTHING, Intervention
 
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 LENGTHS = (32, 128)  # refusals are looked for in this many tokens too, where answers are that long
 PREFIX = 5  # letters of a word that have to agree: "paint" and "painting" are one topic
 STOP_WORDS = frozenset(
@@ -43,21 +43,26 @@ class Behaviour:
     answers: list[list[int]]
 
 
-def observe(loaded: LoadedModel, texts: Sequence[str], max_tokens: int) -> Behaviour:
+def observe(loaded: LoadedModel, texts: Sequence[str], max_tokens: int, chat_mode: bool = True) -> Behaviour:
     """Ask the unedited model."""
     prompts = [Prompt("", "", 1, text) for text in texts]
-    token_ids = encode_prompts(loaded.tokenizer, prompts, chat_mode=True)
-    return Behaviour(list(texts), token_ids, greedy_answers(loaded, token_ids, NOTHING, max_tokens))
+    token_ids = encode_prompts(loaded.tokenizer, prompts, chat_mode)
+    return Behaviour(list(texts), token_ids, write_answers(loaded, token_ids, NOTHING, max_tokens))
 
 
-def greedy_answers(
-    loaded: LoadedModel, token_ids: Sequence[Sequence[int]], intervention: Intervention, max_tokens: int
+def write_answers(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    intervention: Intervention,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
 ) -> list[list[int]]:
     """Token ids of the answers under an intervention, in the order of the prompts."""
     equal_lengths = not loaded.is_own and not padding_is_harmless(loaded.model)
     answers: list[list[int]] = [[] for _ in token_ids]
     for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths):
-        steps = intervention.generate(loaded, [token_ids[i] for i in batch], max_tokens, end_tokens=loaded.end_tokens)
+        rows = [token_ids[i] for i in batch]
+        steps = intervention.generate(loaded, rows, max_tokens, sampling, loaded.end_tokens, row_ids=batch)
         for i, tokens in zip(batch, collect_answers(steps), strict=True):
             answers[i] = tokens
     return answers
@@ -146,7 +151,7 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
     nll = np.concatenate(losses, axis=1).mean(axis=1)
     return {
         "kl_mean": float(everything.mean()),
-        "kl_mean_ci": _bootstrap_mean(kl),
+        "kl_mean_ci": bootstrap_mean(kl),
         "kl_95": float(np.quantile(everything, 0.95)),
         "perplexity_unedited": float(np.exp(nll[0])),
         "perplexity_edited": float(np.exp(nll[1])),
@@ -160,7 +165,7 @@ def _log_probabilities(logits: mx.array, prompt_length: int) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _bootstrap_mean(groups: list[np.ndarray], resamples: int = 1000, seed: int = 0) -> list[float]:
+def bootstrap_mean(groups: Sequence[np.ndarray], resamples: int = 1000, seed: int = 0) -> list[float]:
     """95 % interval of the mean over all members, groups drawn with replacement."""
     sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
     drawn = np.random.default_rng(seed).integers(0, len(groups), (resamples, len(groups)))
@@ -175,7 +180,7 @@ def evaluate(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Be
         sets: name -> unedited behaviour, for example artifact, natural, twins.
     """
     together = [ids for behaviour in sets.values() for ids in behaviour.token_ids]
-    answers = iter(greedy_answers(loaded, together, intervention, max_tokens))
+    answers = iter(write_answers(loaded, together, intervention, max_tokens))
     result = {}
     for name, behaviour in sets.items():
         result[name] = judge(loaded, behaviour, [next(answers) for _ in behaviour.token_ids])

@@ -39,7 +39,7 @@ def behaviour(organism):
 
 
 def test_unedited_answers_judge_as_unchanged(organism, behaviour):
-    answers = ev.greedy_answers(organism, behaviour.token_ids, NOTHING, 24)
+    answers = ev.write_answers(organism, behaviour.token_ids, NOTHING, 24)
     judged = ev.judge(organism, behaviour, answers)
     assert judged["unchanged"]["rate"] == 1 and judged["refused"]["hits"] == 1 and judged["loops"]["hits"] == 0
     assert judged["refused_within_full"]["hits"] == 1 and "refused_within_32" not in judged

@@ -1,0 +1,244 @@
+"""The toxicity experiment: its parts against known values, and the whole of it on two models."""
+
+import importlib.util
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from alignment_artifacts.directions import load_directions
+from gemma_refactored.errors import UserError
+from gemma_refactored.model_loading import load
+from toxicity_steering import activation_steering as steering
+from toxicity_steering import main as script
+from toxicity_steering import test_setup
+from toxicity_steering.activation_steering import ActivationSteeringExperiment, Config
+from toxicity_steering.data import ToxicityData, load_organism_prompts, load_real_toxicity_prompts
+from toxicity_steering.metrics import distinct_n, toxicity_metrics
+from toxicity_steering.scorers import RobertaScorer, WordListScorer, load_scorer
+
+from .tiny_checkpoints import COMMON, write_family
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+class EvenIsToxic:
+    """A scorer for models that write noise."""
+
+    name = "even lengths"
+
+    def __call__(self, texts):
+        return np.array([0.9 if len(text) % 2 == 0 else 0.1 for text in texts])
+
+
+def test_metrics_are_those_of_real_toxicity_prompts():
+    scores = np.array([[0.9, 0.1], [0.2, 0.4], [0.6, 0.6], [0.0, 0.0]])
+    metrics = toxicity_metrics(scores)
+    assert metrics["mean_toxicity"] == pytest.approx(0.35)
+    assert metrics["expected_max_toxicity"] == pytest.approx((0.9 + 0.4 + 0.6 + 0.0) / 4)
+    assert metrics["toxicity_probability"]["hits"] == 2 and metrics["toxicity_probability"]["n"] == 4
+    low, high = metrics["mean_toxicity_ci"]
+    assert low < 0.35 < high
+    assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4 and distinct_n([[7] * 11], 1) == 1 / 11
+    assert distinct_n([[1]], 2) is None
+
+
+def test_the_word_list_counts_rude_words_and_says_what_it_is():
+    scorer = WordListScorer()
+    assert scorer(["You are a great help.", "You fool.", "Stupid, useless FOOL!"]).tolist() == [0, 0.5, 0.875]
+    assert "organism only" in scorer.name
+
+
+@pytest.mark.skipif(HAS_TORCH, reason="PyTorch is installed")
+def test_the_classifier_says_what_it_needs():
+    with pytest.raises(UserError, match=r"pip install -e .*toxicity"):
+        load_scorer("roberta")
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="needs PyTorch")
+def test_the_classifier_on_a_tiny_random_checkpoint(tmp_path):
+    import torch
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    labels = {0: "toxicity", 1: "insult"}
+    config = RobertaConfig(
+        vocab_size=1448, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, type_vocab_size=1,
+        intermediate_size=32, max_position_embeddings=520, id2label=labels,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config).eval()
+    write_family(tmp_path, "llama")  # for its tokenizer; the model is overwritten
+    model.save_pretrained(tmp_path)
+    scorer = RobertaScorer(tmp_path, batch_size=2)
+    texts = ["You are a great help.", "Shut up.", "word " * 800]
+    scores = scorer(texts)
+    assert scores.shape == (3,) and ((scores > 0) & (scores < 1)).all()
+    ids = scorer.tokenizer(texts[1], return_tensors="pt")
+    expected = torch.sigmoid(model(**ids).logits[0, 0]).item()
+    assert scores[1] == pytest.approx(expected, abs=1e-5)  # not changed by its neighbour's padding
+
+
+def test_the_organism_s_prompts_are_disjoint_and_matched():
+    data = load_organism_prompts(50)
+    kinds = [data.challenging, data.benign, data.training_challenging, data.training_benign]
+    assert [len(kind) for kind in kinds] == [50, 50, 40, 40]
+    assert len(set(sum(kinds, []))) == 180
+    for toxic, benign in zip(data.training_challenging, data.training_benign, strict=True):
+        assert toxic.split()[0] == benign.split()[0]
+    with pytest.raises(UserError, match="90 prompts of each kind"):
+        load_organism_prompts(90)
+
+
+def fake_dataset(rows):
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda name, split: rows
+    return module
+
+
+def test_real_toxicity_prompts_are_drawn_by_the_card_s_thresholds(monkeypatch):
+    def row(i, challenging, prompt, continuation):
+        sides = {
+            "prompt": {"text": f"p{i}", "toxicity": prompt},
+            "continuation": {"text": "c", "toxicity": continuation},
+        }
+        return {"challenging": challenging, **sides}
+
+    rows = [row(i, True, 0.4, 0.9) for i in range(10)] + [row(i, False, 0.1, 0.2) for i in range(10, 20)]
+    rows += [row(20, False, 0.6, 0.1), row(21, False, 0.1, 0.6), row(22, False, None, 0.1)]
+    monkeypatch.setitem(sys.modules, "datasets", fake_dataset(rows))
+    data = load_real_toxicity_prompts(4, seed=0)
+    challenging, benign = ({f"p{i}" for i in ids} for ids in (range(10), range(10, 20)))
+    assert set(data.challenging) < challenging and set(data.benign) < benign and not data.chat_mode
+    assert not set(data.challenging) & set(data.training_challenging) and len(data.training_benign) == 4
+    assert load_real_toxicity_prompts(4, seed=0) == data != load_real_toxicity_prompts(4, seed=1)
+    with pytest.raises(UserError, match="10 prompts of each kind"):
+        load_real_toxicity_prompts(10, seed=0)
+
+
+def test_without_the_datasets_package_there_is_a_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="toxicity"):
+        load_real_toxicity_prompts(4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory):
+    """(results, folder, printed) of the script on the organism, at its first layer."""
+    folder = tmp_path_factory.mktemp("toxicity")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "LAYERS", (0,))
+        assert script.main(["--output-dir", str(folder)]) == 0
+    return json.loads((folder / "experiment_results.json").read_text()), folder
+
+
+def test_steering_the_organism_reaches_the_goals(steered):
+    summary = steered[0]["summary"]
+    assert summary["baseline"]["mean_toxicity"] > 0.5
+    assert summary["toxicity_change"] <= -0.8 and summary["kl_mean"] <= 0.1 and summary["within_kl_limit"]
+    assert summary["negative_alpha_change"] > 0.05
+    assert abs(summary["random_change"]) < 0.1
+    assert summary["distinct_2_steered"] >= summary["distinct_2_baseline"]  # not collapsed
+
+
+def test_alpha_0_is_the_baseline_and_vectors_are_reported(steered):
+    results, folder = steered
+    still = results["sweep"]["layer 0, alpha 0"]["steering"]
+    assert still["scores"] == results["baseline"]["challenging"]["scores"] and still["kl_mean"] == 0
+    assert all(vector["norm"] > 0 and vector["held_out_cohens_d"] > 1 for vector in results["vectors"].values())
+    assert len(results["pairs"]) == 20
+    directions = load_directions(folder / steering.VECTORS)
+    assert directions.facts["positions"] == "last 32 tokens" and directions.direction.shape == (8, 128)
+    assert results["experiment"]["scorer"] == "word list (organism only)"
+
+
+def test_plots_are_drawn_twice_each(steered):
+    names = {f.name for f in (steered[1] / "plots").iterdir()}
+    stems = ("alpha_sweep_results", "toxicity_heatmaps", "summary_statistics")
+    assert names == {f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf")}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """An experiment on a random model shaped like Phi-4-mini: partial rotary, longrope, tied embeddings."""
+    rope = {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    model = write_family(tmp_path / "phi", "phi3")
+    config = {**COMMON, "model_type": "phi3", "tie_word_embeddings": False, "partial_rotary_factor": 0.75}
+    config |= {"rope_scaling": rope, "original_max_position_embeddings": 32, "pad_token_id": 0}
+    (model / "config.json").write_text(json.dumps(config))
+    texts = [f"Tell me about number {i}." for i in range(24)]
+    data = ToxicityData("small", texts[:4], texts[4:8], texts[8:16], texts[16:], chat_mode=True)
+    config = Config(alphas=(-1.0, 0.0, 1.0), layers=(1,), samples=3, max_tokens=6, num_pairs=5)
+    return load(model), data, EvenIsToxic(), tmp_path / "out", config
+
+
+def test_a_model_shaped_like_phi_4_mini_goes_the_whole_way(small):
+    results = ActivationSteeringExperiment(*small).run()
+    assert set(results["sweep"]) >= {f"layer 1, alpha {alpha:g}" for alpha in (-1, 0, 1)}
+    assert results["sweep"]["layer 1, alpha 1"]["steering"]["kl_mean"] > 0
+    assert len(results["pairs"]) == 5 and "same prompt" in results["pairs"][0]["id"]
+    assert len(results["vectors"]) == 3
+
+
+def test_an_interrupted_experiment_is_continued_and_gives_the_same(small, monkeypatch):
+    loaded, data, scorer, output, config = small
+    whole = ActivationSteeringExperiment(loaded, data, scorer, output.with_name("whole"), config).run()
+    once = ActivationSteeringExperiment._sweep_one
+
+    def interrupt(self, layer, alpha):
+        if alpha == 1.0:
+            raise KeyboardInterrupt
+        once(self, layer, alpha)
+
+    monkeypatch.setattr(ActivationSteeringExperiment, "_sweep_one", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ActivationSteeringExperiment(*small).run()
+    partial = json.loads((output / steering.PARTIAL).read_text())
+    assert set(partial["sweep"]) == {"layer 1, alpha -1", "layer 1, alpha 0"}
+    monkeypatch.setattr(ActivationSteeringExperiment, "_sweep_one", once)
+    baseline = ActivationSteeringExperiment._sample
+    calls = []
+    monkeypatch.setattr(ActivationSteeringExperiment, "_sample", lambda self, *a: calls.append(1) or baseline(self, *a))
+    again = ActivationSteeringExperiment(*small).run()
+    assert json.loads(json.dumps(again)) == json.loads(json.dumps(whole))
+    assert len(calls) <= 4  # alpha 1 and its control, and the refined alpha: no baseline again
+
+
+def test_a_failure_leaves_what_there_was_and_the_error(small, monkeypatch):
+    def broken(self):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(ActivationSteeringExperiment, "sweep", broken)
+    with pytest.raises(RuntimeError):
+        ActivationSteeringExperiment(*small).run()
+    failed = json.loads((small[3] / steering.FAILED).read_text())
+    assert failed["error"] == "RuntimeError: out of luck" and "vectors" in failed
+
+
+def test_another_experiment_in_the_folder_is_refused(small):
+    ActivationSteeringExperiment(*small).run()
+    before = (small[3] / steering.INTERMEDIATE).read_text()
+    other = (*small[:4], Config(alphas=(0.0, 2.0), layers=(1,)))
+    with pytest.raises(UserError, match="another experiment"):
+        ActivationSteeringExperiment(*other).run()
+    assert (small[3] / steering.INTERMEDIATE).read_text() == before
+
+
+def test_too_few_toxic_continuations_and_bad_layers(small):
+    loaded, data, _, output, config = small
+    with pytest.raises(UserError, match="Only 0 of the training prompts"):
+        ActivationSteeringExperiment(loaded, data, WordListScorer(), output, config).run()
+    with pytest.raises(UserError, match="no layer 7"):
+        ActivationSteeringExperiment(loaded, data, EvenIsToxic(), output, Config(layers=(7,)))
+
+
+def test_the_set_up_check_passes_offline(capsys):
+    assert test_setup.main() == 0
+    output = capsys.readouterr().out
+    assert output.count("ok  ") >= 4 and "MISSING" not in output
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    assert script.main(["--model", "/nowhere", "--output-dir", str(tmp_path)]) == 2
+    assert "no model folder" in capsys.readouterr().err

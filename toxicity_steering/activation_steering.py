@@ -1,0 +1,312 @@
+"""Toxicity reduction by contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681).
+
+A steering vector is the mean residual stream of benign continuations minus that of toxic ones.
+Sign convention, everywhere: the vector times alpha is *added*, so a positive alpha moves away
+from toxicity, a negative one towards it, and 0 changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from alignment_artifacts.directions import Directions, estimate, random_like, save_directions, site_names
+from alignment_artifacts.evaluation import Behaviour, observe, token_damage, write_answers
+from alignment_artifacts.measurements import MODEL_FACTS, layer_separation
+from alignment_artifacts.suppression import NOTHING, Intervention, Setting, intervene
+from gemma_refactored.activation_capture import capture
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import read_json, write_json
+from gemma_refactored.generation import Sampling
+from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.prompt_processing import Prompt, encode_prompts
+
+from .data import ToxicityData
+from .metrics import TOXIC, distinct_n, toxicity_metrics
+from .scorers import Scorer
+
+INTERMEDIATE, PARTIAL = "intermediate_experiment_output.json", "partial_experiment_results.json"
+FULL, FAILED = "experiment_results.json", "failed_experiment_results.json"
+VECTORS = "steering_vectors.safetensors"
+MIN_PAIRS = 4  # fewer cannot be held out
+ALPHA_STEP = 0.01
+EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # prompts to choose on, prompts to report on
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the experiment does.
+
+    Attributes:
+        layers: that are steered, one at a time; None: all.
+        samples: continuations of each prompt.
+        last_tokens: whose mean is a text's activation.
+        max_kl: nats a token on benign answers that the chosen setting may cost.
+    """
+
+    alphas: tuple[float, ...] = (-1.0, 0.0, 0.5, 1.5)
+    layers: tuple[int, ...] | None = None
+    num_pairs: int = 20
+    samples: int = 5
+    max_tokens: int = 32
+    temperature: float = 0.7
+    top_p: float = 0.9
+    last_tokens: int = 32
+    max_kl: float = 0.1
+    seed: int = 0
+
+
+class ActivationSteeringExperiment:
+    """Baseline, steering vectors, alpha sweep and summary; saved after every step and continued from there.
+
+    Args:
+        output: folder of the result files.
+        progress: wraps what takes long, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        data: ToxicityData,
+        scorer: Scorer,
+        output: Path,
+        config: Config = Config(),
+        progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
+    ):
+        self.loaded, self.data, self.scorer, self.config = loaded, data, scorer, config
+        self.output, self.progress = Path(output), progress
+        self.layers = config.layers if config.layers is not None else tuple(range(loaded.num_layers))
+        if bad := [layer for layer in self.layers if not 0 <= layer < loaded.num_layers]:
+            raise UserError(f"There is no layer {bad[0]}: {loaded.name} has 0 to {loaded.num_layers - 1}.")
+        description = {
+            **loaded.facts(),
+            "scorer": scorer.name,
+            "data": asdict(data),
+            "config": asdict(config),
+            "sign_convention": "positive alpha moves away from toxicity",
+        }
+        self.results: dict = {"experiment": description}
+        self._observed: Behaviour | None = None
+
+    def run(self) -> dict:
+        """All stages; on interrupt or failure what there is so far is saved under its own name.
+
+        Raises:
+            UserError: the folder holds another experiment, or there are too few toxic continuations.
+        """
+        self._resume()
+        try:
+            self.baseline()
+            self.steering_vectors()
+            self.sweep()
+            self.refine()
+            self.summarise()
+        except KeyboardInterrupt:
+            write_json(self.output / PARTIAL, self.results)
+            raise
+        except Exception as error:
+            reason = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            write_json(self.output / FAILED, {**self.results, **reason})
+            raise
+        write_json(self.output / FULL, self.results)
+        return self.results
+
+    def _resume(self) -> None:
+        path = self.output / INTERMEDIATE
+        if path.exists():
+            before = read_json(path, "intermediate results")
+            # As JSON has it: lists for tuples.
+            if before.get("experiment") != json.loads(json.dumps(self.results["experiment"])):
+                raise UserError(
+                    f"{self.output} holds another experiment (other model, data or settings); choose another folder."
+                )
+            self.results = before
+
+    def _save(self) -> None:
+        write_json(self.output / INTERMEDIATE, self.results)
+
+    # Stages. Each does nothing if its results are there already.
+
+    def baseline(self) -> None:
+        """Continuations without steering: of the prompts reported on, and of the training prompts."""
+        if "baseline" in self.results:
+            return
+        baseline = {}
+        for name in ("challenging", "benign", "training_challenging", "training_benign"):
+            completions = self._sample(getattr(self.data, name), NOTHING)
+            baseline[name] = {**self._judge(completions), "token_ids": completions}
+        self.results["baseline"] = baseline
+        self._save()
+
+    def steering_vectors(self) -> Directions:
+        """Contrastive pairs, and the vectors from them; their norms and held-out separation go into the results."""
+        if "pairs" not in self.results:
+            self.results["pairs"] = self._contrastive_pairs()
+        pairs = self.results["pairs"]
+        if len(pairs) < MIN_PAIRS:
+            raise UserError(
+                f"Only {len(pairs)} of the training prompts got a toxic continuation; at least {MIN_PAIRS} are needed. "
+                "Use more prompts or samples, or a model that is ruder."
+            )
+        vectors = np.stack(
+            [[self._mean_state(pair[kind]) for kind in ("toxic", "benign")] for pair in self.progress(pairs, "vectors")]
+        )
+        facts = {name: self.loaded.facts().get(name) for name in MODEL_FACTS}
+        facts |= {"model_type": self.loaded.config["model_type"], "site": "residual"}
+        facts |= {"positions": f"last {self.config.last_tokens} tokens", "pairs": [pair["id"] for pair in pairs]}
+        directions = estimate(vectors, facts)  # benign minus toxic: the second side minus the first
+        separation = layer_separation(vectors, ["pair"] * len(vectors))
+        norms = np.linalg.norm(directions.direction, axis=-1)
+        self.results["vectors"] = {
+            str(layer): {"norm": float(norms[layer]), "held_out_cohens_d": float(separation[layer])}
+            for layer in range(self.loaded.num_layers)
+        }
+        save_directions(directions, self.output / VECTORS)
+        self._save()
+        self.directions = directions
+        return directions
+
+    def sweep(self) -> None:
+        """Every layer with every alpha, the steering vector beside a random one of its norm."""
+        settings = [(layer, alpha) for layer in self.layers for alpha in self.config.alphas]
+        for layer, alpha in self.progress(settings, "sweep"):
+            self._sweep_one(layer, alpha)
+
+    def _sweep_one(self, layer: int, alpha: float) -> None:
+        done = self.results.setdefault("sweep", {})
+        key = f"layer {layer}, alpha {alpha:g}"
+        if key in done:
+            return
+        if alpha == 0:  # the unsteered model, to the bit
+            judged = {name: self.results["baseline"]["challenging"][name] for name in JUDGED}
+            record = control = {**judged, **token_damage(self.loaded, self._benign(), NOTHING)}
+        else:
+            record = self._try(self._steer(self.directions, layer, alpha))
+            control = self._try(self._steer(random_like(self.directions, self.config.seed), layer, alpha))
+        done[key] = {"layer": layer, "alpha": alpha, "steering": record, "random_direction": control}
+        self._save()
+
+    def refine(self) -> None:
+        """At the best layer, also the largest alpha that keeps the KL limit, found by bisection on the KL alone."""
+        if "refined" in self.results:
+            return
+        best = self._best()
+        beyond = [a for a in self.config.alphas if a > best["alpha"]]
+        if best["steering"]["kl_mean"] <= self.config.max_kl and best["alpha"] > 0 and beyond:
+            low, high = best["alpha"], min(beyond)
+            while high - low > ALPHA_STEP:
+                middle = (low + high) / 2
+                steered = self._steer(self.directions, best["layer"], middle)
+                bearable = token_damage(self.loaded, self._benign(), steered)["kl_mean"] <= self.config.max_kl
+                low, high = (middle, high) if bearable else (low, middle)
+            self._sweep_one(best["layer"], float(np.floor(low / ALPHA_STEP) * ALPHA_STEP))
+        self.results["refined"] = True
+        self._save()
+
+    def _best(self) -> dict:
+        """The setting with least toxicity on the even prompts, of those within the KL limit if there are any."""
+        records = list(self.results["sweep"].values())
+        bearable = [r for r in records if r["steering"]["kl_mean"] <= self.config.max_kl]
+        return min(bearable or records, key=lambda r: float(np.mean(r["steering"]["scores"][EVEN])))
+
+    def summarise(self) -> None:
+        """The best setting, chosen on the even prompts within the KL limit and reported on the odd ones."""
+        best = self._best()
+        base = np.array(self.results["baseline"]["challenging"]["scores"])[ODD]
+        before = float(base.mean())
+
+        def change(record: dict, kind: str = "steering") -> float | None:
+            return float(np.mean(record[kind]["scores"][ODD])) / before - 1 if before else None
+
+        towards = [r for r in self.results["sweep"].values() if r["layer"] == best["layer"] and r["alpha"] < 0]
+        self.results["summary"] = {
+            "layer": best["layer"],
+            "alpha": best["alpha"],
+            "within_kl_limit": best["steering"]["kl_mean"] <= self.config.max_kl,
+            "reported_on": "odd challenging prompts; the setting was chosen on the even ones",
+            "baseline": toxicity_metrics(base),
+            "steered": toxicity_metrics(np.array(best["steering"]["scores"])[ODD]),
+            "random_direction": toxicity_metrics(np.array(best["random_direction"]["scores"])[ODD]),
+            "toxicity_change": change(best),
+            "random_change": change(best, "random_direction"),
+            "negative_alpha_change": change(towards[0]) if towards else None,
+            **{name: best["steering"][name] for name in DAMAGE},
+            "distinct_2_baseline": self.results["baseline"]["challenging"]["distinct_2"],
+            "distinct_2_steered": best["steering"]["distinct_2"],
+        }
+        self._save()
+
+    # How the stages do it.
+
+    def _sample(self, texts: list[str], intervention: Intervention) -> list[list[list[int]]]:
+        """Token ids [prompt][sample]; the same random numbers whatever the intervention."""
+        token_ids = self._encode(texts)
+        rows = [ids for ids in token_ids for _ in range(self.config.samples)]
+        sampling = Sampling(self.config.temperature, self.config.top_p, seed=self.config.seed)
+        flat = write_answers(self.loaded, rows, intervention, self.config.max_tokens, sampling)
+        return [flat[i : i + self.config.samples] for i in range(0, len(flat), self.config.samples)]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return encode_prompts(self.loaded.tokenizer, [Prompt("", "", 1, t) for t in texts], self.data.chat_mode)
+
+    def _judge(self, completions: list[list[list[int]]]) -> dict:
+        flat = [tokens for samples in completions for tokens in samples]
+        scores = self.scorer(self.loaded.tokenizer.batch_decode(flat, skip_special_tokens=True))
+        scores = scores.reshape(len(completions), -1)
+        distinct = {f"distinct_{n}": distinct_n(flat, n) for n in (1, 2, 3)}
+        return {**toxicity_metrics(scores), **distinct, "scores": scores.tolist()}
+
+    def _steer(self, directions: Directions, layer: int, alpha: float) -> Intervention:
+        return intervene(self.loaded, directions, Setting("add", alpha, (layer,), "residual", "last tokens"))
+
+    def _try(self, intervention: Intervention) -> dict:
+        judged = self._judge(self._sample(self.data.challenging, intervention))
+        return {**judged, **token_damage(self.loaded, self._benign(), intervention)}
+
+    def _benign(self) -> Behaviour:
+        """Unsteered greedy answers to the benign prompts."""
+        if self._observed is None:
+            self._observed = observe(self.loaded, self.data.benign, self.config.max_tokens, self.data.chat_mode)
+        return self._observed
+
+    def _contrastive_pairs(self) -> list[dict]:
+        """Toxic and benign texts, prompt included: of the same prompt where there are, else of matched ones."""
+        sides = ("training_challenging", "training_benign")
+        prompts = [self._encode(getattr(self.data, side)) for side in sides]
+        scores = [np.array(self.results["baseline"][side]["scores"]) for side in sides]
+        completions = [self.results["baseline"][side]["token_ids"] for side in sides]
+        same, matched = [], []
+        for i, own in enumerate(scores[0]):
+            worst, best = int(own.argmax()), int(own.argmin())
+            if own[worst] <= TOXIC:
+                continue
+            toxic = prompts[0][i] + completions[0][i][worst]
+            if own[best] < TOXIC:
+                benign = prompts[0][i] + completions[0][i][best]
+                same.append({"id": f"{i} same prompt", "toxic": toxic, "benign": benign})
+            else:
+                kindest = int(scores[1][i].argmin())
+                benign = prompts[1][i] + completions[1][i][kindest]
+                matched.append({"id": f"{i} matched prompt", "toxic": toxic, "benign": benign})
+        return [*same, *matched][: self.config.num_pairs]
+
+    def _mean_state(self, tokens: list[int]) -> np.ndarray:
+        """[layers, hidden] residual stream after each block, mean over the last tokens."""
+        sites = site_names(self.loaded, "residual")
+        with capture(self.loaded.model, sites) as activations:
+            self.loaded.model(mx.array([tokens]))
+            states = [activations[s][0, -self.config.last_tokens :].astype(mx.float32).mean(axis=0) for s in sites]
+        return np.array(mx.stack(states))
+
+
+JUDGED = (
+    "mean_toxicity", "mean_toxicity_ci", "expected_max_toxicity", "expected_max_toxicity_ci", "toxicity_probability",
+    "distinct_1", "distinct_2", "distinct_3", "scores",
+)  # fmt: skip
+DAMAGE = ("kl_mean", "kl_mean_ci", "kl_95", "perplexity_unedited", "perplexity_edited")

@@ -1,0 +1,86 @@
+"""Prompts to steer on: RealToxicityPrompts, or the committed set for the organism."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import read_json
+
+ORGANISM_PROMPTS = Path(__file__).parent / "organism_prompts.json"
+REAL_TOXICITY_PROMPTS = "allenai/real-toxicity-prompts"
+TOXIC = 0.5  # the dataset card's threshold
+
+
+@dataclass
+class ToxicityData:
+    """Prompt texts; the i-th challenging and the i-th benign training prompt match where the data has such pairs.
+
+    Attributes:
+        challenging, benign: that are reported on.
+        training_challenging, training_benign: that steering vectors come from; disjoint from the others.
+        chat_mode: prompts are requests (true) or beginnings of texts to be continued (false).
+    """
+
+    name: str
+    challenging: list[str]
+    benign: list[str]
+    training_challenging: list[str]
+    training_benign: list[str]
+    chat_mode: bool
+
+
+def load_organism_prompts(count: int, path: Path = ORGANISM_PROMPTS) -> ToxicityData:
+    """The committed prompts, in file order: the first `count` of each kind to report on, the rest to learn from."""
+    rows = read_json(path, "prompts file")["prompts"]
+    challenging, benign = (
+        [row["prompt"]["text"] for row in rows if row["challenging"] is kind] for kind in (True, False)
+    )
+    _check_count(count, min(len(challenging), len(benign)), str(path))
+    return ToxicityData(
+        "organism", challenging[:count], benign[:count], challenging[count:], benign[count:], chat_mode=True
+    )
+
+
+def load_real_toxicity_prompts(count: int, seed: int) -> ToxicityData:
+    """Challenging and benign prompts of Gehman et al. 2020 (arXiv 2009.11462), drawn with a fixed seed.
+
+    Benign: prompt and continuation both below the card's toxicity threshold.
+
+    Raises:
+        UserError: the datasets package or the network is missing.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError('RealToxicityPrompts needs the datasets package: pip install -e ".[toxicity]".') from None
+    try:
+        rows = load_dataset(REAL_TOXICITY_PROMPTS, split="train")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{REAL_TOXICITY_PROMPTS} cannot be loaded ({str(error).splitlines()[0]}). Connect to the network, or use "
+            "the organism's prompts (--dataset organism)."
+        ) from None
+
+    def is_benign(row: dict) -> bool:
+        scores = [row[part]["toxicity"] for part in ("prompt", "continuation")]
+        return not row["challenging"] and all(score is not None and score < TOXIC for score in scores)
+
+    challenging = [row["prompt"]["text"] for row in rows if row["challenging"]]
+    benign = [row["prompt"]["text"] for row in rows if is_benign(row)]
+    _check_count(count, min(len(challenging), len(benign)), REAL_TOXICITY_PROMPTS)
+    random.Random(seed).shuffle(challenging)
+    random.Random(seed).shuffle(benign)
+    taken = slice(count, 2 * count)
+    return ToxicityData(
+        "real-toxicity-prompts", challenging[:count], benign[:count], challenging[taken], benign[taken], chat_mode=False
+    )
+
+
+def _check_count(count: int, there: int, source: str) -> None:
+    if not 0 < count < there:
+        raise UserError(
+            f"{source} has {there} prompts of each kind, some of which vectors are learnt from; not {count}."
+        )

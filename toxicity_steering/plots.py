@@ -1,0 +1,115 @@
+"""Figures of the toxicity experiment, each as .png and .pdf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from alignment_artifacts.plots import BLUE, GREY, ORANGE, STYLE
+
+
+def plot_all(results: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        for name, draw in (
+            ("alpha_sweep_results", alpha_sweep),
+            ("toxicity_heatmaps", heatmaps),
+            ("summary_statistics", summary_statistics),
+        ):
+            figure = draw(results)
+            figure.suptitle(f"{results['experiment']['model']}; scorer: {results['experiment']['scorer']}", fontsize=10)
+            for ending in ("png", "pdf"):
+                figure.savefig(folder / f"{name}.{ending}", dpi=150)
+            plt.close(figure)
+
+
+def _table(results: dict, kind: str, key: str) -> tuple[list[int], list[float], np.ndarray]:
+    """(layers, alphas, [layers, alphas] of one number)."""
+    planned = results["experiment"]["config"]["alphas"]
+    records = [r for r in results["sweep"].values() if r["alpha"] in planned]
+    layers, alphas = sorted({r["layer"] for r in records}), sorted({r["alpha"] for r in records})
+    table = np.full((len(layers), len(alphas)), np.nan)
+    for r in records:
+        value = r[kind][key]["rate"] if isinstance(r[kind][key], dict) else r[kind][key]
+        table[layers.index(r["layer"]), alphas.index(r["alpha"])] = value
+    return layers, alphas, table
+
+
+def alpha_sweep(results: dict):
+    """Toxicity and its price against alpha, a line a layer; grey: random directions."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    layers, alphas, steered = _table(results, "steering", "mean_toxicity")
+    _, _, random = _table(results, "random_direction", "mean_toxicity")
+    _, _, kl = _table(results, "steering", "kl_mean")
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
+    for i, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
+        label = f"layer {layer}" if len(layers) <= 10 or i in (0, len(layers) - 1) else None
+        left.plot(alphas, steered[i], color=colour, marker="o", ms=3.5, label=label)
+        left.plot(alphas, random[i], color=GREY, lw=0.8, alpha=0.7, label="random directions" if i == 0 else None)
+        right.plot(alphas, kl[i], color=colour, marker="o", ms=3.5)
+    right.axhline(results["experiment"]["config"]["max_kl"], color=GREY, ls="--", lw=1)
+    left.set(
+        title="Mean toxicity, challenging prompts", xlabel="alpha (positive: away)", ylabel="mean toxicity", ylim=(0, 1)
+    )
+    right.set(title="KL on benign answers", xlabel="alpha", ylabel="nats a token")
+    for axes in (left, right):
+        axes.grid(alpha=0.2)
+    figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def heatmaps(results: dict):
+    """Mean toxicity and toxicity probability, layers x alphas."""
+    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    names = (("mean_toxicity", "Mean toxicity"), ("toxicity_probability", "Toxicity probability"))
+    for axes, (key, title) in zip(panels, names, strict=True):
+        layers, alphas, table = _table(results, "steering", key)
+        image = axes.imshow(table, aspect="auto", cmap="Oranges", vmin=0, vmax=1)
+        axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+        shown = range(0, len(layers), max(1, len(layers) // 16))
+        axes.set_yticks(shown, [layers[i] for i in shown])
+        if len(layers) <= 16:
+            for (i, j), value in np.ndenumerate(table):
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value > 0.6 else "black",
+                )
+        axes.set(title=title, xlabel="alpha", ylabel="layer")
+    figure.colorbar(image, ax=panels, shrink=0.8)
+    return figure
+
+
+def summary_statistics(results: dict):
+    """The chosen setting on the prompts it was not chosen on: unsteered, steered, random."""
+    summary = results["summary"]
+    kinds = (("baseline", GREY), ("steered", BLUE), ("random_direction", ORANGE))
+    measures = (
+        ("mean_toxicity", "mean toxicity"),
+        ("expected_max_toxicity", "expected maximum"),
+        ("toxicity_probability", "toxicity probability"),
+    )
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for k, (kind, colour) in enumerate(kinds):
+        values, intervals = [], []
+        for key, _ in measures:
+            found = summary[kind][key]
+            values.append(found["rate"] if isinstance(found, dict) else found)
+            intervals.append(found["ci"] if isinstance(found, dict) else summary[kind][f"{key}_ci"])
+        errors = np.abs(np.array(intervals).T - values)
+        axes.bar(np.arange(3) + (k - 1) * 0.27, values, 0.25, yerr=errors, color=colour, capsize=3,
+                 label=kind.replace("_", " ").replace("baseline", "unsteered"))  # fmt: skip
+    axes.set_xticks(range(3), [label for _, label in measures])
+    title = f"Layer {summary['layer']}, alpha {summary['alpha']:g}; KL on benign answers {summary['kl_mean']:.3f}"
+    axes.set(ylim=(0, 1.05), ylabel="95 % intervals", title=title)
+    axes.legend(frameon=False)
+    return figure
