@@ -111,5 +111,5 @@ def summary_statistics(results: dict):
     axes.set_xticks(range(3), [label for _, label in measures])
     title = f"Layer {summary['layer']}, alpha {summary['alpha']:g}; KL on benign answers {summary['kl_mean']:.3f}"
     axes.set(ylim=(0, 1.05), ylabel="95 % intervals", title=title)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
