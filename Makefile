@@ -41,7 +41,7 @@ toxicity: setup            # the second experiment: steering away from toxicity
 test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 organism: setup            # trains the embedded model anew, about 15 minutes
 	$(PYTHON) -m model_organism.train

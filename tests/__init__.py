@@ -1,0 +1,1 @@
+import gemma_refactored  # noqa: F401  (before MLX: it puts OpenBLAS in place)

@@ -1,4 +1,4 @@
-"""Shared by all tests. Importing gemma_refactored first loads OpenBLAS where there is one."""
+"""Shared by all tests."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from mlx_lm.utils import dequantize_model
 
-import gemma_refactored  # noqa: F401
 from gemma_refactored.longrope import correct_longrope
 from gemma_refactored.model_loading import _load_weights, _read_config
 
