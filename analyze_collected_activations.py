@@ -13,7 +13,7 @@ from alignment_artifacts.activation_set import certificate_verdict, load_activat
 from alignment_artifacts.analysis import Settings, analyse, analyse_categories, analyse_layers_and_steps
 from alignment_artifacts.pairs import load_pairs
 from alignment_artifacts.statistics import MIN_PAIRS
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
 
 RAW_ACTIVATIONS_BASE_DIR = os.environ.get("ACTIVATIONS_DIR", "collected_activations_output")
@@ -35,12 +35,7 @@ RESULTS_DIR = Path("results")
 
 
 def main() -> int:
-    try:
-        run()
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(run)
 
 
 def run() -> None:

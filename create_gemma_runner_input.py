@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from alignment_artifacts.pairs import load_pairs, prompt_groups
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
 
 PAIRS_FILE = "alignment_artifact_prompt_pairs.json"
@@ -12,14 +12,13 @@ OUTPUT_FILE = "prompts_for_gemma_runner.json"
 
 
 def main() -> int:
-    try:
-        groups = prompt_groups(load_pairs(PAIRS_FILE))
-        write_json(Path(OUTPUT_FILE), groups)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(run)
+
+
+def run() -> None:
+    groups = prompt_groups(load_pairs(PAIRS_FILE))
+    write_json(Path(OUTPUT_FILE), groups)
     print(f"Wrote {len(groups)} prompts to {OUTPUT_FILE}.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ import json
 import logging
 import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import UserError, exit_code
 
 if TYPE_CHECKING:
-    from alignment_artifacts.artifacts import AlignmentArtifacts, SuppressionResult
+    from alignment_artifacts.artifacts import SuppressionResult
+    from gemma_refactored.model_loading import LoadedModel
 
 MODES = ("auto", "always", "proximity", "adaptive", "sphere", "subspace", "ablate", "cap", "add")
 
@@ -63,15 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR if silent else logging.INFO, format="%(message)s", stream=sys.stdout)
     for library in ("httpx", "gguf"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -123,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     print()
     if arguments.show_projection:
-        show_projection(library, arguments, result, categories)
+        show_projection(library.load(), result)
     if not arguments.quiet:
         print("\n" + textwrap.fill(f"Effect: {result.proof.describe()}", 78))
         if result.prompt_score is not None:
@@ -188,26 +181,21 @@ def parse_layers(text: str | None) -> list[int] | None:
 
 
 def as_json(result: SuppressionResult) -> dict:
-    return {**asdict(result), "setting": result.setting.record()}
+    record = {**asdict(replace(result, directions=None)), "setting": result.setting.record()}
+    del record["directions"]  # arrays, kept in a file of their own
+    return record
 
 
-def show_projection(
-    library: AlignmentArtifacts, arguments: argparse.Namespace, result: SuppressionResult, categories: list[str] | None
-) -> None:
+def show_projection(loaded: LoadedModel, result: SuppressionResult) -> None:
     """Each token of both answers on its score: blue like natural, red like artifact prompts; numbers when piped."""
     from rich.console import Console
     from rich.text import Text
 
-    from alignment_artifacts.directions import load_directions
     from alignment_artifacts.monitor import score_tokens
     from alignment_artifacts.suppression import NOTHING, intervene
     from gemma_refactored.activation_capture import edit
 
-    loaded, setting = library.load(), result.setting
-    if arguments.directions:
-        directions = load_directions(arguments.directions)
-    else:
-        directions = library.directions(None, setting.site, setting.positions, categories)
+    setting, directions = result.setting, result.directions
     console = Console(highlight=False)
     prompt = result.prompt_tokens
     answers = (("before", result.before_tokens, NOTHING),

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from alignment_artifacts.sweep import Grid, Limits
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.model_loading import DEFAULT_MODEL
 
@@ -38,15 +38,7 @@ RESULTS_DIR = Path("results")
 
 
 def main() -> int:
-    try:
-        run()
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(run)
 
 
 def run() -> None:

@@ -50,6 +50,7 @@ class SuppressionResult:
         chosen_by: who chose the mode: "you", "a sweep" or "model size".
         proof: what the edits did along the prompt and the answer that was written under them.
         prompt_score: of the monitor, -1 like natural, +1 like artifact prompts; None for imported vectors.
+        directions: that were used.
     """
 
     prompt: str
@@ -62,6 +63,7 @@ class SuppressionResult:
     chosen_by: str
     proof: Proof
     prompt_score: float | None
+    directions: Directions | None
 
 
 class AlignmentArtifacts:
@@ -228,7 +230,9 @@ class AlignmentArtifacts:
                     f"This setting ({setting.describe()}) changes nothing, neither here nor on artifact prompts. "
                     "Use another mode, other layers or another threshold."
                 )
-        has_means = directions.natural_mean is not None
+        score = None
+        if directions.natural_mean is not None:
+            score = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids[0])[-1])
         return SuppressionResult(
             prompt=prompt,
             before=texts.get("before"),
@@ -239,7 +243,8 @@ class AlignmentArtifacts:
             setting=setting,
             chosen_by=by,
             proof=proof,
-            prompt_score=monitor.score_prompt(loaded, directions, setting.layers, prompt) if has_means else None,
+            prompt_score=score,
+            directions=directions,
         )
 
 

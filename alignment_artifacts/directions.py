@@ -17,6 +17,7 @@ import numpy as np
 
 from gemma_refactored.activation_capture import block_sites, capture, modules_by_site
 from gemma_refactored.errors import UserError
+from gemma_refactored.files import write_safetensors
 from gemma_refactored.model_loading import LoadedModel
 
 from .interventions import ModeOptions, SiteDirection
@@ -180,11 +181,7 @@ def check_model(directions: Directions, loaded: LoadedModel) -> None:
 def save_directions(directions: Directions, path: Path) -> None:
     """Write `directions.safetensors`; the facts are its metadata."""
     arrays = {name: mx.array(getattr(directions, name)) for name in PARTS if getattr(directions, name) is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # MLX writes by name, and insists on this ending; the file appears whole or not at all.
-    temporary = path.with_name(f".{path.stem}.partial.safetensors")
-    mx.save_safetensors(str(temporary), arrays, metadata={"facts": json.dumps(directions.facts)})
-    temporary.replace(path)
+    write_safetensors(path, arrays, {"facts": json.dumps(directions.facts)})
 
 
 def load_directions(path: Path) -> Directions:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from gemma_refactored.activation_capture import edit
-from gemma_refactored.generation import Sampling, collect_answers, length_sorted_batches, padding_is_harmless
+from gemma_refactored.generation import Sampling, collect_answers, length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
@@ -58,9 +58,8 @@ def write_answers(
     sampling: Sampling = Sampling(),
 ) -> list[list[int]]:
     """Token ids of the answers under an intervention, in the order of the prompts."""
-    equal_lengths = not loaded.is_own and not padding_is_harmless(loaded.model)
     answers: list[list[int]] = [[] for _ in token_ids]
-    for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths):
+    for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding):
         rows = [token_ids[i] for i in batch]
         steps = intervention.generate(loaded, rows, max_tokens, sampling, loaded.end_tokens, row_ids=batch)
         for i, tokens in zip(batch, collect_answers(steps), strict=True):

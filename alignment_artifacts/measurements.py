@@ -26,7 +26,7 @@ from gemma_refactored.activation_capture import NpzWriter
 from gemma_refactored.collection import new_manifest
 from gemma_refactored.distributed import Team
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import read_json, write_json
+from gemma_refactored.files import read_json, write_json, write_safetensors
 from gemma_refactored.generation import Sampling
 from gemma_refactored.inference import Job, answer_prompts, check_context, open_collection, plan_batches
 from gemma_refactored.model_loading import LoadedModel
@@ -188,9 +188,7 @@ def _collect(
             arrays[f"{site}.{positions}"] = mx.array(data.prompt_vectors(positions))
         analysis[site] = analyse(data, Settings(), {"site": site})
         kept = [[pair.category, pair.id] for pair in data.pairs]
-    temporary = folder / ".partial.safetensors"
-    mx.save_safetensors(str(temporary), arrays)
-    temporary.replace(folder / "prompt_vectors.safetensors")
+    write_safetensors(folder / "prompt_vectors.safetensors", arrays)
     done = collection.finished_answers(prompts)
     by_side = [[done[prompt] for prompt in prompts[i * len(pairs) : (i + 1) * len(pairs)]] for i in range(2)]
     write_json(folder / "answers.json", [dict(zip(SIDES, two, strict=True)) for two in zip(*by_side, strict=True)])

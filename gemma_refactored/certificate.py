@@ -23,7 +23,7 @@ import numpy as np
 from .activation_capture import block_sites, capture, edit, hooks, modules_by_site, site_shapes
 from .errors import UserError
 from .files import CERTIFICATE, write_json
-from .generation import generate, padding_is_harmless
+from .generation import generate
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
 from .prompt_processing import encode_prompts, prompts_from_arguments
@@ -188,7 +188,7 @@ def check_batch(loaded: LoadedModel) -> Check:
 
 def check_padding(loaded: LoadedModel) -> Check:
     """A left-padded row = the same row alone, in prefill and decoding."""
-    if not loaded.is_own and not padding_is_harmless(loaded.model):
+    if not loaded.masks_padding:
         note = "Padding changes this model's numbers, so only prompts of equal length share a batch."
         return Check("padded = unpadded", note=note)
     return _compare_rows("padded = unpadded", loaded.model, _prompt_ids(loaded))

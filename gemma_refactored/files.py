@@ -39,6 +39,17 @@ def write_json(path: Path, content) -> None:
     write_atomically(path, text.encode() + b"\n")
 
 
+def write_safetensors(path: Path, arrays: dict, metadata: dict[str, str] | None = None) -> None:
+    """MLX arrays in one file, which appears whole or not at all."""
+    import mlx.core as mx
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # MLX writes by name, and insists on this ending.
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.safetensors")
+    mx.save_safetensors(str(temporary), arrays, metadata)
+    temporary.replace(path)
+
+
 def read_json(path: Path, what: str):
     """The content of a JSON file; `what` names it in the error ("prompts file").
 

@@ -17,7 +17,7 @@ from .activation_capture import NpzWriter
 from .collection import Answer, Collection
 from .distributed import Team
 from .errors import UserError
-from .generation import Sampling, collect_answers, generate, length_sorted_batches, padding_is_harmless
+from .generation import Sampling, collect_answers, generate, length_sorted_batches
 from .model_loading import LoadedModel, find_embedding
 from .prompt_processing import Prompt
 
@@ -84,8 +84,7 @@ def open_collection(job: Job, folder: Path, manifest: dict, grouped: bool, overw
 def plan_batches(job: Job, loaded: LoadedModel, team: Team, grouped: bool) -> list[tuple[int, list[int]]]:
     """This process's batches, each with its number: indices into the job's prompts."""
     pending, size = job.pending, job.batch_size
-    # Our own decoder masks padding (the tests see to it); of others we make sure.
-    equal_lengths = size > 1 and not loaded.is_own and not padding_is_harmless(loaded.model)
+    equal_lengths = size > 1 and not loaded.masks_padding
     if equal_lengths:
         log.info("Padding would change this model's numbers: only prompts of equal length share a batch.")
     shares_prompts = team.size > 1 and not job.shares_model

@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
 from .distributed import shard
 from .errors import UserError
+from .generation import padding_is_harmless
 from .linux_blas import warn_if_slow
 from .longrope import correct_longrope
 from .model_architecture import Gemma, GemmaConfig
@@ -48,6 +50,14 @@ class LoadedModel:
     def is_own(self) -> bool:
         """True for our own decoder, false for an architecture of mlx-lm."""
         return isinstance(self.model, Gemma)
+
+    @cached_property
+    def masks_padding(self) -> bool:
+        """Does a left-padded row get the numbers of the same row alone?
+
+        Our own decoder sees to it (and the tests to that); of others we make sure, once.
+        """
+        return self.is_own or padding_is_harmless(self.model)
 
     def facts(self) -> dict:
         """What identifies the model in a manifest."""

@@ -149,12 +149,12 @@ def test_float16_and_compressed_files_hold_the_same_values(run, tmp_path):
 
 
 def test_a_model_that_padding_disturbs_runs_in_batches_of_equal_length(run, monkeypatch):
-    from gemma_refactored import generation, inference
+    from gemma_refactored import generation, model_loading
     from gemma_refactored.model_loading import LoadedModel
 
     run("--batch-size", "1")
     monkeypatch.setattr(LoadedModel, "is_own", False)
-    monkeypatch.setattr(inference, "padding_is_harmless", lambda model: False)
+    monkeypatch.setattr(model_loading, "padding_is_harmless", lambda model: False)
     paddings = []
     make = generation.make_batch_cache
     monkeypatch.setattr(

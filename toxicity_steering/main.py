@@ -14,7 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import exit_code
 
 NUM_PROMPTS = 50  # challenging, and as many benign ones
 NUM_PAIRS = 20
@@ -35,15 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scorer", default="word-list", help="word-list, roberta, or a classifier's id or folder")
     parser.add_argument("--output-dir", type=Path, default=Path("toxicity_results"))
     arguments = parser.parse_args(argv)
-    try:
-        run(arguments)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted; run the same command again to continue.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(arguments), "Interrupted; run the same command again to continue.")
 
 
 def run(arguments: argparse.Namespace) -> None:
