@@ -1,3 +1,3 @@
 """The runtime: language models one can see into. Knows nothing of alignment artifacts."""
 
-from . import linux_blas  # noqa: F401  (must come before mlx.core is imported anywhere)
+from . import linux_cpu  # noqa: F401  (must come before mlx.core is imported anywhere)

@@ -1,4 +1,4 @@
-"""Read and edit activations of any `mlx.nn.Module` tree by name, and write them to disk.
+"""Read and edit activations of any `mlx.nn.Module` tree by name.
 
 A *site* is a module path plus `.output` ("model.layers.3.mlp.output"), or the bare path of a
 `HookPoint` ("model.layers.3.mlp.neurons"). `capture` reads sites, `edit` changes them; both
@@ -13,20 +13,14 @@ touches parameters, and a site nobody asked for costs nothing.
 from __future__ import annotations
 
 import fnmatch
-import io
 import logging
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from .errors import UserError
-from .files import write_atomically
 from .model_architecture import HookPoint
 
 DEFAULT_FILTER = "mlp.output"
@@ -193,78 +187,3 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
     with hooks(model, {site: checked(site, function) for site, function in edits.items()}):
         yield
-
-
-class NpzWriter:
-    """Writes .npz files in a background thread, each atomically.
-
-    The queue is bounded, so a slow disk slows the caller down instead of filling the memory.
-    An error in the thread is raised in the caller, at the next `put` or on leaving the context.
-
-    Args:
-        dtype: "float32" or "float16"; values that float16 cannot hold are refused.
-    """
-
-    def __init__(self, dtype: str = "float32", compress: bool = False, queue_size: int = 8):
-        self.dtype, self.save = np.dtype(dtype), np.savez_compressed if compress else np.savez
-        self.jobs: queue.Queue = queue.Queue(queue_size)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._work, name="npz-writer", daemon=True)
-
-    def __enter__(self) -> NpzWriter:
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind, value, traceback) -> None:
-        self.jobs.put(None)
-        self.thread.join()
-        if kind is None:
-            self._raise_error()
-
-    def put(self, files: Mapping[Path, Mapping[str, np.ndarray]]) -> None:
-        """Queue some files, path -> arrays; the arrays must not be changed afterwards.
-
-        One call for all files of a forward pass: handing each over on its own costs more than writing it.
-        """
-        self.run_after(lambda: [self._write(path, arrays) for path, arrays in files.items()])
-
-    def run_after(self, action: Callable[[], None]) -> None:
-        """Queue a function that is called when everything queued before it is on disk."""
-        self._raise_error()
-        self.jobs.put(action)
-
-    def _raise_error(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-    def _work(self) -> None:
-        while (action := self.jobs.get()) is not None:
-            if self.error is not None:
-                continue  # only empty the queue, so that nobody waits for room in it for ever
-            try:
-                action()
-            except Exception as error:  # noqa: BLE001  (raised in the caller, see _raise_error)
-                self.error = error
-
-    def _write(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-        converted = {site: self._convert(site, array, path) for site, array in arrays.items()}
-        buffer = io.BytesIO()
-        self.save(buffer, **converted)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, buffer.getvalue())
-        except OSError as error:
-            raise UserError(
-                f"{path} could not be written: {error.strerror}. Free some space or choose another folder, "
-                "then run the same command again: it continues where it stopped."
-            ) from error
-
-    def _convert(self, site: str, array: np.ndarray, path: Path) -> np.ndarray:
-        if not np.isfinite(array).all():
-            raise UserError(f"{site} has NaN or infinite values (for {path}); the model's numbers overflow.")
-        if self.dtype == np.float16 and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
-            raise UserError(
-                f"{site} reaches {np.abs(array).max():.3g}, more than float16 can hold (65504); "
-                "use --activation-dtype float32."
-            )
-        return array.astype(self.dtype, copy=False)

@@ -18,10 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
-from .activation_capture import NpzWriter
 from .errors import UserError
 from .files import (
     BATCH_MARKER,
@@ -34,6 +32,7 @@ from .files import (
     write_json,
 )
 from .generation import Step
+from .npz_writer import NpzWriter
 from .prompt_processing import Prompt
 
 # Settings that may differ between a run and its continuation without changing any number.
@@ -153,19 +152,16 @@ class Collection:
 
     def _write_step(self, writer: NpzWriter, step: Step, prompts: Sequence[Prompt], batch_number: int) -> None:
         """Queue the files of one forward pass. Rows that have ended write nothing (flat: zeros)."""
-        arrays = {site: _to_numpy(array) for site, array in step.activations.items()}
+        arrays = {site: np.array(array) for site, array in step.activations.items()}
         name = step_file(step.name)
         if self.grouped:
-            writer.put(
-                {
-                    self.folder / prompts[row].folder / name: {site: a[row : row + 1] for site, a in arrays.items()}
-                    for row in np.flatnonzero(step.active)
-                }
-            )
+            folders = [prompts[row].folder for row in np.flatnonzero(step.active)]
+            arrays = {site: array[step.active] for site, array in arrays.items()}
+            writer.put(arrays, {self.folder / f / name: slice(row, row + 1) for row, f in enumerate(folders)})
             return
         keep = step.active[:, None, None]
         arrays = {site: np.where(keep, array, 0) for site, array in arrays.items()}
-        writer.put({self.folder / f"batch_{batch_number}" / name: arrays})
+        writer.put(arrays, {self.folder / f"batch_{batch_number}" / name: slice(None)})
 
     def finish_batch(
         self, writer: NpzWriter, answers: Sequence[Answer], embeddings: np.ndarray, batch_number: int
@@ -175,18 +171,15 @@ class Collection:
         Args:
             embeddings: [rows, hidden] mean token embedding of each prompt's text.
         """
+        means = {"prompt_embedding": embeddings[:, None]}
         if self.grouped:
             folders = [self.folder / answer.prompt.folder for answer in answers]
-            means = {
-                f / PROMPT_EMBEDDING: {"prompt_embedding": e[None, None]}
-                for f, e in zip(folders, embeddings, strict=True)
-            }
-            writer.put(means)
+            writer.put(means, {f / PROMPT_EMBEDDING: slice(row, row + 1) for row, f in enumerate(folders)})
             markers = {f / PROMPT_MARKER: answer.record() for f, answer in zip(folders, answers, strict=True)}
             writer.run_after(lambda: [write_json(path, record) for path, record in markers.items()])
             return
         folder = self.folder / f"batch_{batch_number}"
-        writer.put({folder / PROMPT_EMBEDDING: {"prompt_embedding": embeddings[:, None]}})
+        writer.put(means, {folder / PROMPT_EMBEDDING: slice(None)})
         rows = [{**a.record(), "number": a.prompt.number, "valid_steps": len(a.token_ids)} for a in answers]
         writer.run_after(lambda: write_json(folder / BATCH_MARKER, {"rows": rows}))
 
@@ -195,8 +188,3 @@ class Collection:
         self.manifest["complete"] = sorted(f"{p.group}/{p.subcategory}/{p.number}" for p in done)
         self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._save_manifest()
-
-
-def _to_numpy(array: mx.array) -> np.ndarray:
-    """An evaluated array as NumPy float32 (NumPy has no bfloat16)."""
-    return np.array(array.astype(mx.float32))

@@ -20,7 +20,7 @@ def step_file(step_name: str) -> str:
     return f"activations_step_{step_name}.npz"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | bytearray) -> None:
     """Write to a temporary name in the same folder, then rename: no reader sees half a file."""
     # Not named by the process id: another machine's process may have the same.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -31,7 +31,7 @@ from .errors import UserError
 from .longrope import rope_lengths
 
 PREFILL = -1  # the index of the step over the prompt
-PREFILL_CHUNK = 2048  # prompt positions processed at once, bounds the memory of long prompts
+PREFILL_TOKENS = 1024  # prompt tokens (rows x positions) processed at once: keeps the machine busy, and memory bounded
 REPETITION_CONTEXT = 20  # tokens that the repetition penalty looks back, as in mlx-lm
 
 
@@ -54,7 +54,7 @@ class Step:
         index: PREFILL or k for the k-th generated token.
         tokens: [rows] the token each row read in this pass.
         active: [rows] false for rows that have ended: nothing of theirs is valid any more.
-        activations: site -> [rows, 1, width], evaluated.
+        activations: site -> [rows, 1, width] float32, evaluated.
     """
 
     index: int
@@ -134,18 +134,17 @@ def generate(
     longest = max(lengths)
     padding = [longest - n for n in lengths]
     tokens = np.array([[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, padding, strict=True)])
-    cache = make_batch_cache(model, padding)
     sampler = _Sampler(tokens, sampling, row_ids if row_ids is not None else range(len(prompts)))
 
+    cache = _prefill(model, mx.array(tokens[:, :-1]), lengths, growth=max_tokens + 1)
     with rope_lengths(model, lengths), edit(model, late_edits), capture(model, sites) as activations:
-        _prefill(model, mx.array(tokens[:, :-1]), cache)
 
         def launch(token: mx.array, sample: bool) -> tuple[mx.array | None, dict[str, mx.array]]:
             """Queue the forward pass over `token` and the choice of the next one."""
             activations.clear()
             logits = model(token[:, None], cache=cache)[:, -1]
             chosen = sampler(logits) if sample else None
-            seen = dict(activations)
+            seen = {site: x.astype(mx.float32) for site, x in activations.items()}
             # Without a sample, the last pass still has to happen, for its activations.
             mx.async_eval(*seen.values(), *([chosen] if sample else []))
             return chosen, seen
@@ -172,35 +171,65 @@ def generate(
                 chosen, seen = following
 
 
-def _prefill(model: nn.Module, tokens: mx.array, cache: list) -> None:
-    """Fill the cache with all but the last prompt token; no logits are ever computed here."""
-    for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-        model(tokens[:, start : start + PREFILL_CHUNK], cache=cache)
-        mx.eval([c.state for c in cache])
+def _prefill(model: nn.Module, tokens: mx.array, lengths: Sequence[int], growth: int) -> list:
+    """A cache with all but the last prompt token of each row; no logits are ever computed here.
+
+    Args:
+        tokens: [rows, positions], left-padded.
+        lengths: of the prompts; where they differ, neighbouring rows are filled together, padded to the longest
+            of them only, and their caches joined. (Sorted rows need little padding.)
+    """
+    rows, longest = tokens.shape
+    padding = [longest + 1 - length for length in lengths]
+    at_once = max(1, PREFILL_TOKENS // max(1, longest)) if any(padding) else rows
+    caches = []
+    for first in range(0, rows, at_once):
+        group = slice(first, first + at_once)
+        shared = min(padding[group])
+        cache = make_batch_cache(model, [pad - shared for pad in padding[group]], growth, always_padded=any(padding))
+        with rope_lengths(model, lengths[group]):
+            positions = max(1, PREFILL_TOKENS // len(lengths[group]))
+            for start in range(shared, longest, positions):
+                model(tokens[group, start : start + positions], cache=cache)
+                mx.eval([c.state for c in cache])
+        caches.append(cache)
+    while len(caches) > 1:  # in pairs, so that no row is copied often
+        for left, right in zip(caches[::2], caches[1::2], strict=False):
+            for layer, more in zip(left, right, strict=True):
+                layer.extend(more)
+        caches = caches[::2]
+    return caches[0]
 
 
-def make_batch_cache(model: nn.Module, padding: Sequence[int]) -> list:
+def make_batch_cache(model: nn.Module, padding: Sequence[int], growth: int = 256, always_padded: bool = False) -> list:
     """The model's KV cache for left-padded rows; the plain one where nothing is padded.
 
+    Args:
+        growth: tokens that are still to come; room is made for so many at a time, at most 256.
+        always_padded: take the kind of cache that can be padded even so.
     Raises:
         UserError: the model uses a kind of cache that cannot mask padding.
     """
     cache = make_prompt_cache(model)
-    if not any(padding):
-        return cache
+    if any(padding) or always_padded:
+        cache = [padded(single, padding) for single in cache]
+    for single in cache:
+        if hasattr(single, "step"):
+            single.step = min(single.step, growth)
+    return cache
 
-    def padded(single):
-        if type(single) is KVCache:
-            return BatchKVCache(list(padding))
-        if type(single) is RotatingKVCache and single.keep == 0:
-            return BatchRotatingKVCache(single.max_size, list(padding))
-        if type(single) is ArraysCache:
-            return ArraysCache(len(single.cache), left_padding=list(padding))
-        if type(single) is CacheList:
-            return CacheList(*(padded(inner) for inner in single.caches))
-        raise UserError(f"This model's cache ({type(single).__name__}) cannot mask padding; use --batch-size 1.")
 
-    return [padded(single) for single in cache]
+def padded(single, padding: Sequence[int]):
+    """One layer's cache for left-padded rows."""
+    if type(single) is KVCache:
+        return BatchKVCache(list(padding))
+    if type(single) is RotatingKVCache and single.keep == 0:
+        return BatchRotatingKVCache(single.max_size, list(padding))
+    if type(single) is ArraysCache:
+        return ArraysCache(len(single.cache), left_padding=list(padding))
+    if type(single) is CacheList:
+        return CacheList(*(padded(inner, padding) for inner in single.caches))
+    raise UserError(f"This model's cache ({type(single).__name__}) cannot mask padding; use --batch-size 1.")
 
 
 class _Sampler:

@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from .activation_capture import NpzWriter
 from .collection import Answer, Collection
 from .distributed import Team
 from .errors import UserError
 from .generation import Sampling, collect_answers, generate, length_sorted_batches
 from .model_loading import LoadedModel, find_embedding
+from .npz_writer import NpzWriter
 from .prompt_processing import Prompt
 
 log = logging.getLogger(__name__)

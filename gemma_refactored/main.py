@@ -151,10 +151,11 @@ def parse_logit_bias(items: list[str] | None, vocabulary: int) -> dict[int, floa
 
 def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: list[Prompt], team: Team) -> None:
     """Generate for all prompts that are not complete yet, and save what was asked for."""
-    from .activation_capture import NpzWriter, select_sites
+    from .activation_capture import select_sites
     from .collection import new_manifest
     from .generation import Sampling
     from .inference import Job, answer_prompts, check_context, open_collection, plan_batches
+    from .npz_writer import NpzWriter
     from .prompt_processing import encode_prompts, save_results
 
     token_ids = encode_prompts(loaded.tokenizer, prompts, arguments.chat_mode)

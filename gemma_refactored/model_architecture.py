@@ -175,6 +175,8 @@ class Attention(nn.Module):
     `weights` switches this layer from the fused kernel to explicit attention.
     """
 
+    has_fused_kernel = True  # what computes attention fastest; see cpu_kernels
+
     def __init__(self, config: GemmaConfig, layer: int):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -192,7 +194,7 @@ class Attention(nn.Module):
         self.rope = nn.RoPE(self.head_dim, base=config.rope_base[kind], scale=config.rope_scale[kind])
         self.heads, self.weights = HookPoint(), HookPoint()
 
-    def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
+    def __call__(self, x: mx.array, mask=None, cache=None, offset: int | mx.array = 0) -> mx.array:
         batch, length, _ = x.shape
 
         def split_heads(y, heads):
@@ -203,14 +205,13 @@ class Attention(nn.Module):
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         if "q_norm" in self:
             q, k = self.q_norm(q), self.k_norm(k)
-        offset = cache.offset if cache is not None else 0
         q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        if self.softcap or self.weights.is_hooked:
-            out = self.explicit_attention(q, k, v, mask)
-        else:
+        if self.has_fused_kernel and not self.softcap and not self.weights.is_hooked:
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
+        else:
+            out = self.explicit_attention(q, k, v, mask)
         out = self.heads(out.transpose(0, 2, 1, 3))
         return self.o_proj(out.reshape(batch, length, -1))
 
@@ -218,17 +219,18 @@ class Attention(nn.Module):
         """softmax(q kᵀ) v with the probabilities in the open: soft-caps, and `weights` can be read."""
         batch, heads, length, _ = q.shape
         keys = k.shape[2]
-        grouped = (batch, self.num_kv_heads, heads // self.num_kv_heads, length)
-        scores = (q * self.scale).reshape(*grouped, -1) @ k[:, :, None].swapaxes(-1, -2)
+        # All query heads of a key head make one product: more rows instead of more products.
+        folded = (batch, self.num_kv_heads, -1)
+        scores = (q * self.scale).reshape(*folded, self.head_dim) @ k.swapaxes(-1, -2)
         scores = scores.reshape(batch, heads, length, keys)
         if self.softcap:
             scores = soft_cap(scores, self.softcap)
         if isinstance(mask, str):  # "causal": the fused kernel needs no array, we do
             mask = mx.arange(keys - length, keys)[:, None] >= mx.arange(keys)
-        if mask is not None:
-            scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+        if mask is not None:  # finite, so that rows of padding alone stay numbers
+            scores = scores + mx.where(mask, 0, mx.finfo(scores.dtype).min / 2).astype(scores.dtype)
         weights = self.weights(mx.softmax(scores, axis=-1, precise=True))
-        out = weights.reshape(*grouped, keys) @ v[:, :, None]
+        out = weights.reshape(*folded, keys) @ v
         return out.reshape(batch, heads, length, -1)
 
 
@@ -241,9 +243,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.neurons = HookPoint()
+        self.gelu = gelu_tanh
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.neurons(gelu_tanh(self.gate_proj(x)) * self.up_proj(x)))
+        return self.down_proj(self.neurons(self.gelu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -266,9 +269,9 @@ class TransformerBlock(nn.Module):
         self.has_post_norms = config.has_post_norms
         self.resid_pre, self.resid_mid = HookPoint(), HookPoint()
 
-    def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
+    def __call__(self, x: mx.array, mask=None, cache=None, offset: int | mx.array = 0) -> mx.array:
         x = self.resid_pre(x)
-        attended = self.self_attn(self.input_layernorm(x), mask, cache)
+        attended = self.self_attn(self.input_layernorm(x), mask, cache, offset)
         if not self.has_post_norms:  # Gemma 1: "post_attention" is the norm before the MLP
             x = self.resid_mid(x + attended)
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -289,6 +292,7 @@ class Decoder(nn.Module):
     def __call__(self, tokens: mx.array, cache: list | None = None) -> mx.array:
         x = self.embed_tokens(tokens)
         x = x * mx.array(self.config.hidden_size**0.5, x.dtype)
+        offset = cache[0].offset if cache else 0  # of the first token: an int, or one for each row
         cache = cache or [None] * len(self.layers)
         masks = {}  # one for each kind of layer, shared by all layers of that kind
         for kind, layer_cache in zip(self.config.layer_types, cache, strict=True):
@@ -296,7 +300,7 @@ class Decoder(nn.Module):
                 window = self.config.sliding_window if kind == SLIDING else None
                 masks[kind] = create_attention_mask(x, layer_cache, window_size=window)
         for layer, kind, layer_cache in zip(self.layers, self.config.layer_types, cache, strict=True):
-            x = layer(x, masks[kind], layer_cache)
+            x = layer(x, masks[kind], layer_cache, offset)
         return self.norm(x)
 
 

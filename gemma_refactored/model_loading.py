@@ -15,10 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
+from .cpu_kernels import use_cpu_kernels
 from .distributed import shard
 from .errors import UserError
 from .generation import padding_is_harmless
-from .linux_blas import warn_if_slow
+from .linux_cpu import warn_if_slow
 from .longrope import correct_longrope
 from .model_architecture import Gemma, GemmaConfig
 
@@ -99,6 +100,8 @@ def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False, split: 
     if runs_on_linux_cpu() and not keep_precision:
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
+        if isinstance(model, Gemma):
+            use_cpu_kernels(model)
     correct_longrope(model, config)
     num_parameters = count_parameters(model)
     if split:

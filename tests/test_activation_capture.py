@@ -1,6 +1,4 @@
-"""Capture and edit by name, filters, and the NPZ writer."""
-
-import threading
+"""Capture and edit by name, and filters."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,7 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from gemma_refactored.activation_capture import NpzWriter, capture, edit, modules_by_site, select_sites, site_shapes
+from gemma_refactored.activation_capture import capture, edit, modules_by_site, select_sites, site_shapes
 from gemma_refactored.errors import UserError
 
 from .conftest import load_golden
@@ -118,30 +116,3 @@ def test_filters():
         select_sites(model, "mlp.output,mpl")
     with pytest.raises(UserError, match="empty"):
         select_sites(model, " , ")
-
-
-def test_writer_writes_whole_files_with_the_asked_dtype(tmp_path):
-    arrays = {"a": np.arange(6, dtype=np.float32).reshape(1, 1, 6)}
-    for dtype in ("float32", "float16"):
-        with NpzWriter(dtype, compress=dtype == "float16") as writer:
-            for i in range(50):
-                writer.put({tmp_path / dtype / str(i) / "x.npz": arrays})
-        files = sorted((tmp_path / dtype).rglob("*"))
-        assert sum(f.is_file() for f in files) == 50  # and no temporary ones
-        with np.load(tmp_path / dtype / "7" / "x.npz", allow_pickle=False) as file:
-            assert file["a"].dtype == dtype and np.array_equal(file["a"], arrays["a"])
-    assert not any(thread.name == "npz-writer" for thread in threading.enumerate())
-
-
-@pytest.mark.parametrize("value, message", [(1e5, "float16 can hold"), (np.nan, "NaN"), (np.inf, "NaN or infinite")])
-def test_writer_refuses_values_it_cannot_keep(tmp_path, value, message):
-    with pytest.raises(UserError, match=message), NpzWriter("float16") as writer:
-        writer.put({tmp_path / "x.npz": {"site": np.full((1, 1, 3), value, np.float32)}})
-    assert not list(tmp_path.iterdir())
-
-
-def test_writer_errors_reach_the_caller_and_nobody_hangs(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="could not be written"), NpzWriter(queue_size=2) as writer:
-        for i in range(100):
-            writer.put({tmp_path / "file" / f"{i}.npz": {"a": np.zeros(3, np.float32)}})

@@ -9,6 +9,7 @@ import pytest
 from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.analysis import Settings, analyse
 from alignment_artifacts.pairs import Pair, prompt_groups
+from gemma_refactored import generation
 from gemma_refactored.activation_capture import block_sites, capture, edit
 from gemma_refactored.main import main
 from gemma_refactored.model_loading import load
@@ -40,7 +41,9 @@ def collection(request, tmp_path_factory):
     arguments = ["--model", model, "--prompts-file", folder / "prompts.json", "--activations-dir", folder / "acts"]
     arguments += ["--output-dir", folder / "out", "--max-tokens", 3, "--batch-size", 5, "-q"]
     arguments += ["--save-activations", "--process-by-group", "--ignore-end-tokens"]
-    assert main([str(argument) for argument in arguments]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "PREFILL_TOKENS", 60)  # two or three rows at once, so that caches are joined
+        assert main([str(argument) for argument in arguments]) == 0
     return request.param, model, folder / "acts"
 
 

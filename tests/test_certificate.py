@@ -40,7 +40,7 @@ def test_a_sound_model_passes_every_check(loaded):
 
 def no_padding_mask(monkeypatch, loaded):
     plain = generation.make_prompt_cache
-    monkeypatch.setattr(generation, "make_batch_cache", lambda model, padding: plain(model))
+    monkeypatch.setattr(generation, "make_batch_cache", lambda model, padding, *_, **__: plain(model))
 
 
 def missing_embedding_scale(monkeypatch, loaded):

@@ -69,11 +69,17 @@ def test_cached_decoding_equals_one_uncached_pass(model):
             assert relative_error(seen[0, step][site], whole) < 1e-4, (step, site)
 
 
-def test_chunked_prefill_changes_nothing(model, monkeypatch):
-    prompts = random_prompts()
-    expected, _ = run(model, prompts)
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 5)
-    assert run(model, prompts)[0] == expected
+@pytest.mark.parametrize("tokens", [1, 5, 45])
+def test_prefill_in_parts_changes_nothing(model, monkeypatch, tokens):
+    """Few at once: every row on its own, in several parts. More: two or three rows together, in any order."""
+    prompts = random_prompts([7, 1, 20, 13, 2, 6, 4])
+    answers, seen = run(model, prompts)
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", tokens)
+    answers_in_parts, seen_in_parts = run(model, prompts)
+    assert answers_in_parts == answers
+    for place, sites in seen.items():
+        for site, vector in sites.items():
+            assert relative_error(seen_in_parts[place][site], vector) < 1e-4, (place, site)
 
 
 @pytest.mark.parametrize("expand", [False, True], ids=["as stored", "expanded"])
@@ -158,10 +164,10 @@ def test_length_sorted_batches_cover_every_prompt_once():
 def test_a_model_that_ignores_the_padding_mask_is_found_out(model, monkeypatch):
     assert padding_is_harmless(model)
     plain = generation.make_prompt_cache
-    monkeypatch.setattr(generation, "make_batch_cache", lambda model, padding: plain(model))
+    monkeypatch.setattr(generation, "make_batch_cache", lambda model, padding, *_, **__: plain(model))
     assert not padding_is_harmless(model)
 
-    def no_padding(model, padding):
+    def no_padding(model, padding, growth=1):
         if any(padding):
             raise UserError("cannot")
         return plain(model)

@@ -158,7 +158,9 @@ def test_a_model_that_padding_disturbs_runs_in_batches_of_equal_length(run, monk
     paddings = []
     make = generation.make_batch_cache
     monkeypatch.setattr(
-        generation, "make_batch_cache", lambda model, padding: paddings.append(padding) or make(model, padding)
+        generation,
+        "make_batch_cache",
+        lambda model, padding, *rest, **options: paddings.append(padding) or make(model, padding, *rest, **options),
     )
     assert run("--activations-dir", str(run.folder / "other")) == 0
     assert paddings and not any(any(padding) for padding in paddings)

@@ -19,6 +19,12 @@ from .tiny_checkpoints import CONFIG, quantised, random_gemma, write_checkpoint
 TOKENS = mx.array([[2, 9, 300, 44, 1200, 7, 7, 81, 5, 99, 100, 101]])  # longer than the window of 8
 
 
+def same_weights(model, other):
+    """To the bit; what computes with them may differ (see cpu_kernels)."""
+    ours, theirs = dict(tree_flatten(model.parameters())), dict(tree_flatten(other.parameters()))
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
 def num_weights(model):
     return sum(value.size for _, value in tree_flatten(model.parameters()))
 
@@ -27,7 +33,7 @@ def num_weights(model):
 def test_float32_round_trip(tmp_path, shards):
     model = random_gemma()
     loaded = load(write_checkpoint(tmp_path / "m", model, shards=shards))
-    assert np.array_equal(loaded.model(TOKENS), model(TOKENS))
+    assert same_weights(loaded.model, model) and relative_error(loaded.model(TOKENS), model(TOKENS)) < 1e-5
     assert (loaded.num_layers, loaded.hidden_size, loaded.dtype) == (3, 64, "float32")
     assert loaded.num_parameters == num_weights(model)
     assert loaded.end_tokens == (1, 5)  # <eos> and <end_of_turn>
@@ -38,7 +44,7 @@ def test_a_separate_head(tmp_path):
     config = {**CONFIG, "tie_word_embeddings": False}
     model = random_gemma(config)
     loaded = load(write_checkpoint(tmp_path / "m", model, config))
-    assert np.array_equal(loaded.model(TOKENS), model(TOKENS))
+    assert same_weights(loaded.model, model) and relative_error(loaded.model(TOKENS), model(TOKENS)) < 1e-5
     assert loaded.num_parameters == num_weights(model) == num_weights(random_gemma()) + 1448 * 64
     hidden = model.model(TOKENS)
     assert relative_error(loaded.model(TOKENS), hidden @ model.lm_head.weight.T) < 1e-5
@@ -55,7 +61,7 @@ def test_16_bit_weights_are_expanded_on_a_linux_cpu_unless_kept(tmp_path, monkey
     expanded = load(folder)
     assert expanded.dtype == "float32"
     model.set_dtype(mx.float32)
-    assert np.array_equal(expanded.model(TOKENS), model(TOKENS))
+    assert same_weights(expanded.model, model)
 
 
 @pytest.mark.parametrize("bits, mixed", [(4, False), (8, False), (4, True)])
@@ -83,7 +89,7 @@ def test_an_architecture_of_mlx_lm(tmp_path):
     model = llama.Model(llama.ModelArgs.from_dict(config))
     loaded = load(write_checkpoint(tmp_path / "m", model, config))
     assert not isinstance(loaded.model, Gemma) and loaded.num_layers == 2
-    assert np.array_equal(loaded.model(TOKENS), model(TOKENS))
+    assert same_weights(loaded.model, model) and relative_error(loaded.model(TOKENS), model(TOKENS)) < 1e-5
 
 
 def test_the_revision_follows_the_weights(tmp_path):

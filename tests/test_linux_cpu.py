@@ -1,0 +1,55 @@
+"""OpenBLAS and a frugal memory allocator are put in place on a CPU-only Linux and nowhere else."""
+
+import logging
+import platform
+import subprocess
+import sys
+import types
+
+import pytest
+
+from gemma_refactored import linux_cpu
+
+from .conftest import ROOT
+
+
+def distributions(*names):
+    return lambda: [types.SimpleNamespace(name=name) for name in names]
+
+
+def test_only_the_linux_cpu_build_is_touched(monkeypatch):
+    monkeypatch.setattr(linux_cpu.importlib.metadata, "distributions", distributions("mlx", "mlx-cpu"))
+    for system, needed in {"Linux": True, "Darwin": False, "Windows": False}.items():
+        monkeypatch.setattr(linux_cpu.platform, "system", lambda system=system: system)
+        assert linux_cpu.is_linux_cpu() == needed
+    monkeypatch.setattr(linux_cpu.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(linux_cpu.importlib.metadata, "distributions", distributions("mlx", "mlx-cuda-13"))
+    assert not linux_cpu.is_linux_cpu()
+
+
+def test_a_missing_library_is_said_in_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(linux_cpu, "LIBRARIES", ("libnot-there.so",))
+    assert not linux_cpu.load_openblas()
+    monkeypatch.setattr(linux_cpu, "IS_SLOW", True)
+    with caplog.at_level(logging.WARNING):
+        linux_cpu.warn_if_slow()
+    assert [record.message.count("apt install libopenblas0") for record in caplog.records] == [1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or not linux_cpu.is_linux_cpu(), reason="mallopt is of glibc")
+def test_freed_arrays_are_used_again():
+    """Arrays of 8 MB, made and freed over and over, take fresh pages from the kernel once only."""
+    program = """
+import gemma_refactored, resource
+import mlx.core as mx
+x = mx.zeros((1024, 2048))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        mx.eval((x * x + x) * x)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 1000  # of the 60 * 2048 pages there would be
