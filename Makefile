@@ -1,6 +1,6 @@
 # `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
-.PHONY: all setup collect check analyse sweep toxicity test organism clean
+.PHONY: all setup collect check analyse sweep toxicity test bench organism clean
 
 # Another model's activations go into a folder of their own; the analysis then reads that one.
 ifdef MODEL_NAME
@@ -42,6 +42,11 @@ test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+bench:                     # collection beside its peers, about 15 minutes; the peers go into .venv-bench
+	@test -x .venv-bench/bin/python || python3 -m venv .venv-bench
+	.venv-bench/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
+	.venv-bench/bin/python -m benchmarks.collection_speed
 
 organism: setup            # trains the embedded model anew, about 15 minutes
 	$(PYTHON) -m model_organism.train

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
+import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ from gemma_refactored.files import CERTIFICATE, MANIFEST, PROMPT_EMBEDDING, PROM
 from .pairs import SIDES, SUBCATEGORY, Pair
 
 POSITIONS = ("prompt_end", "generated", "all")
+IN_MEMORY = 1 << 29  # bytes; larger arrays are kept in a temporary file
+PAIRS_AT_ONCE = 128
 DEFAULT_KEY = "model.layers.{layer_idx}.mlp.output"
 
 
@@ -25,11 +31,13 @@ class ActivationSet:
     Attributes:
         pairs: the pairs, in the order of the first axis.
         values: float32 [pairs, 2 (natural, artifact), steps, layers, hidden]; step 0 is the prompt's
-            last token, step k+1 the k-th generated token.
+            last token, step k+1 the k-th generated token. A layer lies in one piece, and what is larger
+            than IN_MEMORY is in a temporary file: go through it layer by layer.
         valid: bool [pairs, 2, steps]; false where a prompt had ended.
         prompt_embeddings: float32 [pairs, 2, hidden], mean token embedding of each prompt, or None.
         excluded: pairs left out, each with its reason.
         manifest: of the collection, {} if it has none.
+        folder: of the collection.
     """
 
     pairs: list[Pair]
@@ -38,6 +46,8 @@ class ActivationSet:
     prompt_embeddings: np.ndarray | None
     excluded: list[dict]
     manifest: dict
+    folder: Path | None = None
+    _prompt_vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def num_layers(self) -> int:
@@ -55,15 +65,49 @@ class ActivationSet:
         return covered
 
     def prompt_vectors(self, positions: str) -> np.ndarray:
-        """[pairs, 2, layers, hidden]: each prompt's mean over its valid positions."""
-        mask = self.mask(positions).astype(np.float32)
-        totals = np.einsum("pst,pstlh->pslh", mask, self.values, optimize=True)
-        return totals / mask.sum(axis=2)[:, :, None, None]
+        """[pairs, 2, layers, hidden] float32: each prompt's mean over its valid positions; kept for the next call."""
+        if positions not in self._prompt_vectors:
+            mask = self.mask(positions)
+            pairs, sides, _, layers, hidden = self.values.shape
+            means = layers_first((pairs, sides, layers, hidden), self.folder)
+            weights = (mask / mask.sum(axis=2, keepdims=True)).astype(np.float32)[:, :, None]
+            for layer in range(layers):
+                for part in self._parts():
+                    means[part, :, layer] = (weights[part] @ self.values[part, :, :, layer])[:, :, 0]
+            self._prompt_vectors[positions] = means
+        return self._prompt_vectors[positions]
 
-    def step_vectors(self, positions: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """All single steps of one layer, natural and artifact [samples, hidden]."""
+    def step_vectors(self, positions: str, layer: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All single steps of one layer, natural and artifact [samples, hidden], some pairs at a time."""
         mask = self.mask(positions)
-        return tuple(self.values[:, side, :, layer][mask[:, side]] for side in range(2))
+        for part in self._parts():
+            yield tuple(self.values[part, side, :, layer][mask[part, side]] for side in range(2))
+
+    def _parts(self) -> Iterator[slice]:
+        for start in range(0, len(self.values), PAIRS_AT_ONCE):
+            yield slice(start, start + PAIRS_AT_ONCE)
+
+
+def layers_first(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
+    """A float32 array [.., layers, hidden] whose layers lie one after the other, in memory or in a file.
+
+    Args:
+        folder: where the file goes; it has no name and is gone with the process.
+    Raises:
+        UserError: the disk has no room for it.
+    """
+    *outer, layers, hidden = shape
+    stored, size = (layers, *outer, hidden), 4 * math.prod(shape)
+    if size <= IN_MEMORY:
+        array = np.zeros(stored, np.float32)
+    else:
+        if size > shutil.disk_usage(folder).free:
+            raise UserError(
+                f"The analysis needs {size / 1e9:.1f} GB of free disk in {folder} to work in; make some room."
+            )
+        with tempfile.TemporaryFile(dir=folder) as file:
+            array = np.memmap(file, np.float32, "w+", shape=stored)
+    return np.moveaxis(array, 0, -2)
 
 
 def certificate_verdict(folder: str | Path, manifest: dict) -> str:
@@ -133,13 +177,13 @@ def load_activation_set(
             max((_step_number(f) for d in places[pairs[0]] for f in d.glob(step_file("[0-9]*"))), default=-1) + 1
         )
 
-    values = np.zeros((len(pairs), 2, num_steps + 1, layers, hidden), np.float32)
+    values = layers_first((len(pairs), 2, num_steps + 1, layers, hidden), folder)
     valid = np.zeros(values.shape[:3], bool)
     embeddings = np.zeros((len(pairs), 2, hidden), np.float32)
     has_embeddings, kept, excluded = True, [], []
     keys = [key_pattern.format(layer_idx=i) for i in range(layers)]
-    for i, pair in enumerate(progress(pairs)):
-        reason = None
+    for pair in progress(pairs):
+        i, reason = len(kept), None
         for side, place in enumerate(places[pair]):
             reason = reason or _read_prompt(place, keys, values[i, side], valid[i, side], needs_marker=bool(manifest))
             embedding = place / PROMPT_EMBEDDING
@@ -152,15 +196,16 @@ def load_activation_set(
         if reason is None and num_steps and not valid[i, :, 1:].any(axis=1).all():
             reason = "one of its prompts got an empty answer"
         if reason is None:
-            kept.append(i)
-        else:
+            kept.append(pair)
+        else:  # it leaves its place to the next
+            values[i], valid[i] = 0, False
             excluded.append({"pair": pair.id, "category": pair.category, "reason": reason})
     if not kept:
         raise UserError(f"No pair in {folder} is complete (for example: {excluded[0]['reason']}).")
+    here = slice(len(kept))
     return ActivationSet(
-        [pairs[i] for i in kept], values[kept], valid[kept], embeddings[kept] if has_embeddings else None,
-        excluded, manifest,
-    )  # fmt: skip
+        kept, values[here], valid[here], embeddings[here] if has_embeddings else None, excluded, manifest, folder
+    )
 
 
 def _read_prompt(place: Path, keys: list[str], values: np.ndarray, valid: np.ndarray, needs_marker: bool) -> str | None:

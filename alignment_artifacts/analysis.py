@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from . import statistics as st
 from .activation_set import ActivationSet
+
+Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -38,57 +41,66 @@ def score_layers(
     vectors: np.ndarray,
     strata: np.ndarray,
     settings: Settings,
-    samples=None,
+    samples: Callable[[int], Blocks] | None = None,
 ) -> LayerScores:
-    """Held-out separation of matched prompt vectors, layer by layer.
+    """Held-out separation of matched prompt vectors, one layer at a time (all of them may not fit in memory).
 
     Args:
         vectors: [pairs, 2, layers, hidden], natural and artifact.
         strata: [pairs] labels that the folds are balanced over.
-        samples: layer -> (natural, artifact) vectors for the in-sample numbers; default the prompt vectors.
+        samples: layer -> vectors for the in-sample numbers, see `statistics.in_sample_scores`; default the
+            prompt vectors.
     """
     folds = st.assign_folds(strata, settings.seed)
-    grams = [st.gram(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]
-    null = st.sign_flip_null(grams, folds, settings.permutations, settings.seed)
-    null_95 = float(np.quantile(null, 0.95))
-    records = []
-    for layer, gram in enumerate(grams):
-        held_out = st.held_out_projections(gram, folds)
-        d_interval, accuracy_interval = held_out.intervals(settings.resamples, settings.seed)
-        in_sample = samples(layer) if samples else (vectors[:, 0, layer], vectors[:, 1, layer])
-        d_in_sample, shift_ratio = st.in_sample_scores(*in_sample)
-        direction = vectors[:, 1, layer].mean(axis=0) - vectors[:, 0, layer].mean(axis=0)
-        d = held_out.d()
-        records.append(
-            {
-                "cohens_d": d,
-                "cohens_d_ci": d_interval,
-                "accuracy": held_out.accuracy(),
-                "accuracy_ci": accuracy_interval,
-                "auroc": held_out.auroc(),
-                "p_value": st.p_value(d, null) if np.isfinite(d) else None,
-                "null_95": null_95,
-                "cohens_d_in_sample": d_in_sample,
-                "mean_shift_ratio": shift_ratio,
-                "direction_norm": float(np.linalg.norm(direction)),
-                "mean_separation_on_axis": held_out.separation(),
-                "num_natural_samples": len(in_sample[0]),
-                "num_artifact_samples": len(in_sample[1]),
-                "num_pairs": len(vectors),
-            }
-        )
-    return LayerScores(records, _best_layer(grams, folds, settings))
+    can_nest = len(folds) >= st.MIN_PAIRS_NESTED
+    records, held_out, nulls, inner_scores = [], [], [], []
+    for number in range(vectors.shape[2]):
+        natural, artifact = vectors[:, 0, number], vectors[:, 1, number]
+        layer = st.pair_vectors(natural, artifact)
+        held_out.append(st.held_out_projections(layer, folds))
+        nulls.append(st.sign_flip_d(layer, folds, settings.permutations, settings.seed))
+        inner_scores.append(st.inner_scores(layer, folds) if can_nest else None)
+        blocks = samples(number) if samples else lambda both=(natural, artifact): [both]
+        records.append(_record(held_out[-1], natural, artifact, blocks, settings))
+    null = st.best_of(nulls)
+    for record in records:
+        d = record["cohens_d"]
+        record["p_value"] = st.p_value(d, null) if np.isfinite(d) else None
+        record["null_95"] = float(np.quantile(null, 0.95))
+    return LayerScores(records, _best_layer(held_out, inner_scores, settings) if can_nest else None)
 
 
-def _best_layer(grams: list[st.Gram], folds: np.ndarray, settings: Settings) -> dict | None:
-    if len(folds) < st.MIN_PAIRS_NESTED:
-        return None
-    held_out, chosen = st.nested_best_layer(grams, folds, settings.seed)
+def _record(
+    held_out: st.HeldOut, natural: np.ndarray, artifact: np.ndarray, blocks: Blocks, settings: Settings
+) -> dict:
+    """What is known of a layer without looking at the others."""
     d_interval, accuracy_interval = held_out.intervals(settings.resamples, settings.seed)
+    d_in_sample, shift_ratio, samples = st.in_sample_scores(blocks)
     return {
         "cohens_d": held_out.d(),
         "cohens_d_ci": d_interval,
         "accuracy": held_out.accuracy(),
+        "accuracy_ci": accuracy_interval,
+        "auroc": held_out.auroc(),
+        "p_value": None,
+        "null_95": None,
+        "cohens_d_in_sample": d_in_sample,
+        "mean_shift_ratio": shift_ratio,
+        "direction_norm": float(np.linalg.norm(artifact.mean(axis=0) - natural.mean(axis=0))),
+        "mean_separation_on_axis": held_out.separation(),
+        "num_natural_samples": samples[0],
+        "num_artifact_samples": samples[1],
+        "num_pairs": len(natural),
+    }
+
+
+def _best_layer(held_out: list[st.HeldOut], inner_scores: list[np.ndarray], settings: Settings) -> dict:
+    best, chosen = st.nested_best_layer(held_out, inner_scores)
+    d_interval, accuracy_interval = best.intervals(settings.resamples, settings.seed)
+    return {
+        "cohens_d": best.d(),
+        "cohens_d_ci": d_interval,
+        "accuracy": best.accuracy(),
         "accuracy_ci": accuracy_interval,
         "layer_chosen_in_each_fold": chosen,
     }
@@ -104,7 +116,10 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
     strata = np.array([pair.category for pair in data.pairs])
     by_position = {
         positions: score_layers(
-            data.prompt_vectors(positions), strata, settings, lambda layer, p=positions: data.step_vectors(p, layer)
+            data.prompt_vectors(positions),
+            strata,
+            settings,
+            lambda layer, p=positions: lambda: data.step_vectors(p, layer),
         )
         for positions in {headline_positions(data), "prompt_end"}
     }
@@ -149,18 +164,16 @@ def analyse_layers_and_steps(data: ActivationSet, result: dict, settings: Settin
     scores = result["layer_scores"]
     d = [scores[str(i)]["cohens_d"] for i in range(data.num_layers)]
     significant = [i for i in range(data.num_layers) if (scores[str(i)]["p_value"] or 1) <= 0.05]
-    steps = []
-    for step in range(data.values.shape[2]):
-        own = np.flatnonzero(data.valid[:, :, step].all(axis=1))
-        row = {"step": "prefill" if step == 0 else step - 1, "num_pairs": len(own), "cohens_d": None}
-        if len(own) >= 2 * st.MIN_PAIRS_PER_FOLD:
-            folds = st.assign_folds(np.array([data.pairs[i].category for i in own]), settings.seed)
-            vectors = data.values[own, :, step]
-            row["cohens_d"] = [
-                float(st.held_out_d(st.gram(vectors[:, 0, layer], vectors[:, 1, layer]), folds))
-                for layer in range(data.num_layers)
-            ]
-        steps.append(row)
+    by_step = [np.flatnonzero(data.valid[:, :, step].all(axis=1)) for step in range(data.values.shape[2])]
+    by_layer = [_d_of_steps(data, layer, by_step, settings) for layer in range(data.num_layers)]
+    steps = [
+        {
+            "step": "prefill" if step == 0 else step - 1,
+            "num_pairs": len(own),
+            "cohens_d": [d[step] for d in by_layer] if step in by_layer[0] else None,
+        }
+        for step, own in enumerate(by_step)
+    ]
     known = [x if x is not None else -np.inf for x in d]
     return jsonable(
         {
@@ -171,6 +184,20 @@ def analyse_layers_and_steps(data: ActivationSet, result: dict, settings: Settin
             "steps": steps,
         }
     )
+
+
+def _d_of_steps(
+    data: ActivationSet, layer: int, pairs_of_step: list[np.ndarray], settings: Settings
+) -> dict[int, float]:
+    """Held-out d of a layer at each step that enough pairs have reached."""
+    categories = np.array([pair.category for pair in data.pairs])
+    scores = {}
+    for step, own in enumerate(pairs_of_step):
+        if len(own) >= 2 * st.MIN_PAIRS_PER_FOLD:
+            natural, artifact = (data.values[own, side, step, layer] for side in (0, 1))
+            folds = st.assign_folds(categories[own], settings.seed)
+            scores[step] = float(st.held_out_d(st.pair_vectors(natural, artifact), folds))
+    return scores
 
 
 def summarise(result: dict) -> str:

@@ -121,8 +121,8 @@ def layer_separation(vectors: np.ndarray, categories: list[str]) -> np.ndarray:
     if len(vectors) < st.MIN_PAIRS:
         raise UserError(f"Choosing layers needs at least {st.MIN_PAIRS} pairs, not {len(vectors)}; name the layers.")
     folds = st.assign_folds(np.array(categories))
-    grams = [st.gram(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]
-    return np.nan_to_num([st.held_out_d(gram, folds) for gram in grams])
+    layers = [st.pair_vectors(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]
+    return np.nan_to_num([st.held_out_d(layer, folds) for layer in layers])
 
 
 def measure(loaded: LoadedModel, pairs: list[Pair], cache: Path, show_progress: bool = False) -> Measurements:

@@ -4,14 +4,15 @@ The independent unit is the pair: natural[i] and artifact[i] are one vector each
 prompts of pair i. A direction is the mean artifact minus natural vector of the *training*
 pairs; every number but the ones called "in sample" is measured on pairs it has not seen.
 
-Everything is computed from two small matrices a layer. With D the pair differences and M the
-(centred) pair means, a direction is a weighted sum of rows of D, so projections of held-out
-prompts need only `D Dᵀ` and `M Dᵀ`. Swapping natural and artifact within a pair flips a row
-of D and leaves M alone, which makes a permutation as cheap as a product of [pairs, pairs].
+With D the pair differences and M the (centred) pair means, a direction is a weighted sum of rows
+of D, so projections of held-out prompts need only `D Dᵀ` and `M Dᵀ`. Swapping natural and artifact
+within a pair flips a row of D and leaves M alone, which makes a permutation as cheap as a product
+of [pairs, pairs]; where pairs outnumber dimensions, products with D and M themselves are cheaper.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,20 +23,36 @@ MIN_PAIRS_NESTED = 8  # folds within folds
 CHUNK = 256  # permutations worked on at once
 
 
-@dataclass
-class Gram:
-    """What the statistics need of one layer: inner products instead of vectors."""
+class PairVectors:
+    """One layer's matched vectors, natural and artifact [pairs, hidden], ready to be projected.
 
-    differences: np.ndarray  # [pairs, pairs] D Dᵀ
-    means: np.ndarray  # [pairs, pairs] M Dᵀ, M centred over pairs
+    Args:
+        differences: [pairs, hidden] D, artifact minus natural.
+        means: [pairs, hidden] M, centred over all pairs of the layer.
+    """
+
+    def __init__(self, differences: np.ndarray, means: np.ndarray):
+        self.differences, self.means = differences, means
+        is_wide = differences.shape[0] <= differences.shape[1]
+        self.inner = (differences @ differences.T, differences @ means.T) if is_wide else None
+
+    def along(self, weights: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of D and of M projected on the direction `weights @ D`, for weights [.., pairs]: [.., rows] each."""
+        if self.inner is not None:
+            return tuple(weights @ products[:, rows] for products in self.inner)
+        direction = weights @ self.differences
+        return direction @ self.differences[rows].T, direction @ self.means[rows].T
+
+    def subset(self, rows: np.ndarray) -> PairVectors:
+        """The same for some of the pairs."""
+        return PairVectors(self.differences[rows], self.means[rows])
 
 
-def gram(natural: np.ndarray, artifact: np.ndarray) -> Gram:
-    """Inner products of one layer's prompt vectors, natural and artifact [pairs, hidden]."""
+def pair_vectors(natural: np.ndarray, artifact: np.ndarray) -> PairVectors:
+    """From one layer's prompt vectors, natural and artifact [pairs, hidden]."""
     natural, artifact = natural.astype(np.float64), artifact.astype(np.float64)
-    differences, means = artifact - natural, (artifact + natural) / 2
-    means -= means.mean(axis=0)
-    return Gram(differences @ differences.T, means @ differences.T)
+    means = (artifact + natural) / 2
+    return PairVectors(artifact - natural, means - means.mean(axis=0))
 
 
 def assign_folds(strata: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -81,30 +98,30 @@ def auroc(natural: np.ndarray, artifact: np.ndarray) -> float:
     return float((difference > 0).mean() + (difference == 0).mean() / 2)
 
 
-def project(layer: Gram, training: np.ndarray, signs: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Project all prompts on the direction learnt from the training pairs.
+def project(
+    layer: PairVectors, training: np.ndarray, signs: np.ndarray | None = None, rows: np.ndarray | slice = slice(None)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Project prompts on the direction learnt from the training pairs.
 
     Args:
         training: [pairs] bool.
         signs: [.., pairs] of +1/-1; -1 swaps natural and artifact in that pair. Default: none swapped.
+        rows: of which pairs.
     Returns:
-        natural, artifact: [.., pairs] projections (on the unnormalised direction).
+        natural, artifact: [.., rows] projections (on the unnormalised direction).
     """
     if signs is None:
         signs = np.ones(len(training))
-    weights = signs * training / training.sum()
-    shift = signs * (weights @ layer.differences)  # D_j · direction, after the swaps
-    centre = weights @ layer.means.T
+    differences, centre = layer.along(signs * training / training.sum(), rows)
+    shift = signs[..., rows] * differences  # D_j · direction, after the swaps
     return centre - shift / 2, centre + shift / 2
 
 
-def held_out_d(layer: Gram, folds: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
+def held_out_d(layer: PairVectors, folds: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
     """Cohen's d of the held-out pairs, averaged over folds; [..] for signs [.., pairs]."""
-    scores = []
-    for fold in np.unique(folds):
-        natural, artifact = project(layer, folds != fold, signs)
-        held = folds == fold
-        scores.append(hedges_d(natural[..., held], artifact[..., held]))
+    scores = [
+        hedges_d(*project(layer, folds != fold, signs, np.flatnonzero(folds == fold))) for fold in np.unique(folds)
+    ]
     return np.mean(scores, axis=0)
 
 
@@ -169,7 +186,7 @@ def _stabilised_interval(resampled: np.ndarray, estimate: float) -> list[float]:
     return [float(np.sinh(centre + side * half) * np.sqrt(8)) for side in (-1, 1)]
 
 
-def held_out_projections(layer: Gram, folds: np.ndarray) -> HeldOut:
+def held_out_projections(layer: PairVectors, folds: np.ndarray) -> HeldOut:
     """Each pair projected on the direction of the other folds, normalised to unit length."""
     natural, artifact, thresholds = np.empty((3, len(folds)))
     for fold in np.unique(folds):
@@ -181,18 +198,22 @@ def held_out_projections(layer: Gram, folds: np.ndarray) -> HeldOut:
     return HeldOut(natural, artifact, thresholds, folds)
 
 
-def sign_flip_null(layers: list[Gram], folds: np.ndarray, permutations: int, seed: int = 0) -> np.ndarray:
-    """The best layer's held-out d when natural and artifact are swapped at random within pairs.
+def sign_flip_d(layer: PairVectors, folds: np.ndarray, permutations: int, seed: int = 0) -> np.ndarray:
+    """[permutations] held-out d of one layer when natural and artifact are swapped at random within pairs.
 
-    Returns:
-        [permutations] maximum over layers, for family-wise error.
+    The same swaps for every layer with the same seed: see `best_of`.
     """
     rng = np.random.default_rng(seed)
-    best = []
+    scores = []
     for start in range(0, permutations, CHUNK):
         signs = rng.choice([-1.0, 1.0], (min(CHUNK, permutations - start), len(folds)))
-        best.append(np.nanmax([held_out_d(layer, folds, signs) for layer in layers], axis=0))
-    return np.concatenate(best)
+        scores.append(held_out_d(layer, folds, signs))
+    return np.concatenate(scores)
+
+
+def best_of(layers: Sequence[np.ndarray]) -> np.ndarray:
+    """The null of the best layer: maximum of `sign_flip_d` over layers, for family-wise error."""
+    return np.fmax.reduce(layers)
 
 
 def p_value(observed: float, null: np.ndarray) -> float:
@@ -200,27 +221,37 @@ def p_value(observed: float, null: np.ndarray) -> float:
     return float((1 + (null >= observed).sum()) / (1 + len(null)))
 
 
-def nested_best_layer(layers: list[Gram], folds: np.ndarray, seed: int = 0) -> tuple[HeldOut, list[int]]:
-    """Choose the best layer inside the training folds, measure it on the fold left out.
+def inner_scores(layer: PairVectors, folds: np.ndarray) -> np.ndarray:
+    """[folds] held-out d inside of each fold's training pairs, to choose a layer by without looking at the fold.
 
-    Returns:
-        The out-of-fold projections, and the layer chosen for each fold.
     Raises:
         ValueError: fewer than eight pairs.
     """
     if len(folds) < MIN_PAIRS_NESTED:
         raise ValueError(f"choosing a layer inside the folds needs at least {MIN_PAIRS_NESTED} pairs")
-    held_out = [held_out_projections(layer, folds) for layer in layers]
-    natural, artifact, thresholds = np.empty((3, len(folds)))
-    chosen = []
+    scores = []
     for fold in np.unique(folds):
         training = np.flatnonzero(folds != fold)
         inner_folds = folds[training]
         if len(np.unique(inner_folds)) < 2:  # two outer folds: split the training half again
             inner_folds = np.arange(len(training)) % 2
-        pick = np.ix_(training, training)
-        scores = [held_out_d(Gram(g.differences[pick], g.means[pick]), inner_folds) for g in layers]
-        best = int(np.nanargmax(scores)) if np.isfinite(scores).any() else 0
+        scores.append(held_out_d(layer.subset(training), inner_folds))
+    return np.array(scores)
+
+
+def nested_best_layer(held_out: Sequence[HeldOut], scores: Sequence[np.ndarray]) -> tuple[HeldOut, list[int]]:
+    """The best layer, chosen inside the training folds, measured on the fold left out.
+
+    Args:
+        held_out: of every layer; scores: `inner_scores` of every layer.
+    Returns:
+        The out-of-fold projections, and the layer chosen for each fold.
+    """
+    folds = held_out[0].folds
+    natural, artifact, thresholds = np.empty((3, len(folds)))
+    chosen = []
+    for fold, by_layer in zip(np.unique(folds), np.transpose(scores), strict=True):
+        best = int(np.nanargmax(by_layer)) if np.isfinite(by_layer).any() else 0
         chosen.append(best)
         held = folds == fold
         natural[held], artifact[held] = held_out[best].natural[held], held_out[best].artifact[held]
@@ -228,18 +259,32 @@ def nested_best_layer(layers: list[Gram], folds: np.ndarray, seed: int = 0) -> t
     return HeldOut(natural, artifact, thresholds, folds), chosen
 
 
-def in_sample_scores(natural: np.ndarray, artifact: np.ndarray) -> tuple[float, float]:
+def in_sample_scores(
+    blocks: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]],
+) -> tuple[float, float, tuple[int, int]]:
     """Two numbers that are often called Cohen's d, for contrast; both flatter.
 
     Args:
-        natural, artifact: [samples, hidden], for example all steps of all prompts pooled.
+        blocks: gives the vectors anew at each call, natural and artifact [samples, hidden], in one or more
+            parts: for example all steps of all prompts pooled.
     Returns:
-        d on the direction made from the same vectors, and the mean shift ratio
-        `|direction| / sqrt((mean_j sd_nat_j + mean_j sd_art_j) / 2)`, which grows with the dimension.
+        d on the direction made from the same vectors; the mean shift ratio
+        `|direction| / sqrt((mean_j sd_nat_j + mean_j sd_art_j) / 2)`, which grows with the dimension;
+        and the numbers of samples.
     """
-    natural, artifact = natural.astype(np.float64), artifact.astype(np.float64)
-    direction = artifact.mean(axis=0) - natural.mean(axis=0)
-    d = hedges_d(natural @ direction, artifact @ direction)
-    spread = (natural.std(axis=0, ddof=1).mean() + artifact.std(axis=0, ddof=1).mean()) / 2
+    origin = None  # sums of squares are taken from a point among the data, so that nothing cancels
+    count, total, squares = np.zeros((2, 1)), 0.0, 0.0
+    for block in blocks():
+        origin = block[0][:1].astype(np.float64) if origin is None else origin
+        parts = [side - origin for side in block]
+        count += [[len(part)] for part in parts]
+        total = total + np.array([part.sum(axis=0) for part in parts])
+        squares = squares + np.array([(part * part).sum(axis=0) for part in parts])
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares - count * mean**2, 0) / (count - 1))
+    direction = mean[1] - mean[0]
+    projections = [[(side - origin) @ direction for side in block] for block in blocks()]
+    d = hedges_d(*(np.concatenate(side) for side in zip(*projections, strict=True)))
+    spread = deviation.mean(axis=1).sum() / 2
     ratio = np.linalg.norm(direction) / np.sqrt(spread) if spread > 0 else np.nan
-    return float(d), float(ratio)
+    return float(d), float(ratio), (int(count[0, 0]), int(count[1, 0]))

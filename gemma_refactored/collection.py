@@ -152,11 +152,12 @@ class Collection:
 
     def _write_step(self, writer: NpzWriter, step: Step, prompts: Sequence[Prompt], batch_number: int) -> None:
         """Queue the files of one forward pass. Rows that have ended write nothing (flat: zeros)."""
-        arrays = {site: np.array(array) for site, array in step.activations.items()}
+        arrays = {site: np.asarray(array) for site, array in step.activations.items()}
         name = step_file(step.name)
         if self.grouped:
             folders = [prompts[row].folder for row in np.flatnonzero(step.active)]
-            arrays = {site: array[step.active] for site, array in arrays.items()}
+            if not step.active.all():
+                arrays = {site: array[step.active] for site, array in arrays.items()}
             writer.put(arrays, {self.folder / f / name: slice(row, row + 1) for row, f in enumerate(folders)})
             return
         keep = step.active[:, None, None]

@@ -1,10 +1,12 @@
 """Reading a collection: what is taken, what is left out and said, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from alignment_artifacts import activation_set
 from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.pairs import SIDES, Pair
 from gemma_refactored.errors import UserError
@@ -56,15 +58,31 @@ def test_every_number_lands_in_its_place(folder):
             assert np.array_equal(data.prompt_embeddings[i, side], value(i, side, 99, 0))
 
 
-def test_prompt_vectors_average_the_valid_positions_only(folder):
+def test_prompt_vectors_average_the_valid_positions_only(folder, monkeypatch):
     data = load_activation_set(folder, PAIRS)
     for positions, steps in {"prompt_end": [0], "generated": [1, 2], "all": [0, 1, 2]}.items():
         expected = np.mean([value(1, 1, step, 2) for step in steps], axis=0)
         np.testing.assert_allclose(data.prompt_vectors(positions)[1, 1, 2], expected)
-    natural, artifact = data.step_vectors("generated", 0)
-    assert len(natural) == 6 * STEPS and len(artifact) == 6 * STEPS - 2
+    monkeypatch.setattr(activation_set, "PAIRS_AT_ONCE", 4)
+    blocks = list(data.step_vectors("generated", 0))
+    assert [len(natural) for natural, _ in blocks] == [4 * STEPS, 2 * STEPS]
+    assert [len(artifact) for _, artifact in blocks] == [4 * STEPS - 2, 2 * STEPS]
     with pytest.raises(ValueError, match="positions"):
         data.mask("somewhere")
+
+
+def test_what_does_not_fit_in_memory_goes_to_a_temporary_file(folder, monkeypatch):
+    in_memory = load_activation_set(folder, PAIRS)
+    files = sorted(folder.rglob("*"))
+    monkeypatch.setattr(activation_set, "IN_MEMORY", 0)
+    on_disk = load_activation_set(folder, PAIRS)
+    assert isinstance(on_disk.values, np.memmap) and isinstance(on_disk.prompt_vectors("all"), np.memmap)
+    assert np.array_equal(on_disk.values, in_memory.values)
+    assert np.array_equal(on_disk.prompt_vectors("all"), in_memory.prompt_vectors("all"))
+    assert sorted(folder.rglob("*")) == files  # it has no name
+    monkeypatch.setattr(activation_set.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(UserError, match="free disk"):
+        load_activation_set(folder, PAIRS)
 
 
 def test_settings_may_be_given_but_not_contradict_the_files(folder):
@@ -91,6 +109,8 @@ def test_incomplete_pairs_are_left_out_and_named(folder):
         ("t_2", "not collected"), ("t_4", "a step is missing"),
     ]  # fmt: skip
     assert len(data.values) == len(data.valid) == len(data.prompt_embeddings) == 4
+    for row, pair in enumerate((0, 1, 3, 5)):
+        assert np.array_equal(data.values[row, 0, 1, 2], value(pair, 0, 1, 2)) and data.valid[row, 0].all()
 
 
 def test_a_prompt_that_was_interrupted_is_not_taken_for_a_short_one(folder):

@@ -38,7 +38,7 @@ def test_known_d_is_recovered_without_bias_and_within_its_interval(d, hidden):
     for run in range(runs):
         natural, artifact = simulate(rng, d, hidden)
         folds = st.assign_folds(CATEGORIES, run)
-        held_out = st.held_out_projections(st.gram(natural, artifact), folds)
+        held_out = st.held_out_projections(st.pair_vectors(natural, artifact), folds)
         truth = true_d_of_learnt_directions(natural, artifact, folds, d)
         (low, high), _ = held_out.intervals(300, run)
         covered += low <= truth <= high
@@ -55,22 +55,56 @@ def test_in_sample_scores_flatter_and_held_out_scores_do_not():
     rng = np.random.default_rng(0)
     prompts = rng.normal(size=(2, 50, 1, 256))
     natural, artifact = (p + rng.normal(size=(50, 20, 256)) for p in prompts)
-    d_in_sample, ratio = st.in_sample_scores(natural.reshape(-1, 256), artifact.reshape(-1, 256))
-    held_out = st.held_out_projections(st.gram(natural.mean(1), artifact.mean(1)), st.assign_folds(CATEGORIES))
+    d_in_sample, ratio, _ = st.in_sample_scores(lambda: [(natural.reshape(-1, 256), artifact.reshape(-1, 256))])
+    held_out = st.held_out_projections(st.pair_vectors(natural.mean(1), artifact.mean(1)), st.assign_folds(CATEGORIES))
     assert d_in_sample > 1 and ratio > 1 and abs(held_out.d()) < 0.6
+
+
+def test_in_sample_scores_do_not_depend_on_the_parts_they_are_read_in():
+    rng = np.random.default_rng(0)
+    natural, artifact = rng.normal(size=(2, 60, 5)) + [[[1e4]], [[1e4 + 0.7]]]
+    direction = artifact.mean(0) - natural.mean(0)
+    spread = np.mean([side.std(0, ddof=1).mean() for side in (natural, artifact)])
+    expected = st.hedges_d(natural @ direction, artifact @ direction), np.linalg.norm(direction) / np.sqrt(spread)
+    for parts in (1, 4):
+        blocks = list(zip(np.split(natural, parts), np.split(artifact, parts), strict=True))
+        *scores, counts = st.in_sample_scores(lambda blocks=blocks: blocks)
+        np.testing.assert_allclose(scores, expected, rtol=1e-9)
+        assert counts == (60, 60)
+
+
+@pytest.mark.parametrize("hidden", [20, 80])
+def test_few_and_many_dimensions_give_what_the_definition_gives(hidden):
+    """40 pairs: products of [pairs, pairs] or of [pairs, hidden], whichever is cheaper."""
+    rng = np.random.default_rng(0)
+    natural, artifact = rng.normal(size=(2, 40, hidden)) + [[[0.0]], [[0.3]]]
+    signs = rng.choice([-1.0, 1.0], (3, 40))
+    training = np.arange(40) % 5 != 0
+    layer = st.pair_vectors(natural, artifact)
+    assert (layer.inner is None) == (hidden < 40)
+    centre = (natural + artifact).mean(axis=0) / 2
+    for sign, *projections in zip(signs, *st.project(layer, training, signs, np.flatnonzero(~training)), strict=True):
+        swapped = [np.where(sign[:, None] > 0, *sides) for sides in ((natural, artifact), (artifact, natural))]
+        direction = (swapped[1] - swapped[0])[training].mean(axis=0)
+        for side, projection in zip(swapped, projections, strict=True):
+            np.testing.assert_allclose(projection, (side[~training] - centre) @ direction, atol=1e-12)
+    part = layer.subset(np.flatnonzero(training))
+    np.testing.assert_array_equal(part.differences, (artifact - natural)[training])
 
 
 def test_pure_noise_is_significant_at_the_stated_rate_layer_choice_included():
     rng = np.random.default_rng(0)
-    collections, layers = 400, 6
+    collections = 400
     p_values, accuracies = [], []
     for run in range(collections):
-        grams = [st.gram(*rng.normal(size=(2, 50, 32))) for _ in range(layers)]
+        layers = [st.pair_vectors(*rng.normal(size=(2, 50, 32))) for _ in range(6)]
         folds = st.assign_folds(CATEGORIES, run)
-        null = st.sign_flip_null(grams, folds, 199, seed=run)
-        p_values.append(st.p_value(max(st.held_out_d(g, folds) for g in grams), null))
+        null = st.best_of([st.sign_flip_d(layer, folds, 199, seed=run) for layer in layers])
+        p_values.append(st.p_value(max(st.held_out_d(g, folds) for g in layers), null))
         if run < 100:
-            accuracies.append(st.nested_best_layer(grams, folds)[0].accuracy())
+            held_out = [st.held_out_projections(layer, folds) for layer in layers]
+            best, _ = st.nested_best_layer(held_out, [st.inner_scores(layer, folds) for layer in layers])
+            accuracies.append(best.accuracy())
     share = np.mean(np.array(p_values) <= 0.05)
     assert share <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / collections)
     # Uniform: a Kolmogorov-Smirnov distance beyond 1.95 / sqrt(n) has probability 0.001.
@@ -85,7 +119,7 @@ def test_gram_projections_equal_the_direct_computation():
     rng = np.random.default_rng(1)
     natural, artifact = rng.normal(size=(2, 20, 7)) + 3
     folds = st.assign_folds(np.zeros(20), 0)
-    held_out = st.held_out_projections(st.gram(natural, artifact), folds)
+    held_out = st.held_out_projections(st.pair_vectors(natural, artifact), folds)
     signs = rng.choice([-1.0, 1.0], 20)
     for fold in np.unique(folds):
         held = folds == fold
@@ -97,8 +131,10 @@ def test_gram_projections_equal_the_direct_computation():
         np.testing.assert_allclose(held_out.thresholds[held] - held_out.natural[held], threshold - natural[held] @ unit)
         # Flipped signs: the same as computing with the two prompts of those pairs exchanged.
         swap = signs[:, None] < 0
-        swapped = st.gram(np.where(swap, artifact, natural), np.where(swap, natural, artifact))
-        for a, b in zip(st.project(st.gram(natural, artifact), ~held, signs), st.project(swapped, ~held), strict=True):
+        swapped = st.pair_vectors(np.where(swap, artifact, natural), np.where(swap, natural, artifact))
+        for a, b in zip(
+            st.project(st.pair_vectors(natural, artifact), ~held, signs), st.project(swapped, ~held), strict=True
+        ):
             np.testing.assert_allclose(a, b)
 
 
@@ -118,8 +154,8 @@ def test_scores_do_not_depend_on_scale_shift_or_rotation():
     natural, artifact = simulate(rng, 1.5, 16)
     rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0]
     folds = st.assign_folds(CATEGORIES)
-    plain = st.held_out_projections(st.gram(natural, artifact), folds)
-    moved = st.held_out_projections(st.gram(5 * natural @ rotation + 100, 5 * artifact @ rotation + 100), folds)
+    plain = st.held_out_projections(st.pair_vectors(natural, artifact), folds)
+    moved = st.held_out_projections(st.pair_vectors(5 * natural @ rotation + 100, 5 * artifact @ rotation + 100), folds)
     assert moved.d() == pytest.approx(plain.d())
     assert (moved.accuracy(), moved.auroc()) == (plain.accuracy(), plain.auroc())
     assert moved.separation() == pytest.approx(5 * plain.separation())
@@ -138,12 +174,12 @@ def test_folds_never_split_a_pair_and_spread_the_categories():
 def test_degenerate_data_gives_defined_results(hidden):
     same = np.ones((10, hidden))
     folds = st.assign_folds(np.zeros(10))
-    identical = st.held_out_projections(st.gram(same, same), folds)
+    identical = st.held_out_projections(st.pair_vectors(same, same), folds)
     assert identical.d() == 0 and identical.auroc() == 0.5
-    shifted = st.held_out_projections(st.gram(same, same + 1), folds)
+    shifted = st.held_out_projections(st.pair_vectors(same, same + 1), folds)
     assert shifted.accuracy() == 1 and shifted.auroc() == 1  # d is not defined: no spread at all
     assert np.isnan(shifted.d()) and np.isnan(shifted.intervals(50)[0]).all()
-    assert st.p_value(0.0, st.sign_flip_null([st.gram(same, same)], folds, 19)) == 1
+    assert st.p_value(0.0, st.sign_flip_d(st.pair_vectors(same, same), folds, 19)) == 1
 
 
 def test_p_value_counts_itself():
