@@ -27,6 +27,7 @@ from .files import (
     MANIFEST,
     PROMPT_EMBEDDING,
     PROMPT_MARKER,
+    TEMPORARY,
     read_json,
     step_file,
     write_json,
@@ -93,6 +94,8 @@ class Collection:
             self._remove_old()
         elif path.exists():
             self._check_same_settings(read_json(path, "manifest"))
+            for half_written in folder.rglob(f".*{TEMPORARY}"):
+                half_written.unlink()
         elif folder.exists() and any(f.name != CERTIFICATE for f in folder.iterdir()):
             raise UserError(
                 f"{folder} is not empty and has no {MANIFEST}, so it is not a collection; choose another folder."
@@ -135,33 +138,43 @@ class Collection:
         by_place = {(p.group, p.subcategory, p.number): p for p in prompts}
         for marker in self.folder.glob(f"batch_*/{BATCH_MARKER}"):
             for row in read_json(marker, "batch marker")["rows"]:
-                done[by_place[row["group"], row["subcategory"], row["number"]]] = row
+                prompt = by_place[row["group"], row["subcategory"], row.pop("number")]
+                del row["valid_steps"]
+                done[prompt] = row
         return done
 
-    def next_batch_number(self) -> int:
-        numbers = [int(p.parent.name.split("_")[1]) for p in self.folder.glob(f"batch_*/{BATCH_MARKER}")]
-        return max(numbers, default=0) + 1
-
     def write_steps(
-        self, writer: NpzWriter, steps: Iterable[Step], prompts: Sequence[Prompt], batch_number: int
+        self,
+        writer: NpzWriter,
+        steps: Iterable[Step],
+        prompts: Sequence[Prompt],
+        pending: np.ndarray,
+        batch_number: int,
     ) -> Iterator[Step]:
-        """Pass the steps of a batch on, each one queued for writing."""
+        """Pass the steps of a batch on, each one queued for writing.
+
+        Args:
+            pending: [rows] false for prompts that an earlier run has completed.
+        """
         for step in steps:
-            self._write_step(writer, step, prompts, batch_number)
+            self._write_step(writer, step, prompts, step.active & pending, batch_number)
             yield step
 
-    def _write_step(self, writer: NpzWriter, step: Step, prompts: Sequence[Prompt], batch_number: int) -> None:
-        """Queue the files of one forward pass. Rows that have ended write nothing (flat: zeros)."""
+    def _write_step(
+        self, writer: NpzWriter, step: Step, prompts: Sequence[Prompt], wanted: np.ndarray, batch_number: int
+    ) -> None:
+        """Queue the files of one forward pass, of the rows that are wanted (flat: zeros for the others)."""
+        if not wanted.any():
+            return
         arrays = {site: np.asarray(array) for site, array in step.activations.items()}
         name = step_file(step.name)
         if self.grouped:
-            folders = [prompts[row].folder for row in np.flatnonzero(step.active)]
-            if not step.active.all():
-                arrays = {site: array[step.active] for site, array in arrays.items()}
+            folders = [prompts[row].folder for row in np.flatnonzero(wanted)]
+            if not wanted.all():
+                arrays = {site: array[wanted] for site, array in arrays.items()}
             writer.put(arrays, {self.folder / f / name: slice(row, row + 1) for row, f in enumerate(folders)})
             return
-        keep = step.active[:, None, None]
-        arrays = {site: np.where(keep, array, 0) for site, array in arrays.items()}
+        arrays = {site: np.where(wanted[:, None, None], array, 0) for site, array in arrays.items()}
         writer.put(arrays, {self.folder / f"batch_{batch_number}" / name: slice(None)})
 
     def finish_batch(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import UserError
@@ -13,6 +16,7 @@ from .errors import UserError
 MANIFEST, PROMPT_MARKER, BATCH_MARKER = "manifest.json", "prompt.json", "batch.json"
 CERTIFICATE = "certificate.json"  # what `run_model.py --check` found, beside the manifest
 PROMPT_EMBEDDING = "prompt_embedding.npz"  # mean token embedding of the prompt: the lexical baseline
+TEMPORARY = ".tmp"  # the ending of a file that is being written
 
 
 def step_file(step_name: str) -> str:
@@ -23,13 +27,32 @@ def step_file(step_name: str) -> str:
 def write_atomically(path: Path, data: bytes | bytearray) -> None:
     """Write to a temporary name in the same folder, then rename: no reader sees half a file."""
     # Not named by the process id: another machine's process may have the same.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder meanwhile; the lock is gone with the process, however that ends.
+
+    Raises:
+        UserError: another run is in there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another run is writing into {folder}; wait for it, or choose another folder.") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content) -> None:

@@ -31,7 +31,6 @@ class Job:
     Attributes:
         token_ids: of each prompt.
         finished: records of the prompts that an earlier run has completed.
-        first_batch: number of this run's first batch, in a flat collection.
         shares_model: the processes hold parts of one model, instead of sharing out the prompts.
     """
 
@@ -43,12 +42,10 @@ class Job:
     end_tokens: tuple[int, ...] = ()
     sites: list[str] = field(default_factory=list)
     finished: dict[Prompt, dict] = field(default_factory=dict)
-    first_batch: int = 1
     shares_model: bool = False
 
-    @property
-    def pending(self) -> list[int]:
-        return [i for i, prompt in enumerate(self.prompts) if prompt not in self.finished]
+    def is_pending(self, index: int) -> bool:
+        return self.prompts[index] not in self.finished
 
 
 def check_context(prompts: list[Prompt], token_ids: list[list[int]], max_tokens: int, context_length: int) -> None:
@@ -72,9 +69,9 @@ def open_collection(job: Job, folder: Path, manifest: dict, grouped: bool, overw
         collection = Collection(folder, manifest, grouped, overwrite)
         finished = collection.finished_answers(job.prompts)
         numbered = [[i, finished[prompt]] for i, prompt in enumerate(job.prompts) if prompt in finished]
-        return [collection.manifest, numbered, collection.next_batch_number()]
+        return [collection.manifest, numbered]
 
-    settled_manifest, numbered, job.first_batch = team.lead(open_first)
+    settled_manifest, numbered = team.lead(open_first)
     collection = collection or Collection(folder, settled_manifest, grouped, overwrite)
     job.finished = {job.prompts[i]: record for i, record in numbered}
     team.exchange("opened")  # nobody writes while another may still be clearing the folder
@@ -82,17 +79,21 @@ def open_collection(job: Job, folder: Path, manifest: dict, grouped: bool, overw
 
 
 def plan_batches(job: Job, loaded: LoadedModel, team: Team, grouped: bool) -> list[tuple[int, list[int]]]:
-    """This process's batches, each with its number: indices into the job's prompts."""
-    pending, size = job.pending, job.batch_size
+    """This process's batches that are not complete, each with its number: indices into the job's prompts.
+
+    They are the batches of the whole job, so a run that continues another computes to the last bit what
+    that one would have.
+    """
+    size = job.batch_size
     equal_lengths = size > 1 and not loaded.masks_padding
     if equal_lengths:
         log.info("Padding would change this model's numbers: only prompts of equal length share a batch.")
     shares_prompts = team.size > 1 and not job.shares_model
     if shares_prompts and grouped:  # a flat collection shows its batches, so it keeps them as in a single run
-        size = min(size, max(1, math.ceil(len(pending) / team.size)))
-    batches = length_sorted_batches([job.token_ids[i] for i in pending], size, equal_lengths)
-    numbered = list(enumerate(([pending[i] for i in batch] for batch in batches), job.first_batch))
-    return list(team.share(numbered)) if shares_prompts else numbered
+        size = min(size, math.ceil(len(job.prompts) / team.size))
+    batches = enumerate(length_sorted_batches(job.token_ids, size, equal_lengths), 1)
+    incomplete = [(number, batch) for number, batch in batches if any(map(job.is_pending, batch))]
+    return list(team.share(incomplete)) if shares_prompts else incomplete
 
 
 def answer_prompts(
@@ -103,7 +104,7 @@ def answer_prompts(
     writer: NpzWriter | None,
     show_progress: bool,
 ) -> dict[int, dict]:
-    """Generate for every batch and save what belongs to it; the record of each prompt by its index."""
+    """Generate for every batch and save what is not complete of it; the new records, by the prompts' indices."""
     records = {}
     total = sum(len(batch) for _, batch in batches) * job.max_tokens
     progress = tqdm(total=total, unit="tok", leave=False, disable=not (show_progress and sys.stderr.isatty()))
@@ -114,17 +115,20 @@ def answer_prompts(
             steps = generate(
                 loaded.model, token_ids, job.max_tokens, job.sampling, job.end_tokens, job.sites, row_ids=batch
             )
+            pending = np.array([job.is_pending(i) for i in batch])
             if collection:
-                steps = collection.write_steps(writer, steps, prompts, number)
+                steps = collection.write_steps(writer, steps, prompts, pending, number)
             written = collect_answers(steps, progress.update)
             texts = loaded.tokenizer.batch_decode(written, skip_special_tokens=True)
-            answers = [
-                Answer(prompt, len(ids), tokens, text, "length" if len(tokens) == job.max_tokens else "stop")
-                for prompt, ids, tokens, text in zip(prompts, token_ids, written, texts, strict=True)
-            ]
+            answers = {
+                i: Answer(prompt, len(ids), tokens, text, "length" if len(tokens) == job.max_tokens else "stop")
+                for i, prompt, ids, tokens, text in zip(batch, prompts, token_ids, written, texts, strict=True)
+                if job.is_pending(i)
+            }
             if collection:
-                collection.finish_batch(writer, answers, mean_prompt_embeddings(loaded, prompts), number)
-            records |= {i: answer.record() for i, answer in zip(batch, answers, strict=True)}
+                embeddings = mean_prompt_embeddings(loaded, [answer.prompt for answer in answers.values()])
+                collection.finish_batch(writer, list(answers.values()), embeddings, number)
+            records |= {i: answer.record() for i, answer in answers.items()}
     return records
 
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     from .distributed import Team
+    from .inference import Job
     from .model_loading import LoadedModel
     from .prompt_processing import Prompt
 
@@ -153,10 +155,10 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
     """Generate for all prompts that are not complete yet, and save what was asked for."""
     from .activation_capture import select_sites
     from .collection import new_manifest
+    from .files import locked
     from .generation import Sampling
-    from .inference import Job, answer_prompts, check_context, open_collection, plan_batches
-    from .npz_writer import NpzWriter
-    from .prompt_processing import encode_prompts, save_results
+    from .inference import Job, check_context
+    from .prompt_processing import encode_prompts
 
     token_ids = encode_prompts(loaded.tokenizer, prompts, arguments.chat_mode)
     check_context(prompts, token_ids, arguments.max_tokens, loaded.context_length)
@@ -170,23 +172,37 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
         for name in ("max_tokens", "temp", "top_p", "repetition_penalty", "logit_bias", "seed",
                      "chat_mode", "ignore_end_tokens", "batch_size")
     }  # fmt: skip
+    if not arguments.save_activations:
+        execute(arguments, loaded, job, settings, None, team)
+        return
+    job.sites = select_sites(loaded.model, arguments.activation_filter)
+    storage = {
+        "activation_filter": arguments.activation_filter,
+        "sites": job.sites,
+        "activation_dtype": arguments.activation_dtype,
+        "compressed": arguments.compress_activations,
+        "layout": "grouped" if arguments.process_by_group else "flat",
+    }
+    manifest = new_manifest(loaded.facts(), {**settings, **storage}, prompts)
+    with locked(Path(arguments.activations_dir)) if team.leads else nullcontext():
+        execute(arguments, loaded, job, settings, manifest, team)
+
+
+def execute(
+    arguments: argparse.Namespace, loaded: LoadedModel, job: Job, settings: dict, manifest: dict | None, team: Team
+) -> None:
+    """Run a job and write down what became of it; without a manifest, the texts only."""
+    from .inference import answer_prompts, open_collection, plan_batches
+    from .npz_writer import NpzWriter
+    from .prompt_processing import save_results
 
     collection = writer = None
     grouped = arguments.process_by_group
-    if arguments.save_activations:
-        job.sites = select_sites(loaded.model, arguments.activation_filter)
-        storage = {
-            "activation_filter": arguments.activation_filter,
-            "sites": job.sites,
-            "activation_dtype": arguments.activation_dtype,
-            "compressed": arguments.compress_activations,
-            "layout": "grouped" if grouped else "flat",
-        }
-        manifest = new_manifest(loaded.facts(), {**settings, **storage}, prompts)
+    if manifest:
         folder = Path(arguments.activations_dir)
         collection = open_collection(job, folder, manifest, grouped, arguments.overwrite, team)
         if job.finished:
-            log.info("%d of %d prompts are complete already.", len(job.finished), len(prompts))
+            log.info("%d of %d prompts are complete already.", len(job.finished), len(job.prompts))
         if job.shares_model and not team.leads:
             collection = None  # all processes compute the same numbers; one writes them
         else:
@@ -198,11 +214,11 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
     shares = team.exchange(list(own.items()))
     if not team.leads:
         return
-    new = {prompts[i]: record for share in shares for i, record in share}
+    new = {job.prompts[i]: record for share in shares for i, record in share}
     records = {**job.finished, **new}
     if collection:
         collection.finish(records)
-    results = [records[prompt] for prompt in prompts]
+    results = [records[prompt] for prompt in job.prompts]
     save_results(Path(arguments.output_dir), results, {**loaded.facts(), **settings})
     if new:
         seconds, written = time.perf_counter() - start, sum(len(record["token_ids"]) for record in new.values())

@@ -1,14 +1,19 @@
 """The command line: files it writes, continuing, refusing."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gemma_refactored import main as command_line
+from gemma_refactored.files import locked
 from gemma_refactored.main import main
 
+from .conftest import ROOT
 from .tiny_checkpoints import random_gemma, write_checkpoint
 
 PROMPTS = {
@@ -102,20 +107,61 @@ def test_flat_layout_holds_the_same_numbers(run, tmp_path):
     assert seen == 3 * len(STEPS)
 
 
-def test_an_interrupted_run_continues_where_it_stopped(run, monkeypatch):
-    run("--batch-size", "1")
+@pytest.mark.parametrize("batch_size", ["1", "7"])
+def test_an_interrupted_run_continues_where_it_stopped(run, batch_size):
+    run("--batch-size", batch_size)
     acts = run.folder / "acts"
     whole = tree(acts)
     # As if it had been killed before the last prompt was complete.
     unfinished = acts / "artifact_a" / "prompt_list" / "batch_2"
     (unfinished / "prompt.json").unlink()
     (unfinished / "activations_step_2.npz").unlink()
+    (unfinished / ".activations_step_2.npz.0123.tmp").write_bytes(b"half")
     untouched = {f: f.stat().st_mtime_ns for f in (acts / "natural_a").rglob("*.npz")}
     results = (run.folder / "out" / "results.json").read_text()
-    assert run("--batch-size", "7") == 0
+    assert run("--batch-size", batch_size) == 0
     assert tree(acts) == whole
     assert {f: f.stat().st_mtime_ns for f in untouched} == untouched
     assert (run.folder / "out" / "results.json").read_text() == results
+
+
+def command(folder: Path, model_folder: Path, *options) -> list[str]:
+    arguments = ["--model", model_folder, "--prompts-file", folder / "prompts.json", "--max-tokens", 5, "-q"]
+    arguments += ["--output-dir", folder / "out", "--activations-dir", folder / "acts", "--save-activations"]
+    return [sys.executable, str(ROOT / "run_model.py"), *map(str, arguments), *options]
+
+
+@pytest.mark.parametrize("layout", ["grouped", "flat"])
+def test_killed_anywhere_a_second_run_makes_what_an_uninterrupted_one_makes(tmp_path, model_folder, layout):
+    """SIGKILL, at whatever moment the process has come to when the n-th file appears."""
+    options = ["--batch-size", "4", *(["--process-by-group"] if layout == "grouped" else [])]
+    groups = {f"g{i}": {"list": [f"Tell me {'more ' * j}about {i}." for j in range(5)]} for i in range(4)}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prompts.json").write_text(json.dumps(groups))
+    subprocess.run(command(tmp_path / "whole", model_folder, *options), check=True)
+    expected = tree(tmp_path / "whole" / "acts")
+    acts = tmp_path / "killed" / "acts"
+    for seen_files in (1, len(expected) // 4, len(expected) // 2, len(expected) - 3):
+        process = subprocess.Popen(command(tmp_path / "killed", model_folder, *options))
+        while process.poll() is None and sum(1 for _ in acts.rglob("*.*")) < seen_files:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    markers = {f: f.stat().st_mtime_ns for f in acts.rglob("*.json") if f.name in ("prompt.json", "batch.json")}
+    subprocess.run(command(tmp_path / "killed", model_folder, *options), check=True)
+    assert tree(acts) == expected
+    assert {f: f.stat().st_mtime_ns for f in markers} == markers  # no finished prompt was repeated
+    results = [(tmp_path / name / "out" / "results.json").read_bytes() for name in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+def test_two_runs_on_one_folder_are_refused(run, capsys):
+    assert run() == 0
+    with locked(run.folder / "acts"):
+        assert run() == 2
+    assert "Another run is writing into" in capsys.readouterr().err
+    assert run() == 0
 
 
 def test_other_settings_are_refused_with_the_difference_unless_overwritten(run, capsys):
