@@ -22,12 +22,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from gemma_refactored.collection import new_manifest
 from gemma_refactored.distributed import Team
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_json, write_safetensors
 from gemma_refactored.generation import Sampling
 from gemma_refactored.inference import Job, answer_prompts, check_context, open_collection, plan_batches
+from gemma_refactored.manifest import new_manifest
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.npz_writer import NpzWriter
 from gemma_refactored.prompt_processing import Prompt, encode_prompts

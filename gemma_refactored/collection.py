@@ -8,10 +8,7 @@ continues where it stopped. `manifest.json` says what made the files.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,11 +30,9 @@ from .files import (
     write_json,
 )
 from .generation import Step
+from .manifest import FREE_SETTINGS
 from .npz_writer import NpzWriter
 from .prompt_processing import Prompt
-
-# Settings that may differ between a run and its continuation without changing any number.
-FREE_SETTINGS = ("created", "finished", "versions", "machine", "batch_size", "prompts", "complete")
 
 
 @dataclass
@@ -60,21 +55,6 @@ class Answer:
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
         }
-
-
-def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -> dict:
-    """Everything needed to repeat a run, and to tell whether another run is the same."""
-    text = json.dumps([[p.group, p.subcategory, p.text] for p in prompts], ensure_ascii=False)
-    packages = ("mlx", "mlx-lm", "numpy", "transformers")
-    return {
-        **model_facts,
-        **settings,
-        "prompts_hash": hashlib.sha256(text.encode()).hexdigest(),
-        "prompts": len(prompts),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "machine": platform.platform(),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
 
 
 class Collection:

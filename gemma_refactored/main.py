@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", help="local folder or Hugging Face id (default: the embedded organism)")
     add("--prompts", nargs="+", metavar="TEXT", help="prompts given here")
     add("--prompts-file", metavar="FILE", help='JSON: {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}')
+    add("--from-manifest", metavar="FILE", help="repeat the run that wrote this manifest.json, into --activations-dir")
     add("--process-by-group", action="store_true", help="one activation folder a prompt: GROUP/SUBCATEGORY/batch_N")
     add("--batch-size", type=int, default=32, help="prompts in one forward pass (default 32)")
     add("--max-tokens", type=int, default=100, help="tokens to write at most (default 100)")
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shard", action="store_true", help="under mlx.launch: split the model over the processes")
     add("--list-sites", action="store_true", help="print every site of the model with its shape, and stop")
     add("--check", action="store_true", help="certify this model on this machine (see README), and stop")
+    add("--dry-run", action="store_true", help="say how many files, bytes and minutes it would take, and stop")
     add("--create-sample-prompts", metavar="FILE", help="write an example prompts file, and stop")
     add("--verbose", "-v", action="store_true", help="print the answers")
     add("--quiet", "-q", action="store_true", help="print errors only")
@@ -90,16 +92,29 @@ def run(arguments: argparse.Namespace, team: Team) -> int:
         log.info("Wrote %s.", arguments.create_sample_prompts)
         return 0
     check_arguments(arguments)
+    manifest, revision = None, None
+    if arguments.from_manifest:
+        from .manifest import check_same_weights, hub_revision, options_to_repeat, prompts_to_repeat, read_manifest
+
+        manifest = read_manifest(Path(arguments.from_manifest))
+        model = arguments.model or manifest["model_path"]
+        vars(arguments).update({**options_to_repeat(manifest), "model": model})
+        revision = hub_revision(manifest)
     # Heavy imports only now, so that mistakes are answered at once.
     from .activation_capture import site_shapes
     from .model_loading import DEFAULT_MODEL, device_description, load
     from .prompt_processing import load_prompts, prompts_from_arguments
 
     prompts = []
-    if not wants_no_prompts:
-        from_file = arguments.prompts_file is not None
-        prompts = load_prompts(arguments.prompts_file) if from_file else prompts_from_arguments(arguments.prompts)
-    loaded = load(arguments.model or DEFAULT_MODEL, arguments.keep_precision, arguments.shard)
+    if manifest:
+        prompts = prompts_to_repeat(manifest, Path(arguments.from_manifest))
+    elif arguments.prompts_file is not None:
+        prompts = load_prompts(arguments.prompts_file)
+    elif arguments.prompts is not None:
+        prompts = prompts_from_arguments(arguments.prompts)
+    loaded = load(arguments.model or DEFAULT_MODEL, arguments.keep_precision, arguments.shard, revision)
+    if manifest:
+        check_same_weights(loaded, manifest)
     processes = f", {team.size} processes share the {'model' if arguments.shard else 'prompts'}"
     log.info(
         "Model: %s (%d layers, %s parameters, %s) on %s%s",
@@ -121,8 +136,9 @@ def run(arguments: argparse.Namespace, team: Team) -> int:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for what argparse cannot see."""
     needs_prompts = not (arguments.list_sites or arguments.check)
-    if needs_prompts and (arguments.prompts is None) == (arguments.prompts_file is None):
-        raise UserError("Give either --prompts or --prompts-file (see --create-sample-prompts).")
+    sources = [arguments.prompts, arguments.prompts_file, arguments.from_manifest]
+    if needs_prompts and sum(source is not None for source in sources) != 1:
+        raise UserError("Give one of --prompts, --prompts-file (see --create-sample-prompts) and --from-manifest.")
     limits = {
         "batch_size": (1, 100_000), "max_tokens": (0, 1_000_000), "temp": (0, 100), "top_p": (1e-9, 1),
         "repetition_penalty": (1e-3, 100), "seed": (0, 2**40),
@@ -134,6 +150,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             )
     if arguments.check and arguments.shard:
         raise UserError("--check certifies a whole model; leave --shard away.")
+    if arguments.dry_run and not (arguments.save_activations or arguments.from_manifest):
+        raise UserError("--dry-run is about the files of --save-activations; add that.")
     if arguments.process_by_group and not arguments.save_activations:
         raise UserError("--process-by-group decides where activations go; add --save-activations.")
 
@@ -154,10 +172,12 @@ def parse_logit_bias(items: list[str] | None, vocabulary: int) -> dict[int, floa
 def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: list[Prompt], team: Team) -> None:
     """Generate for all prompts that are not complete yet, and save what was asked for."""
     from .activation_capture import select_sites
-    from .collection import new_manifest
+    from .dry_run import estimate
     from .files import locked
     from .generation import Sampling
     from .inference import Job, check_context
+    from .manifest import new_manifest
+    from .model_loading import DEFAULT_MODEL
     from .prompt_processing import encode_prompts
 
     token_ids = encode_prompts(loaded.tokenizer, prompts, arguments.chat_mode)
@@ -170,7 +190,7 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
     settings = {
         name: getattr(arguments, name)
         for name in ("max_tokens", "temp", "top_p", "repetition_penalty", "logit_bias", "seed",
-                     "chat_mode", "ignore_end_tokens", "batch_size")
+                     "chat_mode", "ignore_end_tokens", "batch_size", "keep_precision")
     }  # fmt: skip
     if not arguments.save_activations:
         execute(arguments, loaded, job, settings, None, team)
@@ -183,6 +203,16 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
         "compressed": arguments.compress_activations,
         "layout": "grouped" if arguments.process_by_group else "flat",
     }
+    model = Path(arguments.model or DEFAULT_MODEL)
+    storage["model_path"] = str(model.resolve()) if model.is_dir() else arguments.model
+    if arguments.dry_run:
+        grouped, dtype, compress = (
+            arguments.process_by_group,
+            arguments.activation_dtype,
+            arguments.compress_activations,
+        )
+        print(estimate(job, loaded, dtype, compress, grouped).describe())
+        return
     manifest = new_manifest(loaded.facts(), {**settings, **storage}, prompts)
     with locked(Path(arguments.activations_dir)) if team.leads else nullcontext():
         execute(arguments, loaded, job, settings, manifest, team)
@@ -192,6 +222,7 @@ def execute(
     arguments: argparse.Namespace, loaded: LoadedModel, job: Job, settings: dict, manifest: dict | None, team: Team
 ) -> None:
     """Run a job and write down what became of it; without a manifest, the texts only."""
+    from .dry_run import refuse_without_room
     from .inference import answer_prompts, open_collection, plan_batches
     from .npz_writer import NpzWriter
     from .prompt_processing import save_results
@@ -201,6 +232,7 @@ def execute(
     if manifest:
         folder = Path(arguments.activations_dir)
         collection = open_collection(job, folder, manifest, grouped, arguments.overwrite, team)
+        refuse_without_room(job, loaded, folder, arguments.activation_dtype)
         if job.finished:
             log.info("%d of %d prompts are complete already.", len(job.finished), len(job.prompts))
         if job.shares_model and not team.leads:

@@ -80,7 +80,9 @@ def display_name(name: str | Path) -> str:
     return f"{path.resolve().parent.name}/{path.resolve().name}" if path.exists() else str(name)
 
 
-def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False, split: bool = False) -> LoadedModel:
+def load(
+    name: str | Path = DEFAULT_MODEL, keep_precision: bool = False, split: bool = False, revision: str | None = None
+) -> LoadedModel:
     """Load a model for inference.
 
     Args:
@@ -89,12 +91,13 @@ def load(name: str | Path = DEFAULT_MODEL, keep_precision: bool = False, split: 
             expanded to float32 on a Linux CPU, where MLX's kernels for them are 10 to 30
             times slower; elsewhere they are always kept.
         split: this process holds its part of the model only, see `distributed.shard`.
+        revision: a commit of a model on Hugging Face; default the newest.
     Raises:
         UserError: no such model, missing or damaged files, an unknown architecture, no network,
             a model that cannot be split.
     """
     warn_if_slow()
-    folder = locate(name)
+    folder = locate(name, revision)
     config = _read_config(folder)
     model, config = _load_weights(folder, config)
     if runs_on_linux_cpu() and not keep_precision:
@@ -144,7 +147,7 @@ def device_description() -> str:
     return f"GPU ({mx.device_info().get('device_name', 'unknown')})"
 
 
-def locate(name: str | Path) -> Path:
+def locate(name: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model, downloading it first if `name` is a hub id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -159,7 +162,7 @@ def locate(name: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, allow_patterns=FILES_NEEDED))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=FILES_NEEDED))
     except LocalEntryNotFoundError:
         raise UserError(
             f"The model {text!r} is not on this machine and huggingface.co cannot be reached. "

@@ -40,7 +40,11 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         UserError: wrong structure, or a name that could not safely become a folder.
     """
-    content = read_json(Path(path), "prompts file")
+    return parse_prompts(read_json(Path(path), "prompts file"), path)
+
+
+def parse_prompts(content, path: str | Path) -> list[Prompt]:
+    """The prompts in the content of a prompts file; `path` is for the errors, which are those of `load_prompts`."""
     if not isinstance(content, dict) or not content:
         raise UserError(f'{path}: expected {{"GROUP": {{"SUBCATEGORY": ["prompt", ..]}}}}.')
     prompts = []

@@ -241,7 +241,7 @@ def test_sample_prompts_can_be_read_again(tmp_path, capsys):
     "options, message",
     [
         ([], "--prompts-file"),
-        (["--prompts", "a", "--prompts-file", "b"], "either"),
+        (["--prompts", "a", "--prompts-file", "b"], "Give one of --prompts"),
         (["--prompts", "a", "--process-by-group"], "--save-activations"),
         (["--prompts", "a", "--batch-size", "0"], "--batch-size must be between"),
         (["--prompts", "a", "--top-p", "1.5"], "--top-p must be between"),

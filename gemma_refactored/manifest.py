@@ -1,0 +1,89 @@
+"""What made a collection: enough to tell whether another run is the same, and to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
+from .files import read_json
+from .model_loading import LoadedModel
+from .prompt_processing import Prompt, parse_prompts
+
+# What may differ between a run and its continuation without changing any number (hash and weights_dtype tell).
+FREE_SETTINGS = (
+    "created", "finished", "versions", "machine", "batch_size", "prompts", "prompt_groups", "complete", "model_path",
+    "keep_precision",
+)  # fmt: skip
+# Options of the command line that a manifest has under the same name.
+REPEATED = (
+    "max_tokens", "temp", "top_p", "repetition_penalty", "logit_bias", "seed", "chat_mode", "ignore_end_tokens",
+    "batch_size", "keep_precision", "activation_filter", "activation_dtype",
+)  # fmt: skip
+
+
+def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -> dict:
+    """The manifest of a run that is about to start."""
+    text = json.dumps([[p.group, p.subcategory, p.text] for p in prompts], ensure_ascii=False)
+    groups: dict[str, dict[str, list[str]]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.group, {}).setdefault(prompt.subcategory, []).append(prompt.text)
+    packages = ("mlx", "mlx-lm", "numpy", "transformers")
+    return {
+        **model_facts,
+        **settings,
+        "prompts_hash": hashlib.sha256(text.encode()).hexdigest(),
+        "prompts": len(prompts),
+        "prompt_groups": groups,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.platform(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def read_manifest(path: Path) -> dict:
+    """A manifest that a run can be repeated from.
+
+    Raises:
+        UserError: it is none, or of a version that did not keep the prompts.
+    """
+    manifest = read_json(path, "manifest")
+    needed = {*REPEATED, "model_path", "model_revision", "layout", "compressed", "prompt_groups"}
+    missing = sorted(needed - set(manifest)) if isinstance(manifest, dict) else sorted(needed)
+    if missing:
+        raise UserError(f"{path} is not enough to repeat a run: it has no {', '.join(missing)}.")
+    return manifest
+
+
+def options_to_repeat(manifest: dict) -> dict:
+    """The command line's options, by their names in argparse; where the files go is not among them."""
+    return {
+        **{name: manifest[name] for name in REPEATED},
+        "model": manifest["model_path"],
+        "save_activations": True,
+        "process_by_group": manifest["layout"] == "grouped",
+        "compress_activations": manifest["compressed"],
+    }
+
+
+def prompts_to_repeat(manifest: dict, path: Path) -> list[Prompt]:
+    return parse_prompts(manifest["prompt_groups"], path)
+
+
+def hub_revision(manifest: dict) -> str | None:
+    """The commit of a model from Hugging Face; None for a local folder."""
+    revision = manifest["model_revision"]
+    return None if revision.startswith("sha256:") else revision
+
+
+def check_same_weights(loaded: LoadedModel, manifest: dict) -> None:
+    if loaded.revision != manifest["model_revision"]:
+        raise UserError(
+            f"The weights of {loaded.name} ({loaded.revision}) are not those that made this manifest "
+            f"({manifest['model_revision']}); give the right ones with --model."
+        )

@@ -1,0 +1,34 @@
+"""What a run will take is said before it, and is what it takes."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from gemma_refactored import dry_run
+
+from .test_main import model_folder, run  # noqa: F401  (fixtures)
+
+
+@pytest.mark.parametrize("options", [[], ["--activation-dtype", "float16", "--compress-activations"]])
+@pytest.mark.parametrize("group", [True, False])
+def test_the_estimate_is_what_the_run_then_writes(run, capsys, options, group):  # noqa: F811
+    assert run(*options, "--dry-run", group=group) == 0
+    assert not list((run.folder / "acts").glob("*"))
+    prompts, steps, files, megabytes = map(
+        float, re.findall(r"([\d.]+) (?:prompts|steps|files|MB)", capsys.readouterr().out)
+    )
+    assert run(*options, group=group) == 0
+    written = [f for f in (run.folder / "acts").rglob("*") if f.is_file() and f.name != "manifest.json"]
+    assert (prompts, steps) == (3, 12)
+    assert files == (len(written) if group else pytest.approx(len(written), abs=6))
+    assert megabytes == pytest.approx(sum(f.stat().st_size for f in written) / 1e6, rel=0.05, abs=0.051)
+
+
+def test_a_run_that_does_not_fit_the_disk_is_refused(run, capsys, monkeypatch):  # noqa: F811
+    assert run() == 0
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert run() == 0  # all there already: nothing to write
+    assert run("--overwrite") == 2
+    error = capsys.readouterr().err
+    assert "has room for" in error and "--activation-dtype float16" in error
