@@ -1,5 +1,6 @@
 """The one exception that is meant for the person at the keyboard, and what scripts make of it."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -12,9 +13,12 @@ class UserError(Exception):
 
 
 def exit_code(action: Callable[[], object], interrupted: str = "Interrupted.") -> int:
-    """Run a script's action: 0, or 2 after printing a UserError, or 130 after Ctrl-C."""
+    """Run a script's action: 0, or 2 after printing a UserError, 130 after Ctrl-C, 1 if nobody reads its output."""
     try:
         action()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return stop_printing()
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -22,3 +26,9 @@ def exit_code(action: Callable[[], object], interrupted: str = "Interrupted.") -
         print(f"\n{interrupted}", file=sys.stderr)
         return 130
     return 0
+
+
+def stop_printing() -> int:
+    """For a BrokenPipeError: whoever read the output (`head`, say) has gone; exit code 1, and no word about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+    return 1

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, stop_printing
 
 if TYPE_CHECKING:
     from .distributed import Team
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from .prompt_processing import Prompt
 
 log = logging.getLogger("gemma_refactored")
+
+
+class _Printer(logging.StreamHandler):
+    """Raises what goes wrong in printing, a broken pipe above all, instead of printing about it."""
+
+    def handleError(self, record):  # noqa: N802  (logging's name)
+        raise
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,9 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         team = join_team()
         level = logging.ERROR if arguments.quiet or not team.leads else logging.INFO
-        logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
+        logging.basicConfig(level=level, format="%(message)s", handlers=[_Printer(sys.stdout)])
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        return run(arguments, team)
+        code = run(arguments, team)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return stop_printing()
     except UserError as error:
         print(f"Error{'' if team.leads else f' in process {team.rank}'}: {error}", file=sys.stderr)
         return 2
@@ -92,29 +103,16 @@ def run(arguments: argparse.Namespace, team: Team) -> int:
         log.info("Wrote %s.", arguments.create_sample_prompts)
         return 0
     check_arguments(arguments)
-    manifest, revision = None, None
-    if arguments.from_manifest:
-        from .manifest import check_same_weights, hub_revision, options_to_repeat, prompts_to_repeat, read_manifest
-
-        manifest = read_manifest(Path(arguments.from_manifest))
-        model = arguments.model or manifest["model_path"]
-        vars(arguments).update({**options_to_repeat(manifest), "model": model})
-        revision = hub_revision(manifest)
+    prompts, repeated = gather_prompts(arguments)
     # Heavy imports only now, so that mistakes are answered at once.
     from .activation_capture import site_shapes
+    from .manifest import check_same_weights, hub_revision
     from .model_loading import DEFAULT_MODEL, device_description, load
-    from .prompt_processing import load_prompts, prompts_from_arguments
 
-    prompts = []
-    if manifest:
-        prompts = prompts_to_repeat(manifest, Path(arguments.from_manifest))
-    elif arguments.prompts_file is not None:
-        prompts = load_prompts(arguments.prompts_file)
-    elif arguments.prompts is not None:
-        prompts = prompts_from_arguments(arguments.prompts)
+    revision = hub_revision(repeated) if repeated and arguments.model == repeated["model_path"] else None
     loaded = load(arguments.model or DEFAULT_MODEL, arguments.keep_precision, arguments.shard, revision)
-    if manifest:
-        check_same_weights(loaded, manifest)
+    if repeated:
+        check_same_weights(loaded, repeated)
     processes = f", {team.size} processes share the {'model' if arguments.shard else 'prompts'}"
     log.info(
         "Model: %s (%d layers, %s parameters, %s) on %s%s",
@@ -131,6 +129,24 @@ def run(arguments: argparse.Namespace, team: Team) -> int:
         return 0 if certify_and_save(loaded, Path(arguments.activations_dir)) else 1
     run_prompts(arguments, loaded, prompts, team)
     return 0
+
+
+def gather_prompts(arguments: argparse.Namespace) -> tuple[list[Prompt], dict | None]:
+    """The prompts, none for commands that need none; and the manifest to repeat, whose options are taken over."""
+    from .prompt_processing import load_prompts, prompts_from_arguments
+
+    if arguments.from_manifest:
+        from .manifest import options_to_repeat, prompts_to_repeat, read_manifest
+
+        path = Path(arguments.from_manifest)
+        manifest, model = read_manifest(path), arguments.model
+        vars(arguments).update(options_to_repeat(manifest))
+        arguments.model = model or manifest["model_path"]
+        check_arguments(arguments)
+        return prompts_to_repeat(manifest, path), manifest
+    if arguments.prompts_file is not None:
+        return load_prompts(arguments.prompts_file), None
+    return prompts_from_arguments(arguments.prompts or []), None
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -9,22 +9,30 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
 from .files import read_json
-from .model_loading import LoadedModel
 from .prompt_processing import Prompt, parse_prompts
+
+if TYPE_CHECKING:
+    from .model_loading import LoadedModel
 
 # What may differ between a run and its continuation without changing any number (hash and weights_dtype tell).
 FREE_SETTINGS = (
     "created", "finished", "versions", "machine", "batch_size", "prompts", "prompt_groups", "complete", "model_path",
     "keep_precision",
 )  # fmt: skip
-# Options of the command line that a manifest has under the same name.
-REPEATED = (
-    "max_tokens", "temp", "top_p", "repetition_penalty", "logit_bias", "seed", "chat_mode", "ignore_end_tokens",
-    "batch_size", "keep_precision", "activation_filter", "activation_dtype",
-)  # fmt: skip
+# Options of the command line that a manifest has under the same name, and what they may be.
+NUMBER, MAYBE_LIST = (int, float), (list, type(None))
+REPEATED = {
+    "max_tokens": int, "temp": NUMBER, "top_p": NUMBER, "repetition_penalty": NUMBER, "logit_bias": MAYBE_LIST,
+    "seed": int, "chat_mode": bool, "ignore_end_tokens": bool, "batch_size": int, "keep_precision": bool,
+    "activation_filter": str, "activation_dtype": str,
+}  # fmt: skip
+OTHERS = {
+    "model_path": (str, type(None)), "model_revision": str, "layout": str, "compressed": bool, "prompt_groups": dict,
+}  # fmt: skip
 
 
 def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -> dict:
@@ -53,10 +61,15 @@ def read_manifest(path: Path) -> dict:
         UserError: it is none, or of a version that did not keep the prompts.
     """
     manifest = read_json(path, "manifest")
-    needed = {*REPEATED, "model_path", "model_revision", "layout", "compressed", "prompt_groups"}
-    missing = sorted(needed - set(manifest)) if isinstance(manifest, dict) else sorted(needed)
-    if missing:
-        raise UserError(f"{path} is not enough to repeat a run: it has no {', '.join(missing)}.")
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path} is not the manifest of a run.")
+    for name, kind in {**REPEATED, **OTHERS}.items():
+        if name not in manifest:
+            raise UserError(f"{path} is not enough to repeat a run: it has no {name}.")
+        if not isinstance(manifest[name], kind) or (isinstance(manifest[name], bool) and kind is not bool):
+            raise UserError(f"{path}: {name} cannot be {manifest[name]!r}.")
+    if manifest["activation_dtype"] not in ("float32", "float16"):
+        raise UserError(f"{path}: activation_dtype must be float32 or float16, not {manifest['activation_dtype']!r}.")
     return manifest
 
 

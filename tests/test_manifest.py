@@ -50,7 +50,12 @@ def test_other_weights_or_an_incomplete_manifest_are_refused(run, tmp_path, caps
     manifest = json.loads(path.read_text())
     for content, message in (
         ({k: v for k, v in manifest.items() if k != "prompt_groups"}, "has no prompt_groups"),
-        ([1, 2], "not enough to repeat"),
+        ([1, 2], "not the manifest of a run"),
+        ({**manifest, "max_tokens": "many"}, "max_tokens cannot be 'many'"),
+        ({**manifest, "max_tokens": -4}, "--max-tokens must be between"),
+        ({**manifest, "seed": True}, "seed cannot be True"),
+        ({**manifest, "activation_dtype": "int8"}, "must be float32 or float16"),
+        ({**manifest, "model_path": "/nowhere/at/all"}, "no model folder"),
         ({**manifest, "prompt_groups": {"../up": {"x": ["y"]}}}, "cannot be a folder name"),
     ):
         (tmp_path / "m.json").write_text(json.dumps(content))
