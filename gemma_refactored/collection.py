@@ -74,12 +74,12 @@ class Collection:
             self._remove_old()
         elif path.exists():
             self._check_same_settings(read_json(path, "manifest"))
-            for half_written in folder.rglob(f".*{TEMPORARY}"):
-                half_written.unlink()
-        elif folder.exists() and any(f.name != CERTIFICATE for f in folder.iterdir()):
+        elif folder.exists() and any(f.name != CERTIFICATE and f.suffix != TEMPORARY for f in folder.iterdir()):
             raise UserError(
                 f"{folder} is not empty and has no {MANIFEST}, so it is not a collection; choose another folder."
             )
+        for half_written in folder.rglob(f".*{TEMPORARY}"):
+            half_written.unlink()
         self._save_manifest()
 
     def _remove_old(self) -> None:

@@ -24,7 +24,7 @@ log = logging.getLogger("gemma_refactored")
 class _Printer(logging.StreamHandler):
     """Raises what goes wrong in printing, a broken pipe above all, instead of printing about it."""
 
-    def handleError(self, record):  # noqa: N802  (logging's name)
+    def handleError(self, record):
         raise
 
 

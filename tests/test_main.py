@@ -156,6 +156,13 @@ def test_killed_anywhere_a_second_run_makes_what_an_uninterrupted_one_makes(tmp_
     assert results[0] == results[1]
 
 
+def test_killed_before_the_first_manifest_was_whole(run):
+    (run.folder / "acts").mkdir()
+    (run.folder / "acts" / ".manifest.json.0123.tmp").write_text("{")
+    assert run() == 0
+    assert not list((run.folder / "acts").glob("*.tmp"))
+
+
 def test_two_runs_on_one_folder_are_refused(run, capsys):
     assert run() == 0
     with locked(run.folder / "acts"):
