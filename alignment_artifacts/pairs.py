@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.prompt_processing import check_name
 
@@ -44,11 +44,11 @@ def load_pairs(path: str | Path) -> list[Pair]:
         check_name(category, path)
         entries = body.get("pairs") if isinstance(body, dict) else None
         if not isinstance(entries, list) or not entries:
-            raise UserError(f"{path}: category {category!r} needs a list 'pairs' of at least one pair.")
+            raise UserError(f"{path}: category {shown(category)} needs a list 'pairs' of at least one pair.")
         for number, entry in enumerate(entries, 1):
-            pair = _read_pair(entry, category, f"{path}: pair {number} of {category!r}")
+            pair = _read_pair(entry, category, f"{path}: pair {number} of {shown(category)}")
             if pair.group("natural") in seen:
-                raise UserError(f"{path}: the id {pair.id!r} occurs twice in {category!r}; ids must differ.")
+                raise UserError(f"{path}: the id {shown(pair.id)} occurs twice in {shown(category)}; ids must differ.")
             seen.add(pair.group("natural"))
             pairs.append(pair)
     return pairs
@@ -60,7 +60,7 @@ def _read_pair(entry, category: str, where: str) -> Pair:
     for key in ("id", *SIDES):
         value = entry.get(key)
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: {key!r} must be text that is not empty, not {value!r}.")
+            raise UserError(f"{where}: {key!r} must be text that is not empty, not {shown(value)}.")
     check_name(entry["id"], where)
     return Pair(entry["id"], category, entry["natural"], entry["artifact"])
 

@@ -12,6 +12,12 @@ class UserError(Exception):
     """
 
 
+def shown(value) -> str:
+    """A value in an error message, cut to a length one can read."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} .. ({len(text)} characters)"
+
+
 def exit_code(action: Callable[[], object], interrupted: str = "Interrupted.") -> int:
     """Run a script's action: 0, or 2 after printing a UserError, 130 after Ctrl-C, 1 if nobody reads its output."""
     try:

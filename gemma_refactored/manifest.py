@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, shown
 from .files import read_json
 from .prompt_processing import Prompt, parse_prompts
 
@@ -67,9 +67,11 @@ def read_manifest(path: Path) -> dict:
         if name not in manifest:
             raise UserError(f"{path} is not enough to repeat a run: it has no {name}.")
         if not isinstance(manifest[name], kind) or (isinstance(manifest[name], bool) and kind is not bool):
-            raise UserError(f"{path}: {name} cannot be {manifest[name]!r}.")
+            raise UserError(f"{path}: {name} cannot be {shown(manifest[name])}.")
     if manifest["activation_dtype"] not in ("float32", "float16"):
-        raise UserError(f"{path}: activation_dtype must be float32 or float16, not {manifest['activation_dtype']!r}.")
+        raise UserError(
+            f"{path}: activation_dtype must be float32 or float16, not {shown(manifest['activation_dtype'])}."
+        )
     return manifest
 
 

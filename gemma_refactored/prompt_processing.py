@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, shown
 from .files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -51,13 +51,13 @@ def parse_prompts(content, path: str | Path) -> list[Prompt]:
     for group, subcategories in content.items():
         check_name(group, path)
         if not isinstance(subcategories, dict) or not subcategories:
-            raise UserError(f"{path}: group {group!r} must be an object of subcategories with lists of prompts.")
+            raise UserError(f"{path}: group {shown(group)} must be an object of subcategories with lists of prompts.")
         for subcategory, texts in subcategories.items():
             check_name(subcategory, path)
             if not isinstance(texts, list) or not texts:
-                raise UserError(f"{path}: {group!r} / {subcategory!r} must be a list of at least one prompt.")
+                raise UserError(f"{path}: {shown(group)} / {shown(subcategory)} must be a list of at least one prompt.")
             for number, text in enumerate(texts, 1):
-                where = f"{path}: prompt {number} of {group!r} / {subcategory!r}"
+                where = f"{path}: prompt {number} of {shown(group)} / {shown(subcategory)}"
                 prompts.append(Prompt(group, subcategory, number, _checked_text(text, where)))
     return prompts
 
@@ -71,7 +71,7 @@ def prompts_from_arguments(texts: list[str]) -> list[Prompt]:
 
 def _checked_text(text, where: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where} must be text that is not empty, not {text!r}.")
+        raise UserError(f"{where} must be text that is not empty, not {shown(text)}.")
     if any(0xD800 <= ord(character) < 0xE000 for character in text):
         raise UserError(f"{where} contains half of a surrogate pair, which is no character; remove it.")
     return text
@@ -82,7 +82,7 @@ def check_name(name, path) -> None:
     bad = not isinstance(name, str) or not name.strip() or name in (".", "..") or name.startswith(".")
     if bad or re.search(r'[/\\:*?"<>|\x00-\x1f\x7f]', name) or len(os.fsencode(name)) > 200:
         raise UserError(
-            f"{path}: the name {name!r} cannot be a folder name; use letters, digits, spaces, '-' and '_' "
+            f"{path}: the name {shown(name)} cannot be a folder name; use letters, digits, spaces, '-' and '_' "
             "(no separators, no leading dot, at most 200 bytes)."
         )
 

@@ -1,0 +1,115 @@
+"""Whatever is in a file the user writes, it is read or refused in one sentence; no traceback, nothing guessed."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignment_artifacts.pairs import load_pairs, prompt_groups
+from gemma_refactored.errors import UserError
+from gemma_refactored.manifest import options_to_repeat, prompts_to_repeat, read_manifest
+from gemma_refactored.prompt_processing import load_prompts
+
+TEXT = st.text(max_size=20) | st.sampled_from(["..", "/etc", "a/b", "\x00", "\ud800", "{{ 7 * 7 }}", "x" * 100_000])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+PAIRS = {
+    "alignment_artifact_prompt_pairs": {
+        "metadata": {},
+        "categories": {
+            "medical": {
+                "description": "",
+                "pairs": [{"id": f"m_{i}", "natural": "a", "artifact": "b"} for i in range(2)],
+            },
+            "social": {"description": "", "pairs": [{"id": "s_1", "natural": "c", "artifact": "d"}]},
+        },
+    }
+}
+PROMPTS = {"natural_a": {"prompt_list": ["How do I build a shelf?", "And a boat?"]}, "artifact_a": {"x": ["Hack it."]}}
+MANIFEST = {
+    "max_tokens": 3, "temp": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "logit_bias": ["5=1"], "seed": 0,
+    "chat_mode": True, "ignore_end_tokens": False, "batch_size": 2, "keep_precision": False, "compressed": False,
+    "activation_filter": "mlp.output", "activation_dtype": "float32", "model_path": None, "model_revision": "sha256:0",
+    "layout": "grouped", "prompt_groups": PROMPTS,
+}  # fmt: skip
+
+
+def places(content, path=()):
+    """The paths of all values in a JSON content."""
+    yield path
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+def spoiled(content):
+    """The content with one of its values replaced, removed or, in a list, doubled."""
+
+    @st.composite
+    def draw_one(draw):
+        result = copy.deepcopy(content)
+        path = draw(st.sampled_from([path for path in places(content) if path]))
+        parent = result
+        for key in path[:-1]:
+            parent = parent[key]
+        how = draw(st.sampled_from(["replace", "remove", "double"]))
+        if how == "replace":
+            parent[path[-1]] = draw(JSON)
+        elif how == "remove":
+            del parent[path[-1]]
+        elif isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[path[-1]]))
+        return result
+
+    return draw_one()
+
+
+def reads_or_refuses(read, content: bytes, path) -> bool:
+    """True if the content was accepted."""
+    path.write_bytes(content)
+    try:
+        read(path)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000 and str(path) in str(error)
+        return False
+    return True
+
+
+def read_to_repeat(path):
+    manifest = read_manifest(path)
+    options_to_repeat(manifest)
+    return prompts_to_repeat(manifest, path)
+
+
+READERS = {
+    "pairs": (lambda path: prompt_groups(load_pairs(path)), PAIRS),
+    "prompts": (load_prompts, PROMPTS),
+    "manifest": (read_to_repeat, MANIFEST),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_content_is_read_or_refused(tmp_path_factory, kind, data):
+    read, valid = READERS[kind]
+    path = tmp_path_factory.getbasetemp() / f"{kind}.json"
+    assert reads_or_refuses(read, json.dumps(valid).encode(), path)
+    content = data.draw(JSON | spoiled(valid))
+    accepted = reads_or_refuses(read, json.dumps(content).encode(), path)
+    if accepted and kind == "prompts":
+        for prompt in load_prompts(path):
+            folder = (path.parent / prompt.folder).resolve()
+            assert folder.is_relative_to(path.parent.resolve()) and prompt.text.strip()
+
+
+@pytest.mark.parametrize("kind", READERS)
+@settings(max_examples=60, deadline=None)
+@given(content=st.binary(max_size=200) | st.sampled_from([b"[" * 100_000, b'{"a": NaN}', b"\xef\xbb\xbf{}", b"null"]))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, kind, content):
+    reads_or_refuses(READERS[kind][0], content, tmp_path_factory.getbasetemp() / f"{kind}.bytes.json")
