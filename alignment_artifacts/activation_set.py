@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from gemma_refactored.files import CERTIFICATE, MANIFEST, PROMPT_EMBEDDING, PROM
 from .pairs import SIDES, SUBCATEGORY, Pair
 
 POSITIONS = ("prompt_end", "generated", "all")
+# What zipfile and NumPy raise for files of which some bit is wrong (a name or method they do not know, say).
+DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 IN_MEMORY = 1 << 29  # bytes; larger arrays are kept in a temporary file
 PAIRS_AT_ONCE = 128
 DEFAULT_KEY = "model.layers.{layer_idx}.mlp.output"
@@ -169,6 +173,11 @@ def load_activation_set(
     if first is None:
         raise UserError(f"{folder} holds none of the prompt pairs' activations; run `bash collect_activations.sh`.")
     layers, hidden = _shape_of(first, key_pattern)
+    promised = _count_layers(manifest.get("sites", []), key_pattern)
+    if promised not in (0, layers):
+        raise UserError(
+            f"{first} has {layers} of the {promised} layers; delete its folder and run the collection again."
+        )
     for name, wanted, there in (("NUM_LAYERS", num_layers, layers), ("EXPECTED_HIDDEN_DIM", hidden_size, hidden)):
         if wanted is not None and wanted != there:
             raise UserError(f"{name} is {wanted}, but the files in {folder} have {there}; None takes it from them.")
@@ -243,22 +252,27 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is damaged ({error}); delete its folder and run the collection again.") from None
 
 
 def _shape_of(path: Path, key_pattern: str) -> tuple[int, int]:
     """Number of layers and hidden size, from one file."""
     arrays = _read_npz(path)
-    layers = 0
-    while key_pattern.format(layer_idx=layers) in arrays:
-        layers += 1
+    layers = _count_layers(arrays, key_pattern)
     if layers == 0:
         raise UserError(
             f"{path} has no array named {key_pattern.format(layer_idx=0)!r}; "
             f"set KEY_PATTERN_TEMPLATE to match one of: {', '.join(list(arrays)[:4])} .."
         )
     return layers, arrays[key_pattern.format(layer_idx=0)].size
+
+
+def _count_layers(names: Collection[str], key_pattern: str) -> int:
+    layers = 0
+    while key_pattern.format(layer_idx=layers) in names:
+        layers += 1
+    return layers
 
 
 def _step_number(path: Path) -> int:

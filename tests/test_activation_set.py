@@ -157,6 +157,24 @@ def test_damaged_files_are_refused_by_name(folder, spoil, message):
     assert str(path) in str(error.value)
 
 
+def test_any_flipped_bit_is_refused_or_without_effect(folder):
+    """Every byte of a file, one bit of each: never other numbers, never a traceback."""
+    expected = load_activation_set(folder, PAIRS[:1], num_steps=0).values
+    path = place(folder, 0, 0) / "activations_step_prefill.npz"
+    content = path.read_bytes()
+    refused = 0
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << (position % 8)
+        path.write_bytes(flipped)
+        try:
+            assert np.array_equal(load_activation_set(folder, PAIRS[:1], num_steps=0).values, expected), position
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > len(content) / 2
+
+
 def test_no_collection(tmp_path):
     with pytest.raises(UserError, match="collect_activations.sh"):
         load_activation_set(tmp_path / "nothing", PAIRS)
