@@ -237,8 +237,10 @@ def plot(results: dict) -> None:
     axes.bar_label(bars, fmt="%.1f s", padding=3, fontsize=9)
     floor = results["multiply_adds"] / results["multiply_adds_per_second"]
     axes.axvline(floor, color="black", linewidth=1, linestyle=":")
-    axes.text(floor, len(entries) - 0.4, " floor", fontsize=9, va="bottom", ha="center")
+    axes.text(floor, 1, "floor", fontsize=9, ha="center", va="bottom", transform=axes.get_xaxis_transform())
     axes.set_xscale("log")
+    axes.set_xticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
+    axes.minorticks_off()
     axes.set_xlim(1, max(entry["seconds"] for _, entry in entries) * 2)
     axes.set_xlabel("seconds for 100 prompts x 20 tokens, activations saved (log scale)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -180,6 +181,8 @@ def parse_logit_bias(items: list[str] | None, vocabulary: int) -> dict[int, floa
             biases[int(token)] = float(bias)
         except ValueError:
             raise UserError(f"--logit-bias {item!r} must look like 1234=-5.0 (token id = bias).") from None
+        if math.isnan(float(bias)):
+            raise UserError(f"--logit-bias {item!r}: the bias must be a number.")
         if not 0 <= int(token) < vocabulary:
             raise UserError(f"--logit-bias {item!r}: token ids of this model are 0 to {vocabulary - 1}.")
     return biases
@@ -192,7 +195,7 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
     from .files import locked
     from .generation import Sampling
     from .inference import Job, check_context
-    from .manifest import new_manifest
+    from .manifest import GENERATION_OPTIONS, new_manifest
     from .model_loading import DEFAULT_MODEL
     from .prompt_processing import encode_prompts
 
@@ -203,11 +206,7 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
     end_tokens = () if arguments.ignore_end_tokens else loaded.end_tokens
     job = Job(prompts, token_ids, arguments.max_tokens, arguments.batch_size, sampling, end_tokens)
     job.shares_model = arguments.shard
-    settings = {
-        name: getattr(arguments, name)
-        for name in ("max_tokens", "temp", "top_p", "repetition_penalty", "logit_bias", "seed",
-                     "chat_mode", "ignore_end_tokens", "batch_size", "keep_precision")
-    }  # fmt: skip
+    settings = {name: getattr(arguments, name) for name in GENERATION_OPTIONS}
     if not arguments.save_activations:
         execute(arguments, loaded, job, settings, None, team)
         return

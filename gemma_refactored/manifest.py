@@ -25,11 +25,11 @@ FREE_SETTINGS = (
 )  # fmt: skip
 # Options of the command line that a manifest has under the same name, and what they may be.
 NUMBER, MAYBE_LIST = (int, float), (list, type(None))
-REPEATED = {
+GENERATION_OPTIONS = {
     "max_tokens": int, "temp": NUMBER, "top_p": NUMBER, "repetition_penalty": NUMBER, "logit_bias": MAYBE_LIST,
     "seed": int, "chat_mode": bool, "ignore_end_tokens": bool, "batch_size": int, "keep_precision": bool,
-    "activation_filter": str, "activation_dtype": str,
 }  # fmt: skip
+REPEATED = {**GENERATION_OPTIONS, "activation_filter": str, "activation_dtype": str}
 OTHERS = {
     "model_path": (str, type(None)), "model_revision": str, "layout": str, "compressed": bool, "prompt_groups": dict,
 }  # fmt: skip
@@ -68,6 +68,8 @@ def read_manifest(path: Path) -> dict:
             raise UserError(f"{path} is not enough to repeat a run: it has no {name}.")
         if not isinstance(manifest[name], kind) or (isinstance(manifest[name], bool) and kind is not bool):
             raise UserError(f"{path}: {name} cannot be {shown(manifest[name])}.")
+    if not all(isinstance(item, str) for item in manifest["logit_bias"] or []):
+        raise UserError(f"{path}: logit_bias must be a list of texts like '1234=-5.0'.")
     if manifest["activation_dtype"] not in ("float32", "float16"):
         raise UserError(
             f"{path}: activation_dtype must be float32 or float16, not {shown(manifest['activation_dtype'])}."

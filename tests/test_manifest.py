@@ -53,6 +53,8 @@ def test_other_weights_or_an_incomplete_manifest_are_refused(run, tmp_path, caps
         ([1, 2], "not the manifest of a run"),
         ({**manifest, "max_tokens": "many"}, "max_tokens cannot be 'many'"),
         ({**manifest, "max_tokens": -4}, "--max-tokens must be between"),
+        ({**manifest, "logit_bias": [5]}, "logit_bias must be a list of texts"),
+        ({**manifest, "logit_bias": ["5=nan"]}, "the bias must be a number"),
         ({**manifest, "seed": True}, "seed cannot be True"),
         ({**manifest, "activation_dtype": "int8"}, "must be float32 or float16"),
         ({**manifest, "model_path": "/nowhere/at/all"}, "no model folder"),
