@@ -7,10 +7,10 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, shown
 
 # The names inside a folder of activations, for the runtime that writes it and the science that reads it.
 MANIFEST, PROMPT_MARKER, BATCH_MARKER = "manifest.json", "prompt.json", "batch.json"
@@ -25,15 +25,31 @@ def step_file(step_name: str) -> str:
 
 
 def write_atomically(path: Path, data: bytes | bytearray) -> None:
-    """Write to a temporary name in the same folder, then rename: no reader sees half a file."""
+    """Write to a temporary name in the same folder, made if need be, then rename: no reader sees half a file.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written to.
+    """
     # Not named by the process id: another machine's process may have the same.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
-        temporary.write_bytes(data)
+        try:
+            temporary.write_bytes(data)
+        except FileNotFoundError:  # asking first would cost as much as writing
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} could not be written: {error.strerror}. Free some space or choose another folder, "
+        "then run the same command again: it continues where it stopped."
+    )
 
 
 @contextmanager
@@ -43,7 +59,10 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run is in there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -57,7 +76,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_json(path: Path, content) -> None:
     """Indented UTF-8 JSON; refuses NaN and infinity, which JSON does not have."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(path, text.encode() + b"\n")
 
@@ -77,13 +95,23 @@ def read_json(path: Path, what: str):
     """The content of a JSON file; `what` names it in the error ("prompts file").
 
     Raises:
-        UserError: missing, not UTF-8 or not JSON.
+        UserError: missing, not UTF-8 or not JSON, or a name occurs twice in an object.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise UserError(f"The {what} {path} does not exist.") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"The {what} {path} cannot be read: {error.strerror}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # encoding, syntax, or a duplicate
         raise UserError(f"The {what} {path} is not valid JSON: {error}.") from None
+
+
+def _without_duplicates(items: list[tuple[str, object]]) -> dict:
+    """Of two values with one name JSON would keep the last, and a group of prompts would be gone unnoticed."""
+    content = dict(items)
+    if len(content) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {shown(twice)} occurs twice in one object")
+    return content

@@ -77,14 +77,7 @@ class NpzWriter:
     def _write(self, arrays: Mapping[str, np.ndarray], files: Mapping[Path, slice]) -> None:
         converted = {site: self._convert(site, array, next(iter(files))) for site, array in arrays.items()}
         for path, rows in files.items():
-            content = self.to_bytes({site: array[rows] for site, array in converted.items()})
-            try:
-                _write_into_new_folder(path, content)
-            except OSError as error:
-                raise UserError(
-                    f"{path} could not be written: {error.strerror}. Free some space or choose another folder, "
-                    "then run the same command again: it continues where it stopped."
-                ) from error
+            write_atomically(path, self.to_bytes({site: array[rows] for site, array in converted.items()}))
 
     def _convert(self, site: str, array: np.ndarray, path: Path) -> np.ndarray:
         if not np.isfinite(array).all():
@@ -95,14 +88,6 @@ class NpzWriter:
                 "use --activation-dtype float32."
             )
         return array.astype(self.dtype, copy=False)
-
-
-def _write_into_new_folder(path: Path, content: bytes | bytearray) -> None:
-    try:
-        write_atomically(path, content)
-    except FileNotFoundError:  # asking first would cost as much as writing
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
 
 
 def compressed_npz(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +79,7 @@ def _checked_text(text, where: str) -> str:
 def check_name(name, path) -> None:
     """Group and subcategory become folder names: refuse any that could leave the output folder."""
     bad = not isinstance(name, str) or not name.strip() or name in (".", "..") or name.startswith(".")
-    if bad or re.search(r'[/\\:*?"<>|\x00-\x1f\x7f]', name) or len(os.fsencode(name)) > 200:
+    if bad or re.search(r'[/\\:*?"<>|\x00-\x1f\x7f\ud800-\udfff]', name) or len(name.encode()) > 200:
         raise UserError(
             f"{path}: the name {shown(name)} cannot be a folder name; use letters, digits, spaces, '-' and '_' "
             "(no separators, no leading dot, at most 200 bytes)."
@@ -92,6 +91,8 @@ def encode_prompts(tokenizer, prompts: list[Prompt], chat_mode: bool) -> list[li
 
     A tokenizer without a chat template gets plain prompts, with a warning.
     """
+    from jinja2 import TemplateError  # of transformers, which renders templates in its sandbox
+
     if chat_mode and not tokenizer.chat_template:
         log.warning("This model's tokenizer has no chat template: prompts are sent as plain text.")
         chat_mode = False
@@ -100,7 +101,12 @@ def encode_prompts(tokenizer, prompts: list[Prompt], chat_mode: bool) -> list[li
     encoded = []
     for prompt in prompts:
         messages = [{"role": "user", "content": prompt.text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # of the template's own making, or something its sandbox forbids
+            raise UserError(
+                f"The model's chat template cannot be used ({error}); --no-chat-mode sends plain text."
+            ) from None
         encoded.append(_single_bos(tokenizer, tokenizer.encode(text, add_special_tokens=False)))
     return encoded
 

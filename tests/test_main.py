@@ -1,6 +1,7 @@
 """The command line: files it writes, continuing, refusing."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -154,6 +155,24 @@ def test_killed_anywhere_a_second_run_makes_what_an_uninterrupted_one_makes(tmp_
     assert {f: f.stat().st_mtime_ns for f in markers} == markers  # no finished prompt was repeated
     results = [(tmp_path / name / "out" / "results.json").read_bytes() for name in ("whole", "killed")]
     assert results[0] == results[1]
+
+
+def test_ctrl_c_keeps_what_is_complete_and_says_how_to_continue(tmp_path, model_folder):
+    groups = {f"g{i}": {"list": [f"Tell me about {i}.", "And about something else?"]} for i in range(10)}
+    (tmp_path / "prompts.json").write_text(json.dumps(groups))
+    arguments = command(tmp_path, model_folder, "--process-by-group", "--batch-size", "2", "--max-tokens", "60")
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    acts = tmp_path / "acts"
+    while not any(acts.rglob("prompt.json")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    assert process.wait() == 130 and "run the same command again to continue" in error and "Traceback" not in error
+    assert not list(acts.rglob("*.tmp"))
+    complete = len(list(acts.rglob("prompt.json")))
+    assert 0 < complete < 20
+    for path in acts.rglob("*.npz"):
+        read(path)
 
 
 def test_killed_before_the_first_manifest_was_whole(run):

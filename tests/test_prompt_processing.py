@@ -76,3 +76,18 @@ def test_the_committed_prompts_are_the_experiment():
     groups = prompt_groups(load_pairs(ROOT / "alignment_artifact_prompt_pairs.json"))
     assert len(groups) == 100
     assert list(groups["natural_technical_dangerous_tech_1"]) == ["prompt_list"]
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ raise_exception('only roles') }}", "{% if %}"]
+)
+def test_a_chat_template_cannot_do_harm(organism, monkeypatch, template):
+    """Templates come with a checkpoint, from anybody; they are rendered in a sandbox."""
+    monkeypatch.setattr(organism.tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match="chat template cannot be used.*--no-chat-mode"):
+        encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "Hello.")], chat_mode=True)
+
+
+def test_a_prompt_is_text_not_a_template(organism):
+    (ids,) = encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "{{ 7 * 6 }}")], chat_mode=True)
+    assert "42" not in organism.tokenizer.decode(ids)
