@@ -13,7 +13,7 @@ from alignment_artifacts.activation_set import certificate_verdict, load_activat
 from alignment_artifacts.analysis import Settings, analyse, analyse_categories, analyse_layers_and_steps
 from alignment_artifacts.pairs import load_pairs
 from alignment_artifacts.statistics import MIN_PAIRS
-from gemma_refactored.errors import UserError, exit_code
+from gemma_refactored.errors import UserError, exit_code, shown
 from gemma_refactored.files import write_json
 
 RAW_ACTIVATIONS_BASE_DIR = os.environ.get("ACTIVATIONS_DIR", "collected_activations_output")
@@ -38,9 +38,35 @@ def main() -> int:
     return exit_code(run)
 
 
+def check_constants() -> None:
+    """Raise UserError for a constant that cannot be used, by its name."""
+    counts = {"NUM_PERMUTATIONS": 1, "NUM_BOOTSTRAP_RESAMPLES": 1, "SEED": 0}
+    optional = {"NUM_LAYERS": 1, "NUM_TOKEN_STEPS_TO_COLLECT": 0, "EXPECTED_HIDDEN_DIM": 1}
+    for name, least in {**counts, **optional}.items():
+        value = globals()[name]
+        if value is None and name in optional:
+            continue
+        if type(value) is not int or value < least:
+            none = " or None" if name in optional else ""
+            raise UserError(f"{name} must be a whole number of at least {least}{none}, not {shown(value)}.")
+    if type(MAX_EXCLUDED) not in (int, float) or not 0 <= MAX_EXCLUDED <= 1:
+        raise UserError(f"MAX_EXCLUDED must be a share between 0 and 1, not {shown(MAX_EXCLUDED)}.")
+    pattern = KEY_PATTERN_TEMPLATE
+    if pattern is not None and not (isinstance(pattern, str) and pattern.count("{layer_idx}") == 1):
+        raise UserError(f"KEY_PATTERN_TEMPLATE must have {{layer_idx}} in it, once, or be None; not {shown(pattern)}.")
+    for name in (
+        "RAW_ACTIVATIONS_BASE_DIR",
+        "ORIGINAL_PAIRS_JSON_FOR_ITERATION",
+        "GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH",
+    ):
+        if not isinstance(globals()[name], (str, Path)):
+            raise UserError(f"{name} must be text, not {shown(globals()[name])}.")
+
+
 def run() -> None:
     from tqdm import tqdm
 
+    check_constants()
     pairs = load_pairs(ORIGINAL_PAIRS_JSON_FOR_ITERATION)
     data = load_activation_set(
         RAW_ACTIVATIONS_BASE_DIR,

@@ -190,7 +190,7 @@ def load_activation_set(
     valid = np.zeros(values.shape[:3], bool)
     embeddings = np.zeros((len(pairs), 2, hidden), np.float32)
     has_embeddings, kept, excluded = True, [], []
-    keys = [key_pattern.format(layer_idx=i) for i in range(layers)]
+    keys = [_key(key_pattern, i) for i in range(layers)]
     for pair in progress(pairs):
         i, reason = len(kept), None
         for side, place in enumerate(places[pair]):
@@ -262,15 +262,19 @@ def _shape_of(path: Path, key_pattern: str) -> tuple[int, int]:
     layers = _count_layers(arrays, key_pattern)
     if layers == 0:
         raise UserError(
-            f"{path} has no array named {key_pattern.format(layer_idx=0)!r}; "
+            f"{path} has no array named {_key(key_pattern, 0)!r}; "
             f"set KEY_PATTERN_TEMPLATE to match one of: {', '.join(list(arrays)[:4])} .."
         )
-    return layers, arrays[key_pattern.format(layer_idx=0)].size
+    return layers, arrays[_key(key_pattern, 0)].size
+
+
+def _key(pattern: str, layer: int) -> str:
+    return pattern.replace("{layer_idx}", str(layer))  # other braces are no business of ours
 
 
 def _count_layers(names: Collection[str], key_pattern: str) -> int:
     layers = 0
-    while key_pattern.format(layer_idx=layers) in names:
+    while _key(key_pattern, layers) in names:
         layers += 1
     return layers
 

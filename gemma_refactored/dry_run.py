@@ -52,8 +52,8 @@ def refuse_without_room(job: Job, loaded: LoadedModel, folder: Path, dtype: str)
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if needed > free:
         raise UserError(
-            f"The run may write {needed / 1e9:.1f} GB, but {folder} has room for {free / 1e9:.1f} GB. Free some space, "
-            "or take another --activations-dir, fewer --max-tokens, a narrower --activation-filter or "
+            f"The run may write {needed / 1e6:,.0f} MB, but {folder} has room for {free / 1e6:,.0f} MB. Free some "
+            "space, or take another --activations-dir, fewer --max-tokens, a narrower --activation-filter or "
             "--activation-dtype float16."
         )
 

@@ -99,6 +99,46 @@ def test_zero_spread_ends_as_null_not_as_nan():
     assert result["layer_scores"]["0"]["cohens_d"] is None and result["layer_scores"]["0"]["accuracy"] == 1
 
 
+def no_numbers(data):
+    data.values[:] = 0
+
+
+def one_feature_is_constant(data):
+    data.values[..., 0] = 7
+
+
+def natural_prompts_are_all_alike(data):
+    data.values[:, 0] = data.values[0, 0, 0]
+
+
+def all_pairs_are_alike(data):
+    data.values[:] = data.values[:1]
+
+
+def huge(data):
+    data.values[:] *= 1e18
+
+
+def tiny(data):
+    data.values[:] *= 1e-30
+
+
+@pytest.mark.parametrize(
+    "spoil", [no_numbers, one_feature_is_constant, natural_prompts_are_all_alike, all_pairs_are_alike, huge, tiny]
+)
+@pytest.mark.parametrize("pairs, hidden", [(4, 16), (9, 1), (50, 1), (50, 16)])
+def test_degenerate_data_give_defined_results_or_null(spoil, pairs, hidden):
+    data = simulate(effect=1.0, pairs=pairs, hidden=hidden)
+    spoil(data)
+    result = analyse(data, SETTINGS, {})
+    everything = [result, analyse_categories(data, SETTINGS), analyse_layers_and_steps(data, result, SETTINGS)]
+    json.dumps(everything, allow_nan=False)
+    for record in result["layer_scores"].values():
+        assert (record["p_value"] is None) == (record["cohens_d"] is None)
+        assert 0 <= record["accuracy"] <= 1 and 0 <= record["auroc"] <= 1
+    assert result["summary"]
+
+
 def test_jsonable_maps_numpy_and_nan():
     assert jsonable({"a": [np.float32(1.5), np.nan, np.int64(2), (np.inf, None)]}) == {
         "a": [1.5, None, 2, [None, None]]

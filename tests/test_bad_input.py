@@ -2,13 +2,16 @@
 
 import copy
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import analyze_collected_activations as analyze
 from alignment_artifacts.pairs import load_pairs, prompt_groups
 from gemma_refactored.errors import UserError
+from gemma_refactored.main import build_parser, check_arguments, parse_logit_bias
 from gemma_refactored.manifest import options_to_repeat, prompts_to_repeat, read_manifest
 from gemma_refactored.prompt_processing import load_prompts
 
@@ -113,3 +116,43 @@ def test_any_content_is_read_or_refused(tmp_path_factory, kind, data):
 @given(content=st.binary(max_size=200) | st.sampled_from([b"[" * 100_000, b'{"a": NaN}', b"\xef\xbb\xbf{}", b"null"]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, kind, content):
     reads_or_refuses(READERS[kind][0], content, tmp_path_factory.getbasetemp() / f"{kind}.bytes.json")
+
+
+NUMBERS = ["batch-size", "max-tokens", "temp", "top-p", "repetition-penalty", "seed"]
+WORDS = st.sampled_from(["nan", "inf", "-1", "0", "1e400", "99999999999999999999", "", "x", "1_0", "٣"]) | TEXT
+
+
+@settings(max_examples=300, deadline=None)
+@given(option=st.sampled_from([*NUMBERS, "logit-bias"]), word=WORDS)
+def test_any_number_on_the_command_line_is_taken_or_refused(option, word):
+    try:
+        arguments = build_parser().parse_args(["--prompts", "a", f"--{option}={word}"])
+    except SystemExit as error:  # argparse has said what is wrong
+        assert error.code == 2
+        return
+    try:
+        check_arguments(arguments)
+        biases = parse_logit_bias(arguments.logit_bias, 100)
+    except UserError as error:
+        assert "--" in str(error)
+        return
+    values = [getattr(arguments, name.replace("-", "_")) for name in NUMBERS]
+    assert all(value >= 0 and math.isfinite(value) for value in values)
+    assert all(0 <= token < 100 and not math.isnan(bias) for token, bias in biases.items())
+
+
+CONSTANTS = [
+    name for name in vars(analyze) if name.isupper() and name not in ("RESULTS_JSON", "PLOT_PNG", "RESULTS_DIR")
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(CONSTANTS), value=JSON)
+def test_any_constant_of_the_analysis_is_taken_or_refused_by_name(name, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyze, "RAW_ACTIVATIONS_BASE_DIR", "no such folder")  # so that nothing more is done
+        patch.setattr(analyze, name, value)
+        with pytest.raises(UserError) as error:
+            analyze.run()
+    text = str(error.value)
+    assert name in text or "no such folder" in text or "pairs file" in text or "There is no collection" in text

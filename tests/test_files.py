@@ -20,16 +20,17 @@ def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path):
     assert read_json(path, "file") == {"x": "ü"} and [f.name for f in path.parent.iterdir()] == ["c.json"]
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("step", ["write_bytes", "replace"])
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, step):
+def test_a_full_or_read_only_disk_leaves_what_was_there(tmp_path, monkeypatch, step, code):
     path = tmp_path / "x.npz"
     path.write_bytes(b"old")
 
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(*((Path, "write_bytes", full) if step == "write_bytes" else (os, "replace", full)))
-    with pytest.raises(UserError, match=r"x.npz could not be written: No space left.*continues"):
+    with pytest.raises(UserError, match=f"x.npz could not be written: {os.strerror(code)}.*continues"):
         write_atomically(path, b"new")
     monkeypatch.undo()
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
