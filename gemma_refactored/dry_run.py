@@ -49,7 +49,7 @@ def refuse_without_room(job: Job, loaded: LoadedModel, folder: Path, dtype: str)
     """Raise UserError if the run would not fit the disk should every answer take all its tokens."""
     pending = sum(map(job.is_pending, range(len(job.prompts))))
     needed = pending * ((job.max_tokens + 1) * step_bytes(job, loaded, dtype) + ZIP_AND_MARKER)
-    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"The run may write {needed / 1e6:,.0f} MB, but {folder} has room for {free / 1e6:,.0f} MB. Free some "

@@ -193,8 +193,13 @@ def _prefill(model: nn.Module, tokens: mx.array, lengths: Sequence[int], growth:
                 model(tokens[group, start : start + positions], cache=cache)
                 mx.eval([c.state for c in cache])
         caches.append(cache)
-    while len(caches) > 1:  # in pairs, so that no row is copied often
-        for left, right in zip(caches[::2], caches[1::2], strict=False):
+    return _join(caches)
+
+
+def _join(caches: list[list]) -> list:
+    """One cache of the rows of all, in pairs, so that no row is copied often."""
+    while len(caches) > 1:
+        for left, right in zip(caches[::2], caches[1::2], strict=False):  # the last may be without a partner
             for layer, more in zip(left, right, strict=True):
                 layer.extend(more)
         caches = caches[::2]
