@@ -132,15 +132,17 @@ def try_settings(bench: Bench, settings: Iterable[Setting], sets: dict[str, Beha
 def choose(records: Sequence[dict], limits: Limits = Limits()) -> int:
     """The setting that leaves fewest artifact prompts refused or broken, at a bearable cost; of equals, the mildest.
 
-    Where none is bearable, costs count like refusals.
+    Costs that agree to a hundredth of what is bearable are equal (rounding should not decide), and of those the
+    setting with the fewest layers is taken. Where none is bearable, costs count like refusals.
     """
 
     def key(record: dict) -> tuple:
         kl, changed = record["damage"]["kl_mean"], 1 - record["natural"]["unchanged"]["rate"]
         left = record["artifact"]["refused_or_broken"]["rate"]
+        mildness = (round(kl / limits.kl, 2), len(record["setting"]["layers"]), kl)
         if kl <= limits.kl and changed <= limits.changed:
-            return (0, left, kl)
-        return (1, left + changed + min(1.0, kl / limits.kl), kl)
+            return (0, left, *mildness)
+        return (1, left + changed + min(1.0, kl / limits.kl), *mildness)
 
     return min(range(len(records)), key=lambda i: key(records[i]))
 

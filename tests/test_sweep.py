@@ -26,9 +26,10 @@ def test_splits_are_disjoint_stratified_and_in_proportion(seed):
     assert not np.array_equal(parts[0], sweep.split_pairs(categories, (20, 15, 15), seed + 1)[0])
 
 
-def trial(left, kl, unchanged=1.0):
+def trial(left, kl, unchanged=1.0, layers=(1, 2)):
     rate = lambda value: {"rate": value}  # noqa: E731
     return {
+        "setting": {"layers": list(layers)},
         "artifact": {"refused_or_broken": rate(left)},
         "natural": {"unchanged": rate(unchanged)},
         "damage": {"kl_mean": kl},
@@ -40,6 +41,9 @@ def test_the_choice_weighs_what_is_left_within_the_limits():
     assert sweep.choose(trials) == 2  # the last two are better and cost too much; of equals the mildest
     assert sweep.choose([trials[3], trials[4]]) == 1  # none within the limits: 1.0 against 0.5
     assert sweep.pareto_front(trials) == [0, 4]
+    # A difference in the fourth digit of the cost is no reason to edit more layers.
+    assert sweep.choose([trial(0.0, 0.003880, layers=range(8)), trial(0.0, 0.003881, layers=(2, 3, 4, 5))]) == 1
+    assert sweep.choose([trial(0.0, 0.003, layers=range(8)), trial(0.0, 0.004, layers=(2, 3, 4, 5))]) == 0
 
 
 def test_the_strict_control_moves_as_far_in_another_direction():
