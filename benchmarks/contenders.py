@@ -13,14 +13,12 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from .job import CONFIG, MAX_TOKENS, Saved, model_folder, prompts_file, token_ids
-
-LAYERS = range(CONFIG["num_hidden_layers"])
 
 
 def ours(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tuple[float, list]:
@@ -76,24 +74,12 @@ def transformers_hooks(job: Path, out: Path, batch: int, dtype: str, text_only: 
     """transformers' generate, with a forward hook on every MLP that saves when the last layer is through."""
     model, ids = torch_model(job, dtype), token_ids(job)
     model.generation_config.eos_token_id = None
-    saved, values, answers = Saved(out, len(ids)), {}, {}
-    rows, step = [], -1
-
-    def hook(layer: int) -> Callable:
-        def read(module, inputs, output):
-            nonlocal step
-            values[layer] = output[:, -1].float().numpy()
-            if layer == LAYERS[-1]:
-                saved.save(step, rows, [values[i] for i in LAYERS])
-                step += 1
-
-        return read
-
-    for layer in LAYERS if not text_only else ():
-        model.model.layers[layer].mlp.register_forward_hook(hook(layer))
+    saved, answers = Saved(out, len(ids)), {}
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: saved.add(output[:, -1].float().numpy()))
     start = time.perf_counter()
     for rows, tokens, mask in padded_batches(ids, batch):
-        step = -1
+        saved.start(rows)
         written(model.generate(tokens, attention_mask=mask, **GREEDY), rows, answers)
     return time.perf_counter() - start, [answers[row] for row in range(len(ids))]
 
@@ -113,8 +99,9 @@ def nnsight(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tu
             for _ in tracer.iter[: MAX_TOKENS + 1]:
                 steps.append([layer.mlp.output[:, -1].clone() for layer in model.model.layers])
             output = tracer.result.save()
-        for step, values in enumerate(steps, -1):
-            saved.save(step, rows, [value.numpy() for value in values])
+        saved.start(rows)
+        for value in (value for values in steps for value in values):
+            saved.add(value.numpy())
         written(output, rows, answers)
     return time.perf_counter() - start, [answers[row] for row in range(len(ids))]
 
@@ -129,23 +116,12 @@ def transformer_lens(job: Path, out: Path, batch: int, dtype: str, text_only: bo
         str(model_folder(job)), hf_model=torch_model(job, dtype), tokenizer=tokenizer, dtype=getattr(torch, dtype)
     )
     ids = token_ids(job)
-    saved, values, answers = Saved(out, len(ids)), {}, {}
-    rows, step = [], -1
-
-    def hook(layer: int) -> Callable:
-        def read(value, hook):
-            nonlocal step
-            values[layer] = value[:, -1].float().numpy()
-            if layer == LAYERS[-1]:
-                saved.save(step, rows, [values[i] for i in LAYERS])
-                step += 1
-
-        return read
-
-    hooks = [(f"blocks.{layer}.mlp.hook_out", hook(layer)) for layer in LAYERS]
+    saved, answers = Saved(out, len(ids)), {}
+    layers = range(CONFIG["num_hidden_layers"])
+    hooks = [(f"blocks.{i}.mlp.hook_out", lambda value, hook: saved.add(value[:, -1].float().numpy())) for i in layers]
     start = time.perf_counter()
     for rows, tokens, mask in padded_batches(ids, batch):
-        step = -1
+        saved.start(rows)
         with model.hooks(fwd_hooks=hooks):
             output = model.generate(
                 tokens, attention_mask=mask, max_new_tokens=MAX_TOKENS + 1, do_sample=False, stop_at_eos=False,

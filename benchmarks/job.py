@@ -85,8 +85,16 @@ class Saved:
         for row in range(rows):
             (out / str(row)).mkdir(parents=True)
 
-    def save(self, step: int, rows: list[int], values: list[np.ndarray]) -> None:
-        """values: one [rows, hidden] a layer."""
-        for place, row in enumerate(rows):
-            arrays = {site: value[place][None, None] for site, value in zip(SITES, values, strict=True)}
-            np.savez(self.out / str(row) / f"{step}.npz", **arrays)
+    def start(self, rows: list[int]) -> None:
+        """A batch begins."""
+        self.rows, self.step, self.values = rows, -1, []
+
+    def add(self, value: np.ndarray) -> None:
+        """The next layer's [rows, hidden]; after the last one a step is complete, and saved."""
+        self.values.append(value)
+        if len(self.values) < len(SITES):
+            return
+        for place, row in enumerate(self.rows):
+            arrays = {site: layer[place][None, None] for site, layer in zip(SITES, self.values, strict=True)}
+            np.savez(self.out / str(row) / f"{self.step}.npz", **arrays)
+        self.step, self.values = self.step + 1, []

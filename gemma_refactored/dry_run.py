@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from .activation_capture import site_shapes
 from .errors import UserError
-from .generation import PREFILL, generate
+from .generation import Step, collect_answers, generate
 from .inference import Job
 from .model_loading import LoadedModel
 from .npz_writer import compressed_npz, npz
@@ -65,25 +66,29 @@ def estimate(job: Job, loaded: LoadedModel, dtype: str, compress: bool, grouped:
         return Estimate(0, 0, 0, 0, 0)
     tried = [pending[i] for i in np.unique(np.linspace(0, len(pending) - 1, PROBES).astype(int))]
     token_ids = [job.token_ids[i] for i in tried]
-    start, steps, sizes = time.perf_counter(), np.zeros(len(tried)), []
-    answers: list[list[int]] = [[] for _ in tried]
-    for step in generate(loaded.model, token_ids, job.max_tokens, job.sampling, job.end_tokens, job.sites, tried):
-        steps += step.active
-        for row in np.flatnonzero(step.active) if step.index != PREFILL else ():
-            answers[row].append(int(step.tokens[row]))
-        first = {site: np.asarray(x)[:1].astype(dtype) for site, x in step.activations.items()}
-        sizes.append(len((compressed_npz if compress else npz)(first)))
+    to_bytes, sizes = compressed_npz if compress else npz, []
+
+    def weighed(steps: Iterator[Step]) -> Iterator[Step]:
+        for step in steps:
+            first = {site: np.asarray(x)[:1].astype(dtype) for site, x in step.activations.items()}
+            sizes.append(len(to_bytes(first)))
+            yield step
+
+    start = time.perf_counter()
+    passes = generate(loaded.model, token_ids, job.max_tokens, job.sampling, job.end_tokens, job.sites, row_ids=tried)
+    answers = collect_answers(weighed(passes))
     seconds = time.perf_counter() - start
+    steps = np.array([1 + len(answer) for answer in answers])  # prefill, and one a token
     texts = [json.dumps([answer, loaded.tokenizer.decode(answer)], indent=1) for answer in answers]
     embedding = len(npz({"prompt_embedding": np.zeros((1, 1, loaded.hidden_size), np.float32)}))
     each = embedding + np.mean([len(text) for text in texts]) + np.mean([len(job.prompts[i].text) for i in tried]) + 200
     # A flat collection writes a batch's rows until the last of them has ended.
     steps_each, share = (steps.mean() if grouped else steps.max()), len(pending) / len(tried)
-    passes = 1 if grouped else job.batch_size
+    prompts_a_file = 1 if grouped else job.batch_size
     return Estimate(
         prompts=len(pending),
         steps=steps_each * len(pending),
-        files=(steps_each + 2) * len(pending) / passes,
+        files=(steps_each + 2) * len(pending) / prompts_a_file,
         bytes=(steps_each * float(np.mean(sizes)) + each) * len(pending),
         seconds=seconds * share,
     )
