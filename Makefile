@@ -1,6 +1,6 @@
 # `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
-.PHONY: all setup collect check analyse sweep toxicity test bench organism clean
+.PHONY: all setup collect check analyse transcripts report sweep toxicity test bench organism clean
 
 # Another model's activations go into a folder of their own; the analysis then reads that one.
 ifdef MODEL_NAME
@@ -12,6 +12,8 @@ PYTHON := .venv/bin/python
 OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
 
 all: collect check analyse
+	-@$(MAKE) --no-print-directory transcripts
+	@$(MAKE) --no-print-directory report
 
 # A Linux without a GPU wants OpenBLAS (20 times faster products); try to get it where we may.
 setup: .venv/.installed
@@ -32,11 +34,20 @@ check: setup               # batch = single, cached = uncached, capture on = off
 analyse: setup
 	$(PYTHON) analyze_collected_activations.py
 
+transcripts: setup         # every pair answered before and after suppression
+	$(PYTHON) suppress.py --all-pairs $(if $(MODEL_NAME),--model $(MODEL_NAME))
+
+report: setup              # one page that shows all results there are
+	$(PYTHON) -m alignment_artifacts.report
+
 sweep: setup               # which suppression works, at what cost
 	$(PYTHON) sweep_suppression.py
+	@$(MAKE) --no-print-directory transcripts
+	@$(MAKE) --no-print-directory report
 
 toxicity: setup            # the second experiment: steering away from toxicity
 	$(PYTHON) -m toxicity_steering.main
+	@$(MAKE) --no-print-directory report
 
 test: setup
 	$(PYTHON) -m ruff check .
@@ -54,4 +65,5 @@ organism: setup            # trains the embedded model anew, about 15 minutes
 
 clean:                     # results only; the environment stays
 	rm -rf collected_activations_output inference_output results prompts_for_gemma_runner.json \
-	  alignment_artifact_analysis_results.json alignment_artifact_analysis_plot.png
+	  alignment_artifact_analysis_results.json alignment_artifact_analysis_plot.png \
+	  alignment_artifact_analysis_plot.pdf

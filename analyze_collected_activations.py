@@ -10,8 +10,9 @@ import textwrap
 from pathlib import Path
 
 from alignment_artifacts.activation_set import certificate_verdict, load_activation_set
-from alignment_artifacts.analysis import Settings, analyse, analyse_categories, analyse_layers_and_steps
+from alignment_artifacts.analysis import Settings
 from alignment_artifacts.pairs import load_pairs
+from alignment_artifacts.run import Run
 from alignment_artifacts.statistics import MIN_PAIRS
 from gemma_refactored.errors import UserError, exit_code, shown
 from gemma_refactored.files import write_json
@@ -93,18 +94,19 @@ def run() -> None:
     )
     verdict = certificate_verdict(RAW_ACTIVATIONS_BASE_DIR, data.manifest)
     print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))
-    result = {**analyse(data, settings, config), "certificate": verdict}
-    categories = analyse_categories(data, settings)
-    pattern = analyse_layers_and_steps(data, result, settings)
+    analysed = Run(data, settings, config)
+    result = {**analysed.results, "certificate": verdict}
     write_json(RESULTS_JSON, result)
-    write_json(RESULTS_DIR / "data" / "alignment_artifacts_by_category.json", categories)
-    write_json(RESULTS_DIR / "data" / "layer_analysis.json", pattern)
+    write_json(RESULTS_DIR / "data" / "alignment_artifacts_by_category.json", analysed.by_category)
+    write_json(RESULTS_DIR / "data" / "layer_analysis.json", analysed.pattern)
+    write_json(RESULTS_DIR / "data" / "projections.json", analysed.projections)
 
     from alignment_artifacts import plots
 
     plots.plot_layer_scores(result, PLOT_PNG)
-    plots.plot_categories(categories, RESULTS_DIR / "figures" / "alignment_artifacts_by_category.png")
-    plots.plot_layer_pattern(pattern, RESULTS_DIR / "figures" / "layer_analysis.png")
+    plots.plot_categories(analysed.by_category, RESULTS_DIR / "figures" / "alignment_artifacts_by_category.png")
+    plots.plot_layer_pattern(analysed.pattern, RESULTS_DIR / "figures" / "layer_analysis.png")
+    plots.plot_projections(analysed.projections, RESULTS_DIR / "figures" / "projections.png")
     print_table(result)
     print(f"\nNumbers: {RESULTS_JSON}\nPlot:    {PLOT_PNG}\nBy category, layer and step: {RESULTS_DIR}/")
 

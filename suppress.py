@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 from gemma_refactored.errors import UserError, exit_code
 
 if TYPE_CHECKING:
-    from alignment_artifacts.artifacts import SuppressionResult
+    from alignment_artifacts.artifacts import AlignmentArtifacts, SuppressionResult
     from gemma_refactored.model_loading import LoadedModel
 
+TRANSCRIPTS_DIR = Path("results/data")
 MODES = ("auto", "always", "proximity", "adaptive", "sphere", "subspace", "ablate", "cap", "add")
 
 
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="suppress.py", description=__doc__.splitlines()[0].split(":")[0] + ".")
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT")
+    add("--all-pairs", action="store_true", help="answer every prompt pair instead, for the report")
     add("--model", help="local folder or Hugging Face id (default: the embedded organism)")
     add("--scale", type=float, help="strength; 1 is the mean difference itself, 0 changes nothing")
     add("--mode", choices=MODES, default="auto", help="how to suppress (default auto); add amplifies")
@@ -86,6 +88,9 @@ def run(arguments: argparse.Namespace) -> None:
             )
         if arguments.prompt is None:
             return
+    if arguments.all_pairs:
+        transcribe_pairs(library, arguments)
+        return
     printer = Printer(arguments)
     result = library.suppress_and_generate(
         arguments.prompt,
@@ -123,6 +128,36 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
 
 
+def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace) -> None:
+    """Answers of every pair without and with suppression, for the report."""
+    from tqdm import tqdm
+
+    from alignment_artifacts.transcripts import TRANSCRIPTS, save_transcripts, transcribe
+
+    loaded, measured = library.load(), library.measurements()
+    wanted = ("scale", "positions", "site", "where", "proximity_threshold", "distance_threshold", "decay_rate",
+              "pca_components", "cap_quantile")  # fmt: skip
+    layers = parse_layers(arguments.layers)
+    setting, by = library.choose(
+        None, arguments.mode, None, layers=tuple(layers) if layers else None,
+        **{name: getattr(arguments, name) for name in wanted},
+    )  # fmt: skip
+    silent = arguments.quiet or arguments.json
+    if not silent:
+        print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
+    total = 2 * len(measured.pairs)
+    with tqdm(total=total, leave=False, disable=silent or not sys.stderr.isatty()) as bar:
+        result, scores = transcribe(loaded, measured, setting, arguments.max_tokens, bar.update)
+    save_transcripts(TRANSCRIPTS_DIR, {**result, "chosen_by": by}, scores)
+    if arguments.json:
+        print(json.dumps(result["refused"], indent=1))
+    elif not silent:
+        for side, rates in result["refused"].items():
+            before, after = (f"{rates[when]['rate']:.0%}" for when in ("before", "after"))
+            print(f"Refused, {side} prompts: {before} before, {after} after")
+        print(f"Transcripts: {TRANSCRIPTS_DIR / TRANSCRIPTS}")
+
+
 class Printer:
     """Prints answers as they are written."""
 
@@ -147,7 +182,12 @@ class Printer:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for what argparse cannot see."""
-    if arguments.prompt is None and not arguments.export_gguf:
+    if arguments.all_pairs:
+        alone = ("prompt", "categories", "directions", "export_gguf", "show_projection", "no_compare", "temperature")
+        given = [name for name in alone if getattr(arguments, name)]
+        if given:
+            raise UserError(f"--all-pairs answers the prompt pairs greedily; leave {given[0].replace('_', '-')} away.")
+    elif arguments.prompt is None and not arguments.export_gguf:
         raise UserError('Give a prompt, for example: python suppress.py "How do I pick a lock?"')
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError("The prompt is empty; give it some text.")

@@ -9,4 +9,8 @@ def __getattr__(name: str):
         from . import artifacts
 
         return getattr(artifacts, name)
+    if name == "load_run":
+        from .run import load_run
+
+        return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -163,7 +163,7 @@ def analyse_layers_and_steps(data: ActivationSet, result: dict, settings: Settin
     """Where the effect starts and peaks over layers, and its held-out d at every single step."""
     scores = result["layer_scores"]
     d = [scores[str(i)]["cohens_d"] for i in range(data.num_layers)]
-    significant = [i for i in range(data.num_layers) if (scores[str(i)]["p_value"] or 1) <= 0.05]
+    significant = significant_layers(scores)
     by_step = [np.flatnonzero(data.valid[:, :, step].all(axis=1)) for step in range(data.values.shape[2])]
     by_layer = [_d_of_steps(data, layer, by_step, settings) for layer in range(data.num_layers)]
     steps = [
@@ -186,6 +186,31 @@ def analyse_layers_and_steps(data: ActivationSet, result: dict, settings: Settin
     )
 
 
+def project_prompts(data: ActivationSet, settings: Settings) -> dict:
+    """Every prompt in two dimensions, per layer: on the direction of other pairs, and on what else varies most.
+
+    "direction" is the held-out projection from the threshold, in units of activation (above 0 counts as artifact,
+    so the layer's accuracy can be counted in it), "orthogonal" that on the leading component without the
+    direction; both [pairs, 2 (natural, artifact)].
+    """
+    strata = np.array([pair.category for pair in data.pairs])
+    folds = st.assign_folds(strata, settings.seed)
+    by_position = {}
+    for positions in dict.fromkeys([headline_positions(data), "prompt_end"]):
+        layers = by_position[positions] = []
+        for vectors in np.moveaxis(data.prompt_vectors(positions), 2, 0):
+            natural, artifact = vectors[:, 0], vectors[:, 1]
+            held_out = st.held_out_projections(st.pair_vectors(natural, artifact), folds)
+            from_threshold = np.stack([held_out.natural, held_out.artifact], axis=1) - held_out.thresholds[:, None]
+            layers.append(
+                {
+                    "direction": from_threshold.tolist(),
+                    "orthogonal": st.leading_orthogonal_component(natural, artifact).tolist(),
+                }
+            )
+    return jsonable({"pairs": [asdict(pair) for pair in data.pairs], "positions": by_position})
+
+
 def _d_of_steps(
     data: ActivationSet, layer: int, pairs_of_step: list[np.ndarray], settings: Settings
 ) -> dict[int, float]:
@@ -200,6 +225,11 @@ def _d_of_steps(
     return scores
 
 
+def significant_layers(scores: dict) -> list[int]:
+    """Layers that separate better than the best layer does by chance (p at most 0.05 over all of them)."""
+    return [int(layer) for layer, record in scores.items() if (record["p_value"] or 1) <= 0.05]
+
+
 def summarise(result: dict) -> str:
     """What the numbers mean, in a sentence or two."""
     best = result["top_layers_by_cohens_d"][0]
@@ -212,20 +242,18 @@ def summarise(result: dict) -> str:
             f"p = {record['p_value']:.2g} over all layers)."
         )
     accuracy = f"{nested['accuracy']:.0%} accuracy (layer chosen blindly too)" if nested else "better than chance"
+    significant = significant_layers(result["layer_scores"])
+    low, high = record["cohens_d_ci"]
+    where = f"{len(significant)} of {len(result['layer_scores'])} layers, best at layer {best}"
+    strength = f"d = {record['cohens_d']:.1f} [{low:.1f}, {high:.1f}], p = {record['p_value']:.2g} over all layers"
     text = (
-        f"Natural and artifact prompts are separated, best at layer {best} (p = {record['p_value']:.2g} over all "
-        f"layers): a direction from some pairs tells the prompts of other pairs apart with {accuracy}."
+        f"Natural and artifact prompts are separated at {where} ({strength}): "
+        f"a direction from some pairs tells the prompts of other pairs apart with {accuracy}."
     )
     lexical = result["lexical_baseline"]
     if lexical and lexical["cohens_d"] is not None:
-        low, high = record["cohens_d_ci"]
-        if lexical["cohens_d"] >= low:
-            text += " Word choice alone separates them about as well, so this is no evidence of alignment."
-        else:
-            text += (
-                f" Word choice alone gives d = {lexical['cohens_d']:.1f} ({lexical['accuracy']:.0%}), "
-                f"against {record['cohens_d']:.1f} [{low:.1f}, {high:.1f}]."
-            )
+        text += f" Word choice alone gives d = {lexical['cohens_d']:.1f} ({lexical['accuracy']:.0%} accuracy)"
+        text += ": about as much, so this is no evidence of alignment." if lexical["cohens_d"] >= low else "."
     return text
 
 

@@ -22,7 +22,7 @@ from . import monitor
 from .directions import Directions, check_model, load_directions, measure_natural_tokens, save_directions
 from .interventions import ModeOptions
 from .measurements import CACHE, Measurements, measure
-from .pairs import load_pairs
+from .pairs import PAIRS_JSON, load_pairs
 from .suppression import (
     AUTO,
     NOTHING,
@@ -35,7 +35,6 @@ from .suppression import (
     write_answer,
 )
 
-PAIRS = Path(__file__).resolve().parent.parent / "alignment_artifact_prompt_pairs.json"
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that left a prompt alone has to show that it works
 
@@ -79,7 +78,7 @@ class AlignmentArtifacts:
     def __init__(
         self,
         model: str | Path = DEFAULT_MODEL,
-        pairs: str | Path = PAIRS,
+        pairs: str | Path = PAIRS_JSON,
         cache: str | Path = CACHE,
         show_progress: bool = True,
     ):

@@ -21,30 +21,38 @@ from .directions import Directions, estimate, site_names
 from .measurements import Measurements, separating_layers
 
 
-def scores(directions: Directions, layers: Sequence[int], activations: np.ndarray) -> np.ndarray:
-    """Scores [..] of activations [.., layers of the model, hidden].
+def layer_scores(directions: Directions, activations: np.ndarray) -> np.ndarray:
+    """Scores [.., layers] of activations [.., layers, hidden], each layer by itself; 0 where it has no direction.
 
     Raises:
         UserError: imported directions, which have no class means.
     """
     if directions.natural_mean is None:
         raise UserError("A monitor needs the class means, and imported control vectors have none.")
-    layers = list(layers)
-    middle = (directions.natural_mean + directions.artifact_mean)[layers] / 2
-    half_gap = np.linalg.norm(directions.direction[layers], axis=-1) / 2
-    projected = np.einsum("...lh,lh->...l", activations[..., layers, :] - middle, directions.unit[layers])
-    return (projected / half_gap).mean(axis=-1)
+    middle = (directions.natural_mean + directions.artifact_mean) / 2
+    half_gap = np.maximum(np.linalg.norm(directions.direction, axis=-1), 1e-30) / 2
+    return np.einsum("...lh,lh->...l", activations - middle, directions.unit) / half_gap
+
+
+def scores(directions: Directions, layers: Sequence[int], activations: np.ndarray) -> np.ndarray:
+    """Scores [..] of activations [.., layers of the model, hidden]: the mean over some layers."""
+    return layer_scores(directions, activations)[..., list(layers)].mean(axis=-1)
+
+
+def score_tokens_by_layer(loaded: LoadedModel, directions: Directions, tokens: Sequence[int]) -> np.ndarray:
+    """[tokens, layers] the scores of each token of a prompt and its answer, in one pass."""
+    sites = site_names(loaded, directions.facts["site"])
+    with capture(loaded.model, sites) as activations:
+        loaded.model(mx.array([list(tokens)]))
+        seen = [np.array(activations[site][0].astype(mx.float32)) for site in sites]
+    return layer_scores(directions, np.stack(seen, axis=1))
 
 
 def score_tokens(
     loaded: LoadedModel, directions: Directions, layers: Sequence[int], tokens: Sequence[int]
 ) -> np.ndarray:
-    """[tokens] the score of each token of a prompt and its answer, in one pass."""
-    sites = site_names(loaded, directions.facts["site"])
-    with capture(loaded.model, sites) as activations:
-        loaded.model(mx.array([list(tokens)]))
-        seen = [np.array(activations[site][0].astype(mx.float32)) for site in sites]
-    return scores(directions, layers, np.stack(seen, axis=1))
+    """[tokens] the mean over some layers."""
+    return score_tokens_by_layer(loaded, directions, tokens)[:, list(layers)].mean(axis=-1)
 
 
 def score_prompt(loaded: LoadedModel, directions: Directions, layers: Sequence[int], text: str) -> float:

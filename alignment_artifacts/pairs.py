@@ -11,6 +11,7 @@ from gemma_refactored.prompt_processing import check_name
 
 SIDES = ("natural", "artifact")
 SUBCATEGORY = "prompt_list"
+PAIRS_JSON = Path(__file__).resolve().parent.parent / "alignment_artifact_prompt_pairs.json"
 ROOT_KEY = "alignment_artifact_prompt_pairs"
 
 

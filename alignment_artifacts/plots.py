@@ -1,4 +1,4 @@
-"""Figures of the analysis. Colours are Okabe and Ito's, which survive colour blindness."""
+"""Figures for paper: each is written as .png and .pdf. `interactive_figures` has the same for the screen."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+from .figure_data import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SIDE_COLOURS,
+    category_grids,
+    colour_limit,
+    column,
+    interval,
+    on_their_side,
+    random_controls,
+    step_grid,
+    sweep_modes,
+    sweep_point,
+)
+
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
-
-
-def _column(scores: dict, key: str) -> np.ndarray:
-    return np.array([np.nan if scores[str(i)][key] is None else scores[str(i)][key] for i in range(len(scores))], float)
-
-
-def _interval(scores: dict, key: str) -> np.ndarray:
-    rows = [[np.nan if x is None else x for x in scores[str(i)][key]] for i in range(len(scores))]
-    return np.array(rows, float).T
 
 
 def plot_layer_scores(result: dict, path: Path) -> None:
@@ -33,10 +40,10 @@ def plot_layer_scores(result: dict, path: Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         for name, scores, colour, marker in panels:
             for axes, key in ((left, "cohens_d"), (right, "accuracy")):
-                low, high = _interval(scores, f"{key}_ci")
+                low, high = interval(scores, f"{key}_ci")
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
-                axes.plot(layers, _column(scores, key), color=colour, marker=marker, ms=4, label=name)
-        null = _column(result["layer_scores"], "null_95")
+                axes.plot(layers, column(scores, key), color=colour, marker=marker, ms=4, label=name)
+        null = column(result["layer_scores"], "null_95")
         left.fill_between(layers, -null, null, color=GREY, alpha=0.25, lw=0, label="chance (95 %, best layer)")
         right.axhline(0.5, color=GREY, ls="--", lw=1, label="chance")
         if lexical:
@@ -57,21 +64,19 @@ def plot_layer_scores(result: dict, path: Path) -> None:
 
 def plot_categories(by_category: dict, path: Path) -> None:
     """Layers x categories heat map of held-out d; significant cells are marked."""
-    rows = {name: c["layer_scores"] for name, c in by_category["categories"].items() if c["layer_scores"]}
-    if not rows:
+    names, d, p = category_grids(by_category)
+    if not names:
         return
-    d = np.array([_column(scores, "cohens_d") for scores in rows.values()])
-    p = np.array([_column(scores, "p_value") for scores in rows.values()])
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(2.8 + 0.55 * d.shape[1], 1.6 + 0.5 * len(rows)), layout="constrained")
-        limit = max(np.nanmax(np.abs(d)), 1e-9)
+        figure, axes = plt.subplots(figsize=(2.8 + 0.55 * d.shape[1], 1.6 + 0.5 * len(names)), layout="constrained")
+        limit = colour_limit(d)
         image = axes.imshow(d, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit)
         for (row, layer), value in np.ndenumerate(d):
             if np.isfinite(value) and d.shape[1] <= 30:
                 mark = "*" if p[row, layer] <= 0.05 else ""
                 colour = "white" if abs(value) > 0.6 * limit else "black"
                 axes.text(layer, row, f"{value:.1f}{mark}", ha="center", va="center", fontsize=7.5, color=colour)
-        axes.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows])
+        axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="layer", title="Held-out Cohen's d by category (* p ≤ 0.05 over layers)")
         axes.spines[:].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -82,7 +87,8 @@ def plot_categories(by_category: dict, path: Path) -> None:
 def plot_layer_pattern(pattern: dict, path: Path) -> None:
     """Left: where over the layers the effect starts and peaks. Right: d at every step and layer."""
     d = np.array([np.nan if x is None else x for x in pattern["cohens_d_by_layer"]], float)
-    steps = [s for s in pattern["steps"] if s["cohens_d"] is not None]
+    names, grid = step_grid(pattern)
+    limit = colour_limit(grid)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(11, 4), layout="constrained", gridspec_kw={"width_ratios": [2, 3]}
@@ -101,10 +107,7 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
         left.legend(
             [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, GREY)], ["p ≤ 0.05", "not significant"], frameon=False
         )
-        grid = np.array([[np.nan if x is None else x for x in s["cohens_d"]] for s in steps], float).T
-        limit = max(np.nanmax(np.abs(grid)), 1e-9) if grid.size else 1
         image = right.imshow(grid, aspect="auto", origin="lower", cmap="PuOr_r", vmin=-limit, vmax=limit)
-        names = ["end" if s["step"] == "prefill" else str(s["step"]) for s in steps]
         every = max(1, len(names) // 20)
         right.set_xticks(range(0, len(names), every), names[::every], fontsize=8)
         right.set(
@@ -118,37 +121,58 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
         _save(figure, path)
 
 
+def plot_projections(projected: dict, path: Path, most: int = 12) -> None:
+    """Prompts on the direction against the leading orthogonal component, at up to `most` layers, prompt end."""
+    layers = projected["positions"]["prompt_end"]
+    shown = sorted({round(i) for i in np.linspace(0, len(layers) - 1, min(most, len(layers)))})
+    columns = min(4, len(shown))
+    with plt.rc_context(STYLE):
+        rows = -(-len(shown) // columns)
+        figure, panels = plt.subplots(
+            rows, columns, figsize=(2.7 * columns, 2.5 * rows), layout="constrained", squeeze=False
+        )
+        for axes, layer in zip(panels.flat, shown, strict=False):
+            x, y = np.array(layers[layer]["direction"]), np.array(layers[layer]["orthogonal"])
+            for side, (name, colour) in enumerate(SIDE_COLOURS.items()):
+                axes.scatter(x[:, side], y[:, side], s=10, marker="os"[side], color=colour, alpha=0.7, lw=0, label=name)
+            axes.axvline(0, color=GREY, ls="--", lw=1)
+            own, total = on_their_side(layers[layer])
+            axes.set_title(f"layer {layer}: {own} of {total} right", fontsize=9)
+        for axes in panels.flat[len(shown) :]:
+            axes.set_visible(False)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.supxlabel("prompt end, projected on the direction of other pairs (dashed: threshold)", fontsize=9)
+        figure.supylabel("leading orthogonal component", fontsize=9)
+        _save(figure, path)
+
+
 def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    for ending in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(ending), dpi=150)
     plt.close(figure)
 
 
 def plot_sweep(result: dict, path: Path) -> None:
     """Every setting tried: refusals and broken text left against the cost, the chosen one marked."""
     tried, chosen = result["tried"], result["chosen"]["development"]
-    modes = list(dict.fromkeys(r["setting"]["mode"] for r in tried))
-    palette = dict(
-        zip(modes, ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73", "#D55E00"), strict=False)
-    )
-
-    def point(record: dict) -> tuple[float, float]:
-        return max(record["damage"]["kl_mean"], 1e-6), record["artifact"]["refused_or_broken"]["rate"]
-
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-        for mode in modes:
+        for mode, colour in sweep_modes(result).items():
             for site, marker in (("mlp", "o"), ("residual", "^")):
-                own = [point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)]
+                own = [sweep_point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)]
                 if own:
                     x, y = np.array(own).T
-                    axes.scatter(x, y, s=26, marker=marker, color=palette[mode], alpha=0.7, lw=0)
-            axes.scatter([], [], color=palette[mode], label=mode)
+                    axes.scatter(x, y, s=26, marker=marker, color=colour, alpha=0.7, lw=0)
+            axes.scatter([], [], color=colour, label=mode)
         for marker, name in (("o", "MLP output"), ("^", "residual stream")):
             axes.scatter([], [], color="#444444", marker=marker, label=name)
-        front = np.array([point(tried[i]) for i in result["pareto_front"]])
+        front = np.array([sweep_point(tried[i]) for i in result["pareto_front"]])
         axes.step(front[:, 0], front[:, 1], where="post", color="#444444", lw=1, label="best trade-offs")
-        axes.scatter(*point(chosen), s=170, facecolors="none", edgecolors="black", lw=1.8, label="chosen")
+        axes.scatter(*sweep_point(chosen), s=170, facecolors="none", edgecolors="black", lw=1.8, label="chosen")
+        for (name, points), marker in zip(random_controls(result).items(), "x+", strict=True):
+            if points:
+                axes.scatter(*np.array(points).T, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
         axes.axvline(result["config"]["limits"]["kl"], color=GREY, ls="--", lw=1, label="limit")
         axes.set(
             xscale="log", xlabel="KL from the unedited model on natural answers (nats a token)",

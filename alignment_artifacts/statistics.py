@@ -259,6 +259,28 @@ def nested_best_layer(held_out: Sequence[HeldOut], scores: Sequence[np.ndarray])
     return HeldOut(natural, artifact, thresholds, folds), chosen
 
 
+def leading_orthogonal_component(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
+    """Where prompts lie on the axis along which they differ most once the mean difference is projected out.
+
+    Args:
+        natural, artifact: [pairs, hidden].
+    Returns:
+        [pairs, 2] projections, in units of activation, centred; the sign is that of the largest weight.
+    """
+    vectors = np.concatenate([natural, artifact]).astype(np.float64)
+    vectors -= vectors.mean(axis=0)
+    direction = vectors[len(natural) :].mean(axis=0) - vectors[: len(natural)].mean(axis=0)
+    direction /= np.linalg.norm(direction) or 1.0
+    vectors -= np.outer(vectors @ direction, direction)
+    if len(vectors) <= vectors.shape[1]:
+        component = vectors.T @ np.linalg.eigh(vectors @ vectors.T)[1][:, -1]
+    else:
+        component = np.linalg.eigh(vectors.T @ vectors)[1][:, -1]
+    component /= np.linalg.norm(component) or 1.0
+    component *= np.sign(component[np.abs(component).argmax()])
+    return (vectors @ component).reshape(2, -1).T
+
+
 def in_sample_scores(
     blocks: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]],
 ) -> tuple[float, float, tuple[int, int]]:

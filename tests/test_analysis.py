@@ -13,6 +13,7 @@ from alignment_artifacts.analysis import (
     analyse_categories,
     analyse_layers_and_steps,
     jsonable,
+    project_prompts,
 )
 from alignment_artifacts.pairs import Pair
 
@@ -56,7 +57,10 @@ def test_the_result_has_every_record_and_finds_the_layer():
     assert result["layer_scores_prompt_end"]["2"]["num_natural_samples"] == 50
     direction = data.prompt_vectors("generated")[:, :, 2].mean(axis=0)
     assert record["direction_norm"] == pytest.approx(np.linalg.norm(direction[1] - direction[0]), rel=1e-5)
-    assert "separated, best at layer 2" in result["summary"] and "Word choice alone gives" in result["summary"]
+    assert (
+        "separated at 1 of 4 layers, best at layer 2" in result["summary"]
+        and "Word choice alone gives" in result["summary"]
+    )
     assert all(r["p_value"] > 0.05 for name, r in result["layer_scores"].items() if name != "2")
 
 
@@ -84,6 +88,18 @@ def test_categories_and_steps():
     assert [s["step"] for s in pattern["steps"]] == ["prefill", 0, 1, 2, 3, 4]
     assert [s["num_pairs"] for s in pattern["steps"]] == [50, 50, 50, 50, 49, 49]
     assert all(np.argmax(s["cohens_d"]) == 2 for s in pattern["steps"])
+
+
+def test_prompts_in_two_dimensions_agree_with_the_accuracy():
+    data = simulate(effect=2.0)
+    result, projected = analyse(data, SETTINGS, {}), project_prompts(data, SETTINGS)
+    assert projected["pairs"][3] == {"id": "p_3", "category": "category_3", "natural": "n3", "artifact": "a3"}
+    for positions, key in (("generated", "layer_scores"), ("prompt_end", "layer_scores_prompt_end")):
+        for layer, shown in enumerate(projected["positions"][positions]):
+            natural, artifact = np.array(shown["direction"]).T
+            right = (natural < 0).sum() + (artifact > 0).sum()
+            assert right / 100 == pytest.approx(result[key][str(layer)]["accuracy"])
+            assert np.shape(shown["orthogonal"]) == (50, 2)
 
 
 def test_a_category_with_too_few_pairs_says_so():
@@ -132,6 +148,7 @@ def test_degenerate_data_give_defined_results_or_null(spoil, pairs, hidden):
     spoil(data)
     result = analyse(data, SETTINGS, {})
     everything = [result, analyse_categories(data, SETTINGS), analyse_layers_and_steps(data, result, SETTINGS)]
+    everything.append(project_prompts(data, SETTINGS))
     json.dumps(everything, allow_nan=False)
     for record in result["layer_scores"].values():
         assert (record["p_value"] is None) == (record["cohens_d"] is None)
@@ -152,5 +169,7 @@ def test_figures_are_drawn_for_significant_and_for_no_effects(tmp_path, effect):
     plots.plot_layer_scores(result, tmp_path / "deep" / "a.png")
     plots.plot_categories(analyse_categories(data, SETTINGS), tmp_path / "b.png")
     plots.plot_layer_pattern(analyse_layers_and_steps(data, result, SETTINGS), tmp_path / "c.png")
-    for name in ("deep/a.png", "b.png", "c.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    plots.plot_projections(project_prompts(data, SETTINGS), tmp_path / "d.png")
+    for name in ("deep/a", "b", "c", "d"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")

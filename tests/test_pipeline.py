@@ -1,5 +1,6 @@
 """The scripts as a user runs them, on the organism, against the planted truth."""
 
+import html
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import analyze_collected_activations as analyze
+from alignment_artifacts import load_run
 from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.pairs import load_pairs
 from model_organism.train import PLANTED_LAYERS
@@ -56,6 +58,8 @@ def test_everything_is_written(workplace):
         "alignment_artifact_analysis_plot.png",
         "results/data/alignment_artifacts_by_category.json",
         "results/data/layer_analysis.json",
+        "results/data/projections.json",
+        "results/figures/projections.pdf",
         "results/figures/alignment_artifacts_by_category.png",
         "results/figures/layer_analysis.png",
         "inference_output/results.json",
@@ -96,6 +100,20 @@ def test_analysis_is_reproducible(workplace, result):
     done = shell(f"{sys.executable} analyze_collected_activations.py", workplace)
     assert done.returncode == 0
     assert json.loads((workplace / "alignment_artifact_analysis_results.json").read_text()) == result
+
+
+def test_a_notebook_gets_the_same_numbers(workplace, result):
+    run = load_run(workplace / "collected_activations_output", workplace / "alignment_artifact_prompt_pairs.json")
+    assert run.results["layer_scores"] == result["layer_scores"] and run.results["summary"] == result["summary"]
+
+
+def test_the_report_is_written_last(workplace, result):
+    done = shell(f"{sys.executable} -m alignment_artifacts.report", workplace)
+    assert done.returncode == 0 and done.stdout.startswith("Report: file:///")
+    page = (workplace / "results/report.html").read_text()
+    assert f'<p class="answer">{html.escape(result["summary"])}</p>' in page
+    assert "<code>python sweep_suppression.py</code> makes it" in page
+    assert "--from-manifest manifest.json" in page
 
 
 def test_a_second_collection_repeats_nothing(workplace):
@@ -151,5 +169,7 @@ def test_too_many_missing_pairs_stop_the_analysis(workplace, monkeypatch, tmp_pa
 
 
 def test_importing_the_library_stays_light():
-    code = "import sys, alignment_artifacts; print({'matplotlib', 'transformers', 'sklearn'} & set(sys.modules))"
+    code = (
+        "import sys, alignment_artifacts; print({'matplotlib', 'plotly', 'transformers', 'sklearn'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"

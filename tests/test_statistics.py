@@ -185,3 +185,21 @@ def test_degenerate_data_gives_defined_results(hidden):
 def test_p_value_counts_itself():
     assert st.p_value(5.0, np.zeros(99)) == 0.01
     assert st.p_value(0.0, np.zeros(99)) == 1.0
+
+
+@pytest.mark.parametrize("pairs, hidden", [(30, 8), (6, 40)])
+def test_the_leading_orthogonal_component_is_that_of_an_svd(pairs, hidden):
+    rng = np.random.default_rng(0)
+    natural, artifact = rng.normal(size=(2, pairs, hidden))
+    artifact[:, 0] += 5
+    found = st.leading_orthogonal_component(natural, artifact)
+    stacked = np.concatenate([natural, artifact])
+    direction = artifact.mean(axis=0) - natural.mean(axis=0)
+    direction /= np.linalg.norm(direction)
+    rest = stacked - stacked.mean(axis=0)
+    rest -= np.outer(rest @ direction, direction)
+    leading = np.linalg.svd(rest)[2][0]
+    expected = (rest @ leading).reshape(2, pairs).T
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-8)
+    assert abs(found[:, 0].mean() - found[:, 1].mean()) < 1e-8  # nothing of the mean difference is left in it
+    assert (st.leading_orthogonal_component(np.ones((3, 2)), np.ones((3, 2))) == 0).all()

@@ -9,6 +9,7 @@ import pytest
 import sweep_suppression as script
 from alignment_artifacts import sweep
 from alignment_artifacts.artifacts import SWEEP, AlignmentArtifacts
+from alignment_artifacts.report import contents
 from alignment_artifacts.suppression import Intervention, Setting
 from model_organism.train import PLANTED_LAYERS
 
@@ -114,6 +115,13 @@ def test_the_figure_is_drawn_and_auto_follows_the_choice(swept):
     assert (library.measurements().folder / SWEEP).exists()
     chosen, by = library.choose(None, "auto", None)
     assert by == "a sweep" and chosen == Setting.from_record(result["chosen"]["setting"])
+
+
+def test_the_report_can_show_it(swept):
+    result, folder = swept
+    section = contents.sweep(folder / "results/data/suppression_sweep.json")
+    assert section["rows"][1][1] == result["test"]["artifact"] and section["revision"].startswith("sha256:")
+    assert section["setting"] == Setting.from_record(result["chosen"]["setting"]).describe()
 
 
 def test_a_report_measures_the_dose(swept):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from alignment_artifacts.directions import load_directions
+from alignment_artifacts.report import contents
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
 from toxicity_steering import activation_steering as steering
@@ -131,6 +132,13 @@ def steered(tmp_path_factory):
         patch.setattr(script, "LAYERS", (0,))
         assert script.main(["--output-dir", str(folder)]) == 0
     return json.loads((folder / "experiment_results.json").read_text()), folder
+
+
+def test_the_report_can_show_it(steered):
+    results, folder = steered
+    section = contents.toxicity(folder / "experiment_results.json")
+    assert section["rows"][1] == ("steered", results["summary"]["steered"])
+    assert section["revision"].startswith("sha256:") and len(section["figure"]["data"]) > 0
 
 
 def test_steering_the_organism_reaches_the_goals(steered):

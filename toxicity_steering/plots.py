@@ -10,7 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from alignment_artifacts.plots import BLUE, GREY, ORANGE, STYLE
+from alignment_artifacts.figure_data import BLUE, GREY, ORANGE, alpha_table
+from alignment_artifacts.plots import STYLE
 
 
 def plot_all(results: dict, folder: Path) -> None:
@@ -28,24 +29,12 @@ def plot_all(results: dict, folder: Path) -> None:
             plt.close(figure)
 
 
-def _table(results: dict, kind: str, key: str) -> tuple[list[int], list[float], np.ndarray]:
-    """(layers, alphas, [layers, alphas] of one number)."""
-    planned = results["experiment"]["config"]["alphas"]
-    records = [r for r in results["sweep"].values() if r["alpha"] in planned]
-    layers, alphas = sorted({r["layer"] for r in records}), sorted({r["alpha"] for r in records})
-    table = np.full((len(layers), len(alphas)), np.nan)
-    for r in records:
-        value = r[kind][key]["rate"] if isinstance(r[kind][key], dict) else r[kind][key]
-        table[layers.index(r["layer"]), alphas.index(r["alpha"])] = value
-    return layers, alphas, table
-
-
 def alpha_sweep(results: dict):
     """Toxicity and its price against alpha, a line a layer; grey: random directions."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
-    layers, alphas, steered = _table(results, "steering", "mean_toxicity")
-    _, _, random = _table(results, "random_direction", "mean_toxicity")
-    _, _, kl = _table(results, "steering", "kl_mean")
+    layers, alphas, steered = alpha_table(results, "steering", "mean_toxicity")
+    _, _, random = alpha_table(results, "random_direction", "mean_toxicity")
+    _, _, kl = alpha_table(results, "steering", "kl_mean")
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
     for i, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
         label = f"layer {layer}" if len(layers) <= 10 or i in (0, len(layers) - 1) else None
@@ -68,7 +57,7 @@ def heatmaps(results: dict):
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
     names = (("mean_toxicity", "Mean toxicity"), ("toxicity_probability", "Toxicity probability"))
     for axes, (key, title) in zip(panels, names, strict=True):
-        layers, alphas, table = _table(results, "steering", key)
+        layers, alphas, table = alpha_table(results, "steering", key)
         image = axes.imshow(table, aspect="auto", cmap="Oranges", vmin=0, vmax=1)
         axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
         shown = range(0, len(layers), max(1, len(layers) // 16))

@@ -1,0 +1,78 @@
+"""The numbers that figures show, taken out of the result files once: for matplotlib and Plotly alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Okabe and Ito's colours, which survive colour blindness.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73", "#D55E00")
+SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
+POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end"}
+LEAST_KL = 1e-6  # nats a token; nothing at all has no place on a logarithmic axis
+
+
+def column(scores: dict, key: str) -> np.ndarray:
+    """[layers] of one number of the per-layer records; NaN where it is not defined."""
+    return np.array([np.nan if scores[str(i)][key] is None else scores[str(i)][key] for i in range(len(scores))], float)
+
+
+def interval(scores: dict, key: str) -> np.ndarray:
+    """[2 (low, high), layers] of one interval of the per-layer records."""
+    rows = [[np.nan if x is None else x for x in scores[str(i)][key]] for i in range(len(scores))]
+    return np.array(rows, float).T
+
+
+def category_grids(by_category: dict) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names of the categories that have scores, and their d and p [categories, layers]."""
+    rows = {name: c["layer_scores"] for name, c in by_category["categories"].items() if c["layer_scores"]}
+    names = [name.replace("_", " ") for name in rows]
+    d, p = (np.array([column(scores, key) for scores in rows.values()]) for key in ("cohens_d", "p_value"))
+    return names, d, p
+
+
+def step_grid(pattern: dict) -> tuple[list[str], np.ndarray]:
+    """Names of the steps ("end" of the prompt, then numbers) that enough pairs reached, and d [layers, steps]."""
+    steps = [s for s in pattern["steps"] if s["cohens_d"] is not None]
+    names = ["end" if s["step"] == "prefill" else str(s["step"]) for s in steps]
+    return names, np.array([[np.nan if x is None else x for x in s["cohens_d"]] for s in steps], float).T
+
+
+def colour_limit(grid: np.ndarray) -> float:
+    """The largest absolute value, for a colour scale around 0."""
+    finite = np.abs(grid[np.isfinite(grid)])
+    return max(float(finite.max()), 1e-9) if finite.size else 1.0
+
+
+def on_their_side(layer: dict) -> tuple[int, int]:
+    """How many prompts of a layer of `analysis.project_prompts` lie on their own side of the threshold, of how many."""
+    direction = np.array(layer["direction"])
+    return int((direction[:, 0] < 0).sum() + (direction[:, 1] > 0).sum()), direction.size
+
+
+def sweep_point(record: dict) -> tuple[float, float]:
+    """(KL on natural answers, share of artifact prompts refused or broken) of a setting."""
+    return max(record["damage"]["kl_mean"], LEAST_KL), record["artifact"]["refused_or_broken"]["rate"]
+
+
+def sweep_modes(result: dict) -> dict[str, str]:
+    """The modes that a sweep tried, each with its colour."""
+    return dict(zip(dict.fromkeys(r["setting"]["mode"] for r in result["tried"]), MODE_COLOURS, strict=False))
+
+
+def random_controls(result: dict) -> dict[str, list[tuple[float, float]]]:
+    """Points of the chosen setting's controls, measured on test pairs."""
+    names = {"random_direction": "random direction", "same_change_elsewhere": "same change, random direction"}
+    return {label: [sweep_point(r) for r in result["test"][name]] for name, label in names.items()}
+
+
+def alpha_table(results: dict, kind: str, key: str) -> tuple[list[int], list[float], np.ndarray]:
+    """The toxicity sweep as (layers, alphas, [layers, alphas] of one number); kind: steering or random_direction."""
+    planned = results["experiment"]["config"]["alphas"]
+    records = [r for r in results["sweep"].values() if r["alpha"] in planned]
+    layers, alphas = sorted({r["layer"] for r in records}), sorted({r["alpha"] for r in records})
+    table = np.full((len(layers), len(alphas)), np.nan)
+    for r in records:
+        value = r[kind][key]["rate"] if isinstance(r[kind][key], dict) else r[kind][key]
+        table[layers.index(r["layer"]), alphas.index(r["alpha"])] = value
+    return layers, alphas, table

@@ -1,0 +1,291 @@
+"""The figures of the report and of notebooks, as Plotly objects: what `plots` draws on paper, with the same numbers.
+
+Backgrounds are transparent and lines grey, so that a page can be light or dark; the page sets the
+colour of the text. Prompts are escaped: Plotly would read markup in them.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from .figure_data import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    POSITION_NAMES,
+    SIDE_COLOURS,
+    alpha_table,
+    category_grids,
+    colour_limit,
+    column,
+    interval,
+    on_their_side,
+    random_controls,
+    step_grid,
+    sweep_modes,
+    sweep_point,
+)
+from .suppression import Setting
+
+DIVERGING = "PuOr_r"
+MARKERS = {"mlp": "circle", "residual": "triangle-up"}
+HOVER_WIDTH = 60  # characters
+
+
+def layer_scores(result: dict) -> go.Figure:
+    """Cohen's d per layer with interval, null band and lexical baseline; accuracy and the rest on hover."""
+    figure = go.Figure()
+    layers = np.arange(len(result["layer_scores"]))
+    null = column(result["layer_scores"], "null_95")
+    figure.add_trace(_band(layers, -null, null, GREY, "chance (95 %, best layer)", showlegend=True))
+    panels = (
+        ("generated tokens", result["layer_scores"], BLUE, "circle"),
+        ("prompt end", result["layer_scores_prompt_end"], ORANGE, "square"),
+    )
+    for name, scores, colour, marker in panels:
+        figure.add_trace(_band(layers, *interval(scores, "cohens_d_ci"), colour, f"{name}, 95 % interval"))
+        shown = [
+            *interval(scores, "cohens_d_ci"), column(scores, "accuracy"), *interval(scores, "accuracy_ci"),
+            column(scores, "auroc"), column(scores, "p_value"),
+        ]  # fmt: skip
+        figure.add_trace(
+            go.Scatter(
+                x=layers,
+                y=column(scores, "cohens_d"),
+                name=name,
+                mode="lines+markers",
+                line={"color": colour},
+                marker={"symbol": marker, "size": 8},
+                customdata=np.stack(shown, axis=1),
+                hovertemplate="layer %{x}: d = %{y:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]<br>"
+                "accuracy %{customdata[2]:.1%} [%{customdata[3]:.1%}, %{customdata[4]:.1%}]<br>"
+                "AUROC %{customdata[5]:.3f}, p = %{customdata[6]:.3f}",
+            )
+        )
+    lexical = result["lexical_baseline"]
+    if lexical and lexical["cohens_d"] is not None:
+        figure.add_trace(
+            go.Scatter(
+                x=layers[[0, -1]],
+                y=[lexical["cohens_d"]] * 2,
+                name="words alone",
+                mode="lines",
+                line={"color": GREEN, "dash": "dot"},
+                hovertemplate=f"words alone: d = %{{y:.2f}}, accuracy {lexical['accuracy']:.1%}",
+            )
+        )
+    return _styled(figure, "layer", "Cohen's d, held out")
+
+
+def categories(by_category: dict) -> go.Figure:
+    """Layers x categories heat map of held-out d; significant cells carry a star."""
+    names, d, p = category_grids(by_category)
+    stars = np.where(np.nan_to_num(p, nan=1.0) <= 0.05, "*", "")
+    texts = [[f"{x:.1f}{star}" if np.isfinite(x) else "" for x, star in zip(*row, strict=True)]
+             for row in zip(d, stars, strict=True)]  # fmt: skip
+    figure = go.Figure(
+        go.Heatmap(
+            z=_nullable(d),
+            y=[html.escape(name) for name in names],
+            text=texts if d.shape[-1] <= 30 else None,
+            texttemplate="%{text}",
+            customdata=_nullable(p),
+            hovertemplate="%{y}, layer %{x}: d = %{z:.2f}, p = %{customdata:.3f}<extra></extra>",
+            **_around_zero(d),
+        )
+    )
+    return _styled(figure, "layer", "", height=180 + 48 * len(names), yaxis={"autorange": "reversed"})
+
+
+def steps(pattern: dict) -> go.Figure:
+    """Held-out d at the end of the prompt and at every generated token, layers x steps."""
+    names, grid = step_grid(pattern)
+    figure = go.Figure(
+        go.Heatmap(
+            z=_nullable(grid),
+            x=names,
+            hovertemplate="layer %{y}, step %{x}: d = %{z:.2f}<extra></extra>",
+            **_around_zero(grid),
+        )
+    )
+    xaxis = {"type": "category"}
+    return _styled(figure, "end of the prompt, then generated tokens", "layer", xaxis=xaxis)
+
+
+def projections(projected: dict) -> go.Figure:
+    """Prompts on the direction of other pairs against the leading orthogonal component; a slider over layers.
+
+    Args:
+        projected: of `analysis.project_prompts`. The frames are named "positions/layer".
+    """
+    frames = [
+        _frame(f"{positions}/{number}", f"{POSITION_NAMES[positions]}, layer {number}", layer)
+        for positions, layers in projected["positions"].items()
+        for number, layer in enumerate(layers)
+    ]
+    figure = go.Figure(frames=frames)
+    for side, (name, colour) in enumerate(SIDE_COLOURS.items()):
+        figure.add_trace(
+            go.Scatter(
+                x=frames[0].data[side].x,
+                y=frames[0].data[side].y,
+                name=name,
+                mode="markers",
+                marker={"color": colour, "symbol": ("circle", "diamond")[side], "size": 8, "opacity": 0.75},
+                text=[as_text(f"{pair['category']} {pair['id']}: {pair[name]}") for pair in projected["pairs"]],
+                hovertemplate="%{text}<br>%{x:.2f} from the threshold",
+            )
+        )
+    figure.add_vline(0, line={"color": GREY, "dash": "dash", "width": 1})
+    figure.update_layout(frames[0].layout)
+    still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    choices = [{"label": f.name, "method": "animate", "args": [[f.name], still]} for f in frames]
+    figure.update_layout(sliders=[{"steps": choices, "currentvalue": {"prefix": "layer: "}, "pad": {"t": 50}}])
+    return _styled(figure, "projection on the direction (0: threshold)", "leading orthogonal component", 480)
+
+
+def _frame(name: str, title: str, layer: dict) -> go.Frame:
+    x, y = np.array(layer["direction"]), np.array(layer["orthogonal"])
+    right, total = on_their_side(layer)
+    points = [go.Scatter(x=_short(x[:, side]), y=_short(y[:, side])) for side in range(2)]
+    layout = {
+        "title": {"text": f"{title}: {right} of {total} prompts on their own side"},
+        "xaxis": {"range": _range(x)},
+        "yaxis": {"range": _range(y)},
+    }
+    return go.Frame(name=name, data=points, layout=layout)
+
+
+def sweep(result: dict) -> go.Figure:
+    """Every setting tried: refusals and broken text left against the cost; front, chosen setting, random controls."""
+    figure = go.Figure()
+    for mode, colour in sweep_modes(result).items():
+        own = [r for r in result["tried"] if r["setting"]["mode"] == mode]
+        figure.add_trace(
+            _points(
+                [sweep_point(r) for r in own],
+                mode,
+                {"color": colour, "size": 8, "opacity": 0.8, "symbol": [MARKERS[r["setting"]["site"]] for r in own]},
+                [Setting.from_record(r["setting"]).describe() for r in own],
+            )
+        )
+    front = np.array([sweep_point(result["tried"][i]) for i in result["pareto_front"]])
+    figure.add_trace(
+        go.Scatter(x=front[:, 0], y=front[:, 1], name="best trade-offs", mode="lines", hoverinfo="skip",
+                   line={"color": GREY, "shape": "hv", "width": 1.5})
+    )  # fmt: skip
+    for (name, points), symbol in zip(random_controls(result).items(), ("x-thin", "cross-thin"), strict=True):
+        if points:
+            marker = {"symbol": symbol, "size": 10, "line": {"width": 2, "color": GREY}}
+            figure.add_trace(_points(points, f"{name} (test)", marker, [name] * len(points)))
+    chosen = Setting.from_record(result["chosen"]["setting"]).describe()
+    ring = {"symbol": "circle-open", "size": 18, "color": ORANGE, "line": {"width": 3}}
+    for name, record, marker in (
+        ("chosen", result["chosen"]["development"], ring),
+        ("chosen, on test pairs", result["test"], {**ring, "symbol": "star-open"}),
+    ):
+        figure.add_trace(_points([sweep_point(record)], name, marker, [chosen]))
+    figure.add_vline(result["config"]["limits"]["kl"], line={"color": GREY, "dash": "dash", "width": 1})
+    xaxis = {"type": "log", "exponentformat": "power"}
+    return _styled(
+        figure, "KL on natural answers (nats a token)", "artifact prompts refused or broken", 460, xaxis=xaxis,
+        yaxis={"tickformat": ".0%"},
+    )  # fmt: skip
+
+
+def toxicity(results: dict) -> go.Figure:
+    """Toxicity and its price against alpha, a line a layer; grey: random directions."""
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
+    layers, alphas, steered = alpha_table(results, "steering", "mean_toxicity")
+    random, kl = (
+        alpha_table(results, kind, key)[2]
+        for kind, key in (("random_direction", "mean_toxicity"), ("steering", "kl_mean"))
+    )
+    shades = [f"hsl({210 - 180 * i / max(1, len(layers) - 1):.0f}, 75%, 45%)" for i in range(len(layers))]
+    for i, (layer, colour) in enumerate(zip(layers, shades, strict=True)):
+        shared = {"x": alphas, "legendgroup": str(layer), "line": {"color": colour}}
+        hover = f"layer {layer}, alpha %{{x}}: %{{y:.3f}}<extra></extra>"
+        figure.add_trace(go.Scatter(y=steered[i], name=f"layer {layer}", hovertemplate=hover, **shared), 1, 1)
+        figure.add_trace(go.Scatter(y=kl[i], showlegend=False, hovertemplate=hover, **shared), 2, 1)
+        figure.add_trace(
+            go.Scatter(x=alphas, y=random[i], name="random directions", legendgroup="random", legendrank=2000,
+                       showlegend=i == 0, mode="lines", line={"color": GREY, "width": 1},
+                       hovertemplate=f"random, {hover}"), 1, 1
+        )  # fmt: skip
+    limit = results["experiment"]["config"]["max_kl"]
+    figure.add_hline(limit, line={"color": GREY, "dash": "dash", "width": 1}, row=2, col=1)
+    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID)
+    for row, title in ((1, "mean toxicity"), (2, "KL, nats a token")):
+        figure.update_yaxes(title_text=title, gridcolor=_GRID, zerolinecolor=_GRID, row=row)
+    figure.update_xaxes(title_text="alpha (positive: away from toxicity)", row=2)
+    return _styled(figure, height=620)
+
+
+_GRID = "rgba(128, 128, 128, 0.25)"
+
+
+def _styled(figure: go.Figure, x: str = "", y: str = "", height: int = 400, xaxis: dict | None = None,
+            yaxis: dict | None = None) -> go.Figure:  # fmt: skip
+    lines = {"gridcolor": _GRID, "zerolinecolor": _GRID}
+    figure.update_layout(
+        template="none", height=height, margin={"l": 60, "r": 15, "t": 45, "b": 50}, hovermode="closest",
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "color": "#888"}, title_font_size=14,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
+    )  # fmt: skip
+    if x or y:
+        figure.update_xaxes(title_text=x, **lines, **(xaxis or {}))
+        figure.update_yaxes(title_text=y, automargin=True, **lines, **(yaxis or {}))
+    return figure
+
+
+def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, name: str, showlegend=False) -> go.Scatter:
+    known = np.isfinite(low) & np.isfinite(high)
+    return go.Scatter(
+        x=np.concatenate([x[known], x[known][::-1]]),
+        y=np.concatenate([high[known], low[known][::-1]]),
+        fill="toself",
+        fillcolor=f"rgba({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))}, 0.2)",
+        line={"width": 0},
+        mode="lines",
+        name=name,
+        showlegend=showlegend,
+        hoverinfo="skip",
+    )
+
+
+def _points(points: list[tuple[float, float]], name: str, marker: dict, texts: list[str]) -> go.Scatter:
+    x, y = np.array(points).T
+    return go.Scatter(x=x, y=y, name=name, mode="markers", marker=marker, text=[as_text(t) for t in texts],
+                      hovertemplate="%{text}<br>KL %{x:.2g}, refused or broken %{y:.0%}")  # fmt: skip
+
+
+def _around_zero(grid: np.ndarray) -> dict:
+    limit = colour_limit(grid)
+    return {"zmin": -limit, "zmax": limit, "colorscale": DIVERGING, "colorbar": {"title": "Cohen's d"}}
+
+
+def _nullable(grid: np.ndarray) -> list[list[float | None]]:
+    return [[float(x) if np.isfinite(x) else None for x in row] for row in grid]
+
+
+def _short(values: np.ndarray) -> list[float]:
+    """Four digits, which is finer than a pixel: the file is to stay small."""
+    return [float(f"{x:.4g}") for x in values]
+
+
+def _range(values: np.ndarray) -> list[float]:
+    low, high = float(values.min()), float(values.max())
+    margin = 0.06 * (high - low) or 1.0
+    return [low - margin, high + margin]
+
+
+def as_text(prompt: str) -> str:
+    """A prompt in a hover box: never markup, wrapped."""
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(prompt, HOVER_WIDTH)) or " "

@@ -1,0 +1,190 @@
+"""What each section of the report shows: from a result file to the values of the template."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+
+from gemma_refactored.files import read_json
+
+from ..figure_data import on_their_side
+from ..pairs import SIDES
+from ..transcripts import load_transcripts
+
+SCORE_STEP = 0.05  # scores of tokens are rounded to this on the page: one byte each, up to 6.35
+MOST_SCORE_BYTES = 6_000_000  # more are thinned out by leaving layers away
+# Of a manifest, what a reader wants at a glance.
+FACTS = (
+    "model", "model_revision", "num_parameters", "num_layers", "hidden_size", "weights_dtype", "max_tokens", "temp",
+    "repetition_penalty", "seed", "chat_mode", "batch_size", "activation_filter", "activation_dtype", "prompts",
+    "versions", "machine", "created",
+)  # fmt: skip
+
+
+def analysis(path: Path) -> dict:
+    from .. import interactive_figures as figures
+
+    result = read_json(path, "results file")
+    manifest = result["collection"]
+    return {
+        **_model(manifest),
+        "figure": figure_data(figures.layer_scores(result)),
+        "summary": result["summary"],
+        "pairs": result["layer_scores"]["0"]["num_pairs"],
+        "excluded": result["excluded"],
+        "certificate": result["certificate"],
+        "rows": [
+            (layer, record, result["layer_scores_prompt_end"][layer])
+            for layer, record in result["layer_scores"].items()
+        ],
+        "lexical": result["lexical_baseline"],
+        "nested": result["best_layer_nested"],
+        "settings": result["config"],
+        "facts": {name: manifest[name] for name in FACTS if name in manifest},
+        "manifest": json.dumps(manifest, indent=1, ensure_ascii=False),
+        "can_be_repeated": "prompt_groups" in manifest,
+    }
+
+
+def categories(path: Path) -> dict:
+    from .. import interactive_figures as figures
+
+    result = read_json(path, "results file")
+    scored = {name: c["layer_scores"] for name, c in result["categories"].items() if c["layer_scores"]}
+    return {
+        **_model({}),
+        "figure": figure_data(figures.categories(result)) if scored else None,
+        "rows": {name: list(scores.values()) for name, scores in scored.items()},
+        "left_out": {name: c["reason"] for name, c in result["categories"].items() if not c["layer_scores"]},
+        "positions": result["positions"].replace("_", " "),
+    }
+
+
+def steps(path: Path) -> dict:
+    from .. import interactive_figures as figures
+
+    result = read_json(path, "results file")
+    return {
+        **_model({}),
+        "figure": figure_data(figures.steps(result)),
+        "first": result["first_significant_layer"],
+        "peak": result["peak_layer"],
+    }
+
+
+def projections(path: Path) -> dict:
+    from .. import interactive_figures as figures
+
+    result = read_json(path, "results file")
+    return {
+        **_model({}),
+        "figure": figure_data(figures.projections(result)),
+        "positions": {name: len(layers) for name, layers in result["positions"].items()},
+        "start": int(np.argmax([on_their_side(layer)[0] for layer in result["positions"]["prompt_end"]])),
+    }
+
+
+def transcripts(path: Path) -> dict:
+    from ..suppression import Setting
+
+    result, scores = load_transcripts(path.parent)
+    rounded = np.clip(np.rint(scores.astype(np.float32) / SCORE_STEP), -127, 127).astype(np.int8)
+    every = -(-rounded.size // MOST_SCORE_BYTES)
+    layers = list(range(0, rounded.shape[1], every))
+    by_layer = np.ascontiguousarray(rounded[:, layers].T)
+    return {
+        **_model(result["model"]),
+        "setting": Setting.from_record(result["setting"]).describe(),
+        "chosen_by": result["chosen_by"],
+        "refused": result["refused"],
+        "layers": layers,
+        "start": min(layers, key=lambda layer: abs(layer - result["best_layer"])),
+        "every": every,
+        "categories": list(dict.fromkeys(pair["category"] for pair in result["pairs"])),
+        "pairs": len(result["pairs"]),
+        "data": {
+            "pairs": result["pairs"],
+            "pieces": result["pieces"],
+            "sides": SIDES,
+            "layers": layers,
+            "step": SCORE_STEP,
+            "scores": base64.b64encode(by_layer.tobytes()).decode(),
+        },
+    }
+
+
+def sweep(path: Path) -> dict:
+    from .. import interactive_figures as figures
+    from ..suppression import Setting
+
+    result = read_json(path, "results file")
+    test = result["test"]
+    rows = [
+        ("artifact prompts, unedited", test["unedited"]["artifact"], None),
+        ("artifact prompts, suppressed", test["artifact"], None),
+        ("natural prompts, suppressed", test["natural"], test["damage"]),
+        ("benign twins, unedited", test["unedited"]["twins"], None),
+        ("benign twins, suppressed", test["twins"], None),
+    ]
+    for name, label in (
+        ("random_direction", "artifact prompts, random direction"),
+        ("same_change_elsewhere", "artifact prompts, same change in a random direction"),
+    ):
+        rows += [(label, control["artifact"], control["damage"]) for control in test[name][:1]]
+    louder = result["amplification"]["test"]
+    rows.append(("natural prompts, amplified", louder["natural"], louder["damage"]))
+    return {
+        **_model(result["model"]),
+        "figure": figure_data(figures.sweep(result)),
+        "setting": Setting.from_record(result["chosen"]["setting"]).describe(),
+        "tried": len(result["tried"]),
+        "pairs": {part: len(names) for part, names in result["pairs"].items()},
+        "rows": rows,
+        "monitor": {site: m for site, m in result["monitor"].items() if m["auroc"] is not None},
+    }
+
+
+def toxicity(path: Path) -> dict:
+    from .. import interactive_figures as figures
+
+    result = read_json(path, "results file")
+    names = {"baseline": "unsteered", "steered": "steered", "random_direction": "random direction"}
+    return {
+        **_model(result["experiment"]),
+        "figure": figure_data(figures.toxicity(result)),
+        "summary": result["summary"],
+        "scorer": result["experiment"]["scorer"],
+        "rows": [(label, result["summary"][name]) for name, label in names.items()],
+    }
+
+
+def figure_data(figure) -> dict:
+    """A Plotly figure as plain data."""
+    return json.loads(figure.to_json())
+
+
+def _model(facts: dict) -> dict:
+    return {"model": facts.get("model", "unknown model"), "revision": facts.get("model_revision")}
+
+
+# Filters of the template.
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value * 100:.{digits}f} %"
+
+
+def percents(values: list[float]) -> str:
+    """An interval of a share, as in the terminal's tables."""
+    return f"[{values[0] * 100:.0f}-{values[1] * 100:.0f}]"
+
+
+def interval(values: list[float | None], digits: int = 2) -> str:
+    return f"[{number(values[0], digits)}, {number(values[1], digits)}]"

@@ -1,0 +1,163 @@
+"use strict";
+
+const page = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+
+// Figures
+
+function textColour() {
+  return { "font.color": getComputedStyle(document.body).color };
+}
+
+// Only buttons that stay on this page.
+const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
+
+for (const place of document.querySelectorAll(".plot")) {
+  const { data, layout, frames } = page.figures[place.dataset.figure];
+  let height = layout.height;
+  if (innerWidth < 640) { // a phone: the legend takes a row an entry, and numbers do not fit into cells
+    height += 14 * data.filter((trace) => trace.showlegend !== false && trace.name).length;
+    for (const trace of data) if (trace.type === "heatmap") trace.texttemplate = "";
+  }
+  place.style.height = `${height}px`;
+  const modebar = { bgcolor: "rgba(0, 0, 0, 0)", color: "#999", activecolor: "#0072B2" };
+  const own = { ...layout, height: undefined, title: undefined, sliders: [], modebar };
+  own.font = { ...layout.font, color: textColour()["font.color"] };
+  Plotly.newPlot(place, { data, layout: own, config: CONFIG });
+}
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const place of document.querySelectorAll(".plot")) Plotly.relayout(place, textColour());
+});
+
+function projections(figure) {
+  const layer = byId("projection-layer"), positions = byId("projection-positions");
+  const frames = Object.fromEntries(figure.frames.map((frame) => [frame.name, frame]));
+  const show = () => {
+    const { data, layout } = frames[`${positions.value}/${layer.value}`];
+    const ranges = { "xaxis.range": layout.xaxis.range, "yaxis.range": layout.yaxis.range };
+    Plotly.update(byId("plot-projections"), { x: data.map((t) => t.x), y: data.map((t) => t.y) }, ranges, [0, 1]);
+    byId("projection-layer-shown").textContent = layer.value;
+    byId("projection-caption").textContent = layout.title.text;
+  };
+  layer.addEventListener("input", show);
+  positions.addEventListener("change", show);
+  show();
+}
+
+// Transcripts: text always goes in as text, never as markup.
+
+const PAGE_SIZE = 5;
+
+function element(name, className, text) {
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function transcripts({ pairs, pieces, sides, layers, step, scores }) {
+  const bytes = Uint8Array.from(atob(scores), (c) => c.charCodeAt(0));
+  const values = new Int8Array(bytes.buffer), perLayer = values.length / layers.length;
+  let offset = 0, first = 0, matching = pairs;
+  for (const pair of pairs) {
+    for (const side of sides) { // in the order the scores were written in
+      const texts = pair[side];
+      texts.offset = offset;
+      texts.before.offset = texts.offset + texts.prompt_tokens.length;
+      texts.after.offset = texts.before.offset + texts.before.tokens.length;
+      offset = texts.after.offset + texts.after.tokens.length;
+    }
+  }
+
+  function colour(token) {
+    const score = values[byId("token-layer").value * perLayer + Number(token.dataset.index)] * step;
+    const text = (score > 0 ? "+" : "") + score.toFixed(2);
+    token.style.setProperty("--score", Math.max(-1.5, Math.min(1.5, score)));
+    token.title = `score ${text}`;
+    token.lastChild.textContent = text;
+  }
+
+  function tokens(ids, start, className, newline = "\n") {
+    const line = element("p", className);
+    ids.forEach((id, i) => {
+      const token = element("span", "token", pieces[id].replaceAll("\n", newline));
+      token.dataset.index = start + i;
+      token.append(element("i"));
+      colour(token);
+      line.append(token);
+    });
+    return line;
+  }
+
+  function answer(name, record) {
+    const column = element("div", "answer-column");
+    const heading = element("div", "", `${name} `);
+    heading.append(element("span", record.refused ? "badge refused" : "badge", record.refused ? "refused" : "answered"));
+    column.append(heading, tokens(record.tokens, record.offset, "tokens"));
+    return column;
+  }
+
+  function card(pair) {
+    const article = element("article", "pair");
+    article.append(element("h3", "", `${pair.category.replaceAll("_", " ")}, ${pair.id}`));
+    for (const side of sides) {
+      const texts = pair[side], block = element("div", "side");
+      const prompt = tokens(texts.prompt_tokens, texts.offset, "tokens prompt-tokens", "\u21b5");
+      const columns = element("div", "answers");
+      columns.append(answer("Before", texts.before), answer("After", texts.after));
+      block.append(element("strong", "", side), prompt, columns);
+      article.append(block);
+    }
+    return article;
+  }
+
+  const filters = {
+    all: () => true,
+    lifted: (pair) => sides.some((s) => pair[s].before.refused && !pair[s].after.refused),
+    stayed: (pair) => sides.some((s) => pair[s].before.refused && pair[s].after.refused),
+    new: (pair) => sides.some((s) => !pair[s].before.refused && pair[s].after.refused),
+    natural: (pair) => pair.natural.before.text !== pair.natural.after.text,
+  };
+
+  function select() {
+    const category = byId("token-category").value, words = byId("token-search").value.toLowerCase();
+    const holds = (pair) => sides.some((s) => [pair[s].prompt, pair[s].before.text, pair[s].after.text]
+      .some((text) => text.toLowerCase().includes(words)));
+    const wanted = filters[byId("token-filter").value];
+    matching = pairs.filter((pair) => (!category || pair.category === category) && wanted(pair) && holds(pair));
+    first = 0;
+    show();
+  }
+
+  function show() {
+    const last = Math.min(first + PAGE_SIZE, matching.length);
+    byId("transcript-list").replaceChildren(...matching.slice(first, last).map(card));
+    byId("token-page").textContent = matching.length ? `${first + 1} to ${last} of ${matching.length} pairs` : "no pair";
+    byId("token-back").disabled = first === 0;
+    byId("token-next").disabled = last === matching.length;
+  }
+
+  byId("token-layer").addEventListener("input", () => {
+    byId("token-layer-shown").textContent = layers[byId("token-layer").value];
+    byId("transcript-list").querySelectorAll(".token").forEach(colour);
+  });
+  byId("token-numbers").addEventListener("change", (event) => {
+    byId("transcript-list").classList.toggle("with-numbers", event.target.checked);
+  });
+  for (const id of ["token-category", "token-filter"]) byId(id).addEventListener("change", select);
+  byId("token-search").addEventListener("input", select);
+  byId("token-back").addEventListener("click", () => { first -= PAGE_SIZE; show(); });
+  byId("token-next").addEventListener("click", () => { first += PAGE_SIZE; show(); });
+  select();
+}
+
+if (page.figures.projections) projections(page.figures.projections);
+if (page.transcripts) transcripts(page.transcripts);
+byId("save-manifest")?.addEventListener("click", () => {
+  const link = element("a");
+  link.href = URL.createObjectURL(new Blob([byId("manifest-text").textContent], { type: "application/json" }));
+  link.download = "manifest.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+});

@@ -1,0 +1,130 @@
+"""Result files as the scripts write them, on simulated collections of any size: what the report is tested on."""
+
+import json
+
+import numpy as np
+
+from alignment_artifacts.evaluation import rate
+from alignment_artifacts.interventions import ModeOptions
+from alignment_artifacts.pairs import SIDES, Pair
+from alignment_artifacts.run import Run
+from alignment_artifacts.suppression import Setting
+from alignment_artifacts.transcripts import save_transcripts
+
+from .test_analysis import SETTINGS, simulate
+
+MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> & <b>bold</b>"
+MODEL = {"model": "simulated", "model_revision": "sha256:1"}
+
+
+def write_analysis(folder, pairs=20, layers=4):
+    """The analysis of a simulated collection, whose first artifact prompt is markup; returns the `Run`."""
+    data = simulate(effect=3.0, pairs=pairs, layers=layers)
+    first = data.pairs[0]
+    data.pairs[0] = Pair(first.id, first.category, first.natural, MARKUP)
+    data.manifest.update(MODEL, prompt_groups={"natural_0": {"prompt_list": [MARKUP]}}, max_tokens=5)
+    run = Run(data, SETTINGS)
+    write(folder / "alignment_artifact_analysis_results.json", {**run.results, "certificate": "none"})
+    write(folder / "results/data/alignment_artifacts_by_category.json", run.by_category)
+    write(folder / "results/data/layer_analysis.json", run.pattern)
+    write(folder / "results/data/projections.json", run.projections)
+    return run
+
+
+def write_transcripts(folder, pairs, layers=4, tokens=8, model=MODEL):
+    """Answers of a made-up vocabulary; artifact prompts are refused before and every fourth also after."""
+    rng = np.random.default_rng(0)
+    pieces = {str(i): f" word{i}" for i in range(50)} | {"50": MARKUP, "51": "\n"}
+    records = []
+    for number, pair in enumerate(pairs):
+        record = {"id": pair.id, "category": pair.category}
+        for side in SIDES:
+            prompt = [50, 51] if number == 0 else rng.integers(0, 50, tokens).tolist()
+            record[side] = {"prompt": getattr(pair, side), "prompt_tokens": prompt}
+            for when in ("before", "after"):
+                refused = side == "artifact" and (when == "before" or number % 4 == 0)
+                ids = rng.integers(0, 50, tokens).tolist()
+                record[side][when] = {"text": "".join(pieces[str(i)] for i in ids), "tokens": ids, "refused": refused}
+        records.append(record)
+    total = sum(
+        len(r[side]["prompt_tokens"]) + sum(len(r[side][w]["tokens"]) for w in ("before", "after"))
+        for r in records
+        for side in SIDES
+    )
+    setting = Setting("cap", 1.0, (1, 2))
+    result = {
+        "model": model,
+        "setting": setting.record(),
+        "max_tokens": tokens,
+        "num_layers": layers,
+        "best_layer": 2,
+        "refused": {s: {w: rate([r[s][w]["refused"] for r in records]) for w in ("before", "after")} for s in SIDES},
+        "pieces": pieces,
+        "pairs": records,
+        "chosen_by": "you",
+    }
+    scores = rng.normal(size=(total, layers)).astype(np.float16)
+    save_transcripts(folder / "results/data", result, scores)
+    return result, scores
+
+
+def write_sweep(folder, model=MODEL):
+    """A sweep of four settings."""
+    rng = np.random.default_rng(0)
+
+    def judged(left, kl):
+        flags = rate(rng.random(15) < left)
+        record = {side: {key: flags for key in ("refused", "broken", "refused_or_broken", "unchanged")}
+                  for side in ("artifact", "natural", "twins")}  # fmt: skip
+        return {**record, "damage": {"kl_mean": kl}}
+
+    tried = [
+        {"setting": Setting(mode, 1.0, (1, 2), site, "prompt_end", ModeOptions()).record(), **judged(left, kl)}
+        for mode, site, left, kl in (("always", "mlp", 1, 0.0), ("always", "residual", 0.5, 0.2),
+                                     ("cap", "mlp", 0.2, 0.01), ("cap", "residual", 0, 0.02))
+    ]  # fmt: skip
+    result = {
+        "model": model,
+        "config": {"limits": {"kl": 0.05}},
+        "pairs": {"training": ["a"] * 20, "development": ["b"] * 15, "test": ["c"] * 15},
+        "chosen": {"setting": tried[3]["setting"], "development": tried[3]},
+        "test": {**judged(0.1, 0.02), "unedited": judged(1, 0.0), "random_direction": [judged(1, 0.001)] * 2,
+                 "same_change_elsewhere": [judged(0.9, 0.002)]},
+        "amplification": {"test": judged(1, 0.4)},
+        "monitor": {"mlp": {"auroc": 0.97, "auroc_ci": [0.9, 1.0]}, "residual": {"auroc": None, "auroc_ci": None}},
+        "pareto_front": [0, 2, 3],
+        "tried": tried,
+    }  # fmt: skip
+    write(folder / "results/data/suppression_sweep.json", result)
+    return result
+
+
+def write_toxicity(folder, model=MODEL):
+    def metrics(value):
+        return {"mean_toxicity": value, "mean_toxicity_ci": [value - 0.1, value + 0.1],
+                "expected_max_toxicity": value + 0.1, "expected_max_toxicity_ci": [value, value + 0.2],
+                "kl_mean": 0.05}  # fmt: skip
+
+    alphas = [-1.0, 0.0, 1.0]
+    result = {
+        "experiment": {**model, "scorer": "made up", "config": {"alphas": alphas, "max_kl": 0.1}},
+        "sweep": {
+            f"layer {layer}, alpha {alpha:g}": {
+                "layer": layer,
+                "alpha": alpha,
+                "steering": metrics(0.7 - 0.2 * alpha),
+                "random_direction": metrics(0.7),
+            }
+            for layer in range(2)
+            for alpha in alphas
+        },
+        "summary": {"layer": 1, "alpha": 1.0, "kl_mean": 0.05, "baseline": metrics(0.7), "steered": metrics(0.5),
+                    "random_direction": metrics(0.69)},
+    }  # fmt: skip
+    write(folder / "toxicity_results/experiment_results.json", result)
+    return result
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))

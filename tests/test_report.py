@@ -1,0 +1,270 @@
+"""The report, in a real browser, from the disk: what is on the page, what moves, and that nothing leaves it."""
+
+import json
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+
+from alignment_artifacts.report import build, contents, write_report
+from alignment_artifacts.report.__main__ import main
+
+from .report_results import MARKUP, MODEL, write, write_analysis, write_sweep, write_toxicity, write_transcripts
+
+NEED_BROWSER = os.environ.get("NEED_BROWSER")  # set in continuous integration, where nothing may be skipped
+BROWSER, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with every result file, and what is in them."""
+    folder = tmp_path_factory.mktemp("results")
+    run = write_analysis(folder)
+    transcripts, scores = write_transcripts(folder, run.data.pairs)
+    found = {"run": run, "transcripts": transcripts, "scores": scores, "sweep": write_sweep(folder),
+             "toxicity": write_toxicity(folder), "folder": folder}  # fmt: skip
+    assert main(["--folder", str(folder)]) == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not (BROWSER and DRIVER):
+        assert not NEED_BROWSER, "chromium and chromedriver are not installed"
+        pytest.skip("needs chromium and chromedriver (apt install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in [*FLAGS, f"--user-data-dir={profile}"]:
+            options.add_argument(flag)
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        yield driver
+        driver.quit()
+
+
+def show(browser, folder, width=1100, dark=False):
+    """Open the report afresh; the requests that were made on the way."""
+    wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+    features = [{"name": name, "value": value} for name, value in wishes.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get("about:blank")
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get((folder / "results/report.html").as_uri())
+
+
+@pytest.fixture
+def page(browser, results):
+    show(browser, results["folder"])
+    return browser
+
+
+def find(page, selector):
+    return page.find_element("css selector", selector)
+
+
+def plotted(page, name, trace, axis):
+    """What Plotly has drawn, as numbers."""
+    script = "return Array.from(document.getElementById(arguments[0])._fullData[arguments[1]][arguments[2]])"
+    return page.execute_script(script, f"plot-{name}", trace, axis)
+
+
+def press(page, selector, key, times=1):
+    from selenium.webdriver.common.keys import Keys
+
+    for _ in range(times):
+        find(page, selector).send_keys(getattr(Keys, key))
+
+
+def test_it_opens_from_disk_without_a_request_or_an_error(page):
+    from selenium.webdriver.support.ui import Select
+
+    press(page, "#projection-layer", "ARROW_RIGHT")
+    press(page, "#token-layer", "ARROW_LEFT")
+    Select(find(page, "#token-filter")).select_by_value("lifted")
+    find(page, "#save-manifest").click()
+    assert page.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert [url for url in asked if not url.startswith(("data:", "chrome:", "blob:"))] == [page.current_url]
+    assert len(page.find_elements("css selector", ".plot .main-svg")) > 0
+    for plot in page.find_elements("css selector", ".plot"):
+        assert plot.find_elements("css selector", ".main-svg"), plot.get_attribute("id")
+
+
+def test_numbers_are_those_of_the_files(page, results):
+    run = results["run"]
+    scores = run.results["layer_scores"]
+    d = [record["cohens_d"] for record in scores.values()]
+    names = page.execute_script("return document.getElementById('plot-analysis').data.map(t => t.name)")
+    assert plotted(page, "analysis", names.index("generated tokens"), "y") == d
+    end = [record["cohens_d"] for record in run.results["layer_scores_prompt_end"].values()]
+    assert plotted(page, "analysis", names.index("prompt end"), "y") == end
+    find(page, "#layers summary").click()
+    rows = page.find_elements("css selector", "#table-layers tbody tr")
+    for row, record in zip(rows, scores.values(), strict=False):
+        cells = [cell.text.replace("\N{MINUS SIGN}", "-") for cell in row.find_elements("css selector", "td")]
+        low, high = record["cohens_d_ci"]
+        d, accuracy = f"{record['cohens_d']:.2f}", f"{record['accuracy'] * 100:.0f} %"
+        assert cells[:4] == [d, f"[{low:.2f}, {high:.2f}]", accuracy, f"{record['p_value']:.3f}"]
+    assert find(page, ".answer").text == run.results["summary"]
+    for category, grid in zip(run.by_category["categories"].values(), plotted(page, "categories", 0, "z"), strict=True):
+        assert grid == [record["cohens_d"] for record in category["layer_scores"].values()]
+    assert np.array_equal(plotted(page, "steps", 0, "z"), np.array([s["cohens_d"] for s in run.pattern["steps"]]).T)
+    kl, left = (plotted(page, "sweep", 1, axis) for axis in "xy")
+    caps = [r for r in results["sweep"]["tried"] if r["setting"]["mode"] == "cap"]
+    assert kl == [r["damage"]["kl_mean"] for r in caps]
+    assert left == [r["artifact"]["refused_or_broken"]["rate"] for r in caps]
+    toxicity = [r["steering"]["mean_toxicity"] for r in results["toxicity"]["sweep"].values() if r["layer"] == 0]
+    assert plotted(page, "toxicity", 0, "y") == toxicity
+    assert json.loads(find(page, "#manifest-text").get_attribute("textContent")) == run.results["collection"]
+
+
+def test_the_slider_moves_the_points(page, results):
+    layers = results["run"].projections["positions"]["prompt_end"]
+    start = int(find(page, "#projection-layer").get_attribute("value"))
+    for layer, key in ((start, None), (start - 1, "ARROW_LEFT"), (start, "ARROW_RIGHT")):
+        if key:
+            press(page, "#projection-layer", key)
+        for side in range(2):
+            expected = [row[side] for row in layers[layer]["direction"]]
+            np.testing.assert_allclose(plotted(page, "projections", side, "x"), expected, rtol=1e-3)
+        right = sum(n < 0 for n, _ in layers[layer]["direction"]) + sum(a > 0 for _, a in layers[layer]["direction"])
+        assert f"layer {layer}: {right} of 40 prompts" in find(page, "#projection-caption").text
+        accuracy = results["run"].results["layer_scores_prompt_end"][str(layer)]["accuracy"]
+        assert right / 40 == pytest.approx(accuracy)
+    assert find(page, "#projection-layer-shown").text == str(start)
+
+
+def tokens_on_page(page):
+    """[(text, background, title)] of the tokens of the first pair's natural prompt and answer before."""
+    script = """return [...document.querySelectorAll('.pair:first-child .side:first-of-type .token')].map(
+        t => [t.firstChild.textContent, getComputedStyle(t).backgroundImage, t.title, Number(t.dataset.index)])"""
+    return page.execute_script(script)
+
+
+def test_transcripts_change_colour_with_the_layer(page, results):
+    shown = {}
+    for layer in (2, 1):
+        press(page, "#token-layer", "ARROW_LEFT", times=layer == 1)
+        assert find(page, "#token-layer-shown").text == str(layer)
+        shown[layer] = tokens_on_page(page)
+        for _, _, title, index in shown[layer]:
+            value = float(title.removeprefix("score "))
+            assert value == pytest.approx(results["scores"][index, layer], abs=contents.SCORE_STEP / 2 + 1e-2)
+    assert [t[0] for t in shown[1]] == [t[0] for t in shown[2]]
+    changed = [a[1] != b[1] for a, b in zip(shown[1], shown[2], strict=True)]
+    assert sum(changed) > 0.8 * len(changed)
+    ids = results["transcripts"]["pairs"][0]["natural"]
+    pieces = results["transcripts"]["pieces"]
+    expected = [pieces[str(i)] for i in ids["prompt_tokens"] + ids["before"]["tokens"] + ids["after"]["tokens"]]
+    assert [text.replace("\u21b5", "\n") for text, *_ in shown[1]] == expected
+    assert not find(page, ".pair .token i").is_displayed()
+    find(page, "#token-numbers").click()
+    assert find(page, ".pair .token i").text == shown[1][0][2].removeprefix("score ")
+
+
+def test_refusals_are_marked_and_can_be_filtered(page, results):
+    from selenium.webdriver.support.ui import Select
+
+    badges = [b.text for b in page.find_elements("css selector", ".pair:nth-child(2) .badge")]
+    assert badges == ["answered", "answered", "refused", "answered"]
+    for name, number in (("all", 20), ("stayed", 5), ("lifted", 15), ("new", 0)):
+        Select(find(page, "#token-filter")).select_by_value(name)
+        text = find(page, "#token-page").text
+        assert text == (f"1 to 5 of {number} pairs" if number else "no pair")
+    Select(find(page, "#token-filter")).select_by_value("all")
+    find(page, "#token-next").click()
+    assert find(page, "#token-page").text == "6 to 10 of 20 pairs"
+    Select(find(page, "#token-category")).select_by_value("category_3")
+    assert find(page, "#token-page").text == "1 to 4 of 4 pairs"
+    assert all("category 3" in h.text for h in page.find_elements("css selector", ".pair h3"))
+    Select(find(page, "#token-category")).select_by_value("")
+    find(page, "#token-search").send_keys("window.hacked")
+    assert find(page, "#token-page").text == "1 to 1 of 1 pairs"
+
+
+def test_prompts_are_text_and_never_markup(page, results):
+    assert page.execute_script("return window.hacked") is None
+    assert find(page, ".pair .token").text.startswith("<script>window.hacked")
+    assert page.execute_script("return document.querySelectorAll('main script, main img, main b').length") == 0
+    page.execute_script("Plotly.Fx.hover('plot-projections', [{curveNumber: 1, pointNumber: 0}])")
+    hover = page.execute_script("return document.querySelector('#plot-projections .hoverlayer').textContent")
+    assert "<script>" in hover and "<b>bold</b>" in hover
+    assert page.execute_script("return window.hacked") is None
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_fits_a_phone_in_light_and_dark(browser, results, dark):
+    show(browser, results["folder"], width=390, dark=dark)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    colours = "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    text, background = ([int(x) for x in c[4:-1].split(",")] for c in browser.execute_script(colours))
+    assert (sum(text) > sum(background)) == dark and abs(np.mean(text) - np.mean(background)) > 150
+    font = "return document.getElementById('plot-analysis')._fullLayout.font.color"
+    assert browser.execute_script(font) == browser.execute_script("return getComputedStyle(document.body).color")
+    assert browser.get_log("browser") == []
+
+
+def test_every_control_has_a_label_and_takes_the_focus(page):
+    for control in page.find_elements("css selector", "main input, main select, main button, main summary"):
+        label = "const c = arguments[0]; return c.ariaLabel || c.labels?.[0]?.textContent || c.textContent"
+        assert page.execute_script(label, control).strip(), control.get_attribute("outerHTML")
+        if control.is_enabled():
+            page.execute_script("arguments[0].focus()", control)
+            assert page.switch_to.active_element == control
+
+
+def test_missing_sections_name_the_command(results, tmp_path, capsys):
+    shutil.copy(results["folder"] / "alignment_artifact_analysis_results.json", tmp_path)
+    assert main(["--folder", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 0
+    assert f"Report: file://{tmp_path}/r.html" in capsys.readouterr().out
+    text = (tmp_path / "r.html").read_text()
+    for command in ("analyze_collected_activations.py", "suppress.py --all-pairs", "sweep_suppression.py",
+                    "-m toxicity_steering.main"):  # fmt: skip
+        assert f"<code>python {command}</code> makes it" in text
+    assert results["run"].results["summary"] in text
+
+
+def test_results_of_another_model_say_so(tmp_path):
+    write_analysis(tmp_path)
+    write_sweep(tmp_path, {**MODEL, "model": "someone else", "model_revision": "sha256:2"})
+    assert "other weights than the collection above: someone else (sha256:2)" in build(tmp_path)
+
+
+def test_a_thousand_pairs_stay_below_20_mb(tmp_path):
+    run = write_analysis(tmp_path, pairs=1000, layers=26)
+    write_transcripts(tmp_path, run.data.pairs, layers=26, tokens=40)
+    write_report(tmp_path, tmp_path / "r.html")
+    assert (tmp_path / "r.html").stat().st_size < 20e6
+    assert "holds one layer in 2" in (tmp_path / "r.html").read_text()
+
+
+def test_bad_input_is_one_sentence(results, tmp_path, capsys):
+    assert main(["--folder", str(tmp_path)]) == 2
+    assert "There are no results in" in capsys.readouterr().err
+    shutil.copytree(results["folder"], tmp_path / "copy")
+    data = tmp_path / "copy/results/data"
+    for spoil, message in (
+        (lambda: write(data / "layer_analysis.json", {"steps": 3}), "layer_analysis.json is not what this version"),
+        (lambda: (data / "layer_analysis.json").write_text("{"), "not valid JSON"),
+        (lambda: (data / "transcripts.npz").unlink(), "run `python suppress.py --all-pairs`"),
+        (lambda: np.savez(data / "transcripts.npz", scores=np.zeros((3, 4))), "do not belong together"),
+    ):
+        spoil()
+        assert main(["--folder", str(tmp_path / "copy")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        (data / "layer_analysis.json").unlink(missing_ok=True)
+    assert MARKUP not in error

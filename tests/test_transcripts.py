@@ -1,0 +1,112 @@
+"""Transcripts of the organism: what is said, how tokens score, and that no pair meets its own direction."""
+
+import json
+
+import numpy as np
+import pytest
+
+import suppress as script
+from alignment_artifacts import artifacts, transcripts
+from alignment_artifacts.interventions import ModeOptions
+from alignment_artifacts.measurements import Measurements
+from alignment_artifacts.pairs import SIDES
+from alignment_artifacts.report import contents
+from alignment_artifacts.suppression import Setting
+from gemma_refactored.errors import UserError
+from model_organism.train import PLANTED_LAYERS
+
+CAP = Setting("cap", 1.0, tuple(PLANTED_LAYERS))
+
+
+@pytest.fixture(scope="module")
+def transcribed(library):
+    done = []
+    result, scores = transcripts.transcribe(library.load(), library.measurements(), CAP, 20, done.append)
+    assert sum(done) == 100
+    return result, scores
+
+
+def test_refusals_go_and_natural_answers_stay(transcribed):
+    result, _ = transcribed
+    assert result["refused"]["artifact"]["before"]["rate"] >= 0.9
+    assert result["refused"]["artifact"]["after"]["rate"] <= 0.05
+    same = [pair["natural"]["before"]["tokens"] == pair["natural"]["after"]["tokens"] for pair in result["pairs"]]
+    assert np.mean(same) >= 0.9
+    assert result["best_layer"] in PLANTED_LAYERS and result["effect_on_artifact_prompts"]["touched"] > 0
+
+
+def test_every_token_has_a_score_in_order(transcribed, library):
+    result, scores = transcribed
+    measured, at = library.measurements(), 0
+    ends = {side: [] for side in SIDES}
+    for pair, (natural, artifact) in zip(result["pairs"], measured.prompts, strict=True):
+        for side, prompt in zip(SIDES, (natural, artifact), strict=True):
+            assert pair[side]["prompt_tokens"] == prompt
+            ends[side].append(scores[at + len(prompt) - 1])
+            for when in ("before", "after"):
+                pieces = "".join(result["pieces"][str(token)] for token in pair[side][when]["tokens"])
+                assert pieces.replace("<end_of_turn>", "").strip() == pair[side][when]["text"].strip()
+            at += len(prompt) + len(pair[side]["before"]["tokens"]) + len(pair[side]["after"]["tokens"])
+    assert scores.shape == (at, 8) and scores.dtype == np.float16
+    # At the prompt's end, held out, classes lie around -1 and +1 at the planted layers.
+    for layer in PLANTED_LAYERS:
+        assert np.mean(ends["natural"], axis=0)[layer] == pytest.approx(-1, abs=0.25)
+        assert np.mean(ends["artifact"], axis=0)[layer] == pytest.approx(1, abs=0.25)
+
+
+def test_directions_come_from_other_pairs(library, monkeypatch):
+    used = []
+    original = Measurements.estimate
+
+    def estimate(self, site, positions, rows):
+        used.append(set(rows.tolist()))
+        return original(self, site, positions, rows)
+
+    answered = []
+    monkeypatch.setattr(Measurements, "estimate", estimate)
+    monkeypatch.setattr(transcripts, "write_answers", lambda loaded, prompts, *_: answered.append(prompts) or prompts)
+    measured = library.measurements()
+    transcripts.transcribe(library.load(), measured, Setting("ablate", 1.0, (3,)), 5)
+    place = {tuple(prompt): i for i, two in enumerate(measured.prompts) for prompt in two}
+    assert len(used) == 5
+    for training, prompts in zip(used, answered[::2], strict=True):
+        held_out = {place[tuple(prompt)] for prompt in prompts}
+        assert not held_out & training and len(held_out | training) == 50
+
+
+def test_a_setting_that_changes_nothing_is_refused(library):
+    nothing = Setting("proximity", 1.0, (0,), options=ModeOptions(proximity_threshold=1.0))
+    with pytest.raises(UserError, match="changes nothing"):
+        transcripts.transcribe(library.load(), library.measurements(), nothing, 5)
+
+
+@pytest.fixture
+def run(library, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(artifacts, "AlignmentArtifacts", lambda *_, **__: library)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = script.main(list(arguments))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_writes_what_the_report_reads(run, tmp_path):
+    code, output, error = run("--all-pairs", "--mode", "ablate", "--layers", "2-5", "--max-tokens", "10")
+    assert code == 0 and error == "" and all(len(line) <= 80 for line in output.splitlines())
+    assert "Refused, artifact prompts: 96% before, 0% after" in output
+    path = tmp_path / "results/data/transcripts.json"
+    section = contents.transcripts(path)
+    assert section["setting"].startswith("ablate x1, mlp, layers 2,3,4,5") and section["chosen_by"] == "you"
+    assert section["layers"] == list(range(8)) and section["pairs"] == 50
+    code, output, _ = run("--all-pairs", "--mode", "ablate", "--layers", "3", "--max-tokens", "5", "--json")
+    assert code == 0 and json.loads(output)["artifact"]["before"]["n"] == 50
+
+
+@pytest.mark.parametrize(
+    "arguments", [("hello",), ("--temperature", "1"), ("--categories", "x"), ("--directions", "x.gguf")]
+)
+def test_options_that_make_no_sense_together_are_refused(run, arguments):
+    code, _, error = run("--all-pairs", *arguments)
+    assert code == 2 and "--all-pairs answers the prompt pairs" in error and error.count("\n") == 1
