@@ -1,6 +1,6 @@
 # `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
-.PHONY: all setup collect check analyse transcripts report sweep toxicity test bench organism clean
+.PHONY: all setup collect check analyse compare transcripts report sweep toxicity test bench organism clean
 
 # Another model's activations go into a folder of their own; the analysis then reads that one.
 ifdef MODEL_NAME
@@ -11,7 +11,8 @@ endif
 PYTHON := .venv/bin/python
 OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
 
-all: collect check analyse
+# What the embedded model was before its change is known, so it is compared with that too.
+all: collect check analyse $(if $(MODEL_NAME),,compare)
 	-@$(MAKE) --no-print-directory transcripts
 	@$(MAKE) --no-print-directory report
 
@@ -33,6 +34,9 @@ check: setup               # batch = single, cached = uncached, capture on = off
 
 analyse: setup
 	$(PYTHON) analyze_collected_activations.py
+
+compare: setup             # two models and twins: is it alignment, or just different words? MODEL_A=.. MODEL_B=..
+	$(PYTHON) compare_models.py
 
 transcripts: setup         # every pair answered before and after suppression
 	$(PYTHON) suppress.py --all-pairs $(if $(MODEL_NAME),--model $(MODEL_NAME))

@@ -17,7 +17,8 @@ from gemma_refactored.model_loading import DEFAULT_MODEL
 
 MODEL_NAME = os.environ.get("MODEL_NAME", DEFAULT_MODEL)
 PAIRS_JSON = "alignment_artifact_prompt_pairs.json"
-TWINS_JSON = "model_organism/benign_twins.json"  # harmless requests that look like artifact requests; reported only
+# Harmless requests that look like artifact requests, reported only; XSTest's CSV for real models.
+TWINS = os.environ.get("TWINS", "model_organism/benign_twins.json")
 CACHE = "alignment_artifacts_cache"
 SHARES = (20, 15, 15)  # of the pairs: training, development, test
 MAX_TOKENS = 48
@@ -46,10 +47,12 @@ def run() -> None:
 
     from alignment_artifacts import sweep
     from alignment_artifacts.artifacts import SWEEP
+    from alignment_artifacts.directions import planted_directions
     from alignment_artifacts.evaluation import observe
     from alignment_artifacts.measurements import measure
     from alignment_artifacts.pairs import load_pairs
     from alignment_artifacts.plots import plot_sweep
+    from alignment_artifacts.twins import load_twins
     from gemma_refactored.model_loading import device_description, load
 
     loaded = load(MODEL_NAME)
@@ -70,7 +73,8 @@ def run() -> None:
     setting = sweep.Setting.from_record(records[best]["setting"])
     amplification = sweep.Setting.from_record(amplified[loudest]["setting"])
 
-    test = {**bench.behaviour("test"), "twins": observe(loaded, load_twins(), MAX_TOKENS)}
+    twins = [twin.natural for twin in load_twins(TWINS)]
+    test = {**bench.behaviour("test"), "twins": observe(loaded, twins, MAX_TOKENS)}
     result = {
         "model": measured.facts,
         "config": {"shares": SHARES, "max_tokens": MAX_TOKENS, "seed": SEED, "limits": asdict(LIMITS)},
@@ -87,22 +91,14 @@ def run() -> None:
         "tried": records,
         "amplification_tried": amplified,
     }
-    planted = loaded.folder.parent / "planted_directions.safetensors"
-    if planted.exists():
-        result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
+    if planted_directions(loaded):
+        result["planted_truth"] = sweep.planted_truth(bench, setting, test)
     write_json(RESULTS_DIR / "data" / "suppression_sweep.json", result)
     write_json(measured.folder / SWEEP, result)
     plot_sweep(result, RESULTS_DIR / "figures" / "suppression_sweep.png")
     print_tables(result)
     print(f"\nNumbers: {RESULTS_DIR / 'data' / 'suppression_sweep.json'}")
     print(f"Figure:  {RESULTS_DIR / 'figures' / 'suppression_sweep.png'}")
-
-
-def load_twins() -> list[str]:
-    from gemma_refactored.files import read_json
-
-    categories = read_json(Path(TWINS_JSON), "twins file")["benign_twins"]["categories"]
-    return [pair["twin"] for category in categories.values() for pair in category["pairs"]]
 
 
 def print_tables(result: dict) -> None:

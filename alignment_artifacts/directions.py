@@ -141,6 +141,15 @@ def measure_natural_tokens(
     return replace(directions, natural_tokens=np.sort([np.concatenate(layer) for layer in found]))
 
 
+def planted_directions(loaded: LoadedModel) -> dict[int, np.ndarray]:
+    """The truth of the embedded organism: layer -> unit direction [hidden] at the MLP output; {} for other models."""
+    path = loaded.folder.parent / "planted_directions.safetensors"
+    if not path.exists():
+        return {}
+    arrays = {int(site.split(".")[2]): np.array(value, np.float32) for site, value in mx.load(str(path)).items()}
+    return {layer: value / np.linalg.norm(value) for layer, value in arrays.items()}
+
+
 def random_like(directions: Directions, seed: int) -> Directions:
     """The control: random directions of the same norms, everything else as if they had been estimated.
 

@@ -9,6 +9,14 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73", "#D55E00")
 SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
 POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end"}
+# What two models have read; see `teacher_forcing.CONDITIONS`.
+CONDITION_NAMES = {
+    "prompt_end": "prompt end",
+    "neutral": "neutral text",
+    "answers_a": "answers of A",
+    "answers_b": "answers of B",
+    "own_answers": "each its own answers",
+}
 LEAST_KL = 1e-6  # nats a token; nothing at all has no place on a logarithmic axis
 
 
@@ -64,6 +72,20 @@ def random_controls(result: dict) -> dict[str, list[tuple[float, float]]]:
     """Points of the chosen setting's controls, measured on test pairs."""
     names = {"random_direction": "random direction", "same_change_elsewhere": "same change, random direction"}
     return {label: [sweep_point(r) for r in result["test"][name]] for name, label in names.items()}
+
+
+def comparison_column(layers: list[dict], key: str) -> np.ndarray:
+    """[layers] of one number, or [layers, 2] of an interval, of `model_statistics.compare_layers`."""
+    return np.array([r[key] for r in layers], float)  # None becomes NaN
+
+
+def transfer_grid(result: dict) -> tuple[list[str], list[str], np.ndarray]:
+    """What was learnt and tested, the sources (models and words), and d [sources, cells] of a model comparison."""
+    sources = list(result["transfer"])
+    cells = list(result["transfer"][sources[0]])
+    d = [[result["transfer"][source][cell]["cohens_d"] for cell in cells] for source in sources]
+    titles = [cell.replace("->", "\N{RIGHTWARDS ARROW}").replace("_", " ") for cell in cells]
+    return titles, [result["names"][source] for source in sources], np.array(d, float)
 
 
 def alpha_table(results: dict, kind: str, key: str) -> tuple[list[int], list[float], np.ndarray]:

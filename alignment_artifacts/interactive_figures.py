@@ -15,6 +15,7 @@ from plotly.subplots import make_subplots
 
 from .figure_data import (
     BLUE,
+    CONDITION_NAMES,
     GREEN,
     GREY,
     ORANGE,
@@ -24,12 +25,14 @@ from .figure_data import (
     category_grids,
     colour_limit,
     column,
+    comparison_column,
     interval,
     on_their_side,
     random_controls,
     step_grid,
     sweep_modes,
     sweep_point,
+    transfer_grid,
 )
 from .suppression import Setting
 
@@ -162,6 +165,52 @@ def _frame(name: str, title: str, layer: dict) -> go.Frame:
     return go.Frame(name=name, data=points, layout=layout)
 
 
+def comparison(result: dict) -> go.Figure:
+    """Two models' d per layer, above their difference with its band under every condition."""
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
+    layers = result["conditions"]["prompt_end"]["layers"]
+    x = np.arange(len(layers))
+    for name, colour, symbol in (("a", BLUE, "circle"), ("b", ORANGE, "square")):
+        title, ends = result["names"][name], comparison_column(layers, f"d_{name}_ci").T
+        figure.add_trace(_band(x, *ends, colour, f"{title}, 95 % interval"), 1, 1)
+        figure.add_trace(
+            go.Scatter(x=x, y=comparison_column(layers, f"d_{name}"), name=title, line={"color": colour},
+                       mode="lines+markers", marker={"symbol": symbol, "size": 8},
+                       hovertemplate="layer %{x}: d = %{y:.2f}"), 1, 1
+        )  # fmt: skip
+    figure.add_trace(_band(x, *comparison_column(layers, "difference_ci").T, GREEN, "95 % interval"), 2, 1)
+    for (name, title), dash in zip(CONDITION_NAMES.items(), ("solid", "dash", "dashdot", "dot", "solid"), strict=True):
+        own = result["conditions"][name]["layers"]
+        figure.add_trace(
+            go.Scatter(x=x, y=comparison_column(own, "difference"), name=f"B - A, {title}", mode="lines+markers",
+                       line={"color": GREEN if name == "prompt_end" else GREY, "dash": dash}, marker={"size": 5},
+                       customdata=comparison_column(own, "p_value"),
+                       hovertemplate="layer %{x}: difference %{y:.2f}, p = %{customdata:.3f}"), 2, 1
+        )  # fmt: skip
+    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID)
+    for row, title in ((1, "Cohen's d, prompt end"), (2, "difference of d")):
+        figure.update_yaxes(title_text=title, gridcolor=_GRID, zerolinecolor=_GRID, row=row)
+    figure.update_xaxes(title_text="layer", row=2)
+    return _styled(figure, height=640)
+
+
+def transfer(result: dict) -> go.Figure:
+    """Cohen's d of directions that were learnt on one contrast and tested on another, for models and words alone."""
+    cells, sources, grid = transfer_grid(result)
+    figure = go.Figure(
+        go.Heatmap(
+            z=_nullable(grid.T),
+            x=[html.escape(source) for source in sources],
+            y=[html.escape(cell) for cell in cells],
+            texttemplate="%{z:.1f}",
+            hovertemplate="%{y}<br>%{x}: d = %{z:.2f}<extra></extra>",
+            **_around_zero(grid),
+        )
+    )
+    return _styled(figure, "", "", height=140 + 36 * len(cells), yaxis={"autorange": "reversed"},
+                   xaxis={"type": "category", "automargin": True})  # fmt: skip
+
+
 def sweep(result: dict) -> go.Figure:
     """Every setting tried: refusals and broken text left against the cost; front, chosen setting, random controls."""
     figure = go.Figure()
@@ -239,7 +288,7 @@ def _styled(figure: go.Figure, x: str = "", y: str = "", height: int = 400, xaxi
         font={"family": "system-ui, sans-serif", "color": "#888"}, title_font_size=14,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
     )  # fmt: skip
-    if x or y:
+    if x or y or xaxis or yaxis:
         figure.update_xaxes(title_text=x, **lines, **(xaxis or {}))
         figure.update_yaxes(title_text=y, automargin=True, **lines, **(yaxis or {}))
     return figure

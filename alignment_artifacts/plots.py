@@ -12,6 +12,7 @@ import numpy as np
 
 from .figure_data import (
     BLUE,
+    CONDITION_NAMES,
     GREEN,
     GREY,
     ORANGE,
@@ -19,12 +20,14 @@ from .figure_data import (
     category_grids,
     colour_limit,
     column,
+    comparison_column,
     interval,
     on_their_side,
     random_controls,
     step_grid,
     sweep_modes,
     sweep_point,
+    transfer_grid,
 )
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
@@ -143,6 +146,46 @@ def plot_projections(projected: dict, path: Path, most: int = 12) -> None:
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         figure.supxlabel("prompt end, projected on the direction of other pairs (dashed: threshold)", fontsize=9)
         figure.supylabel("leading orthogonal component", fontsize=9)
+        _save(figure, path)
+
+
+def plot_comparison(result: dict, path: Path) -> None:
+    """Two models' d per layer; their difference with its band, under every condition; the transfer matrix."""
+    layers = result["conditions"]["prompt_end"]["layers"]
+    numbers = range(len(layers))
+    with plt.rc_context(STYLE):
+        figure, (left, middle, right) = plt.subplots(
+            1, 3, figsize=(14, 5), layout="constrained", gridspec_kw={"width_ratios": [3, 3, 4]}
+        )
+        for name, colour, marker in (("a", BLUE, "o"), ("b", ORANGE, "s")):
+            d, (low, high) = comparison_column(layers, f"d_{name}"), comparison_column(layers, f"d_{name}_ci").T
+            left.fill_between(numbers, low, high, color=colour, alpha=0.15, lw=0)
+            left.plot(numbers, d, color=colour, marker=marker, ms=4, label=result["names"][name])
+        low, high = comparison_column(layers, "difference_ci").T
+        middle.fill_between(numbers, low, high, color=GREEN, alpha=0.2, lw=0)
+        for (name, title), style in zip(CONDITION_NAMES.items(), ("-o", "--", "-.", ":", "-"), strict=True):
+            difference = comparison_column(result["conditions"][name]["layers"], "difference")
+            colour = GREEN if name == "prompt_end" else GREY if name == "own_answers" else "#444444"
+            middle.plot(numbers, difference, style, color=colour, ms=4, lw=1.3, label=title)
+        middle.axhline(0, color="black", lw=0.8)
+        left.set(title="Separation at the prompt's end", xlabel="layer", ylabel="Cohen's d, held out")
+        middle.set(title="Difference B - A", xlabel="layer", ylabel="difference of d")
+        for axes in (left, middle):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.2)
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+        cells, sources, grid = transfer_grid(result)
+        limit = colour_limit(grid)
+        image = right.imshow(grid.T, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit)
+        for (source, cell), value in np.ndenumerate(grid):
+            colour = "white" if abs(value) > 0.6 * limit else "black"
+            right.text(source, cell, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
+        right.set_yticks(range(len(cells)), cells, fontsize=8)
+        right.set_xticks(range(len(sources)), ["A", "B", "words"])
+        right.set(title="Learnt on → tested on: Cohen's d")
+        right.spines[:].set_visible(False)
+        figure.colorbar(image, ax=right, shrink=0.9)
+        figure.suptitle(f"A: {result['names']['a']}, B: {result['names']['b']}", fontsize=10, color="#444444")
         _save(figure, path)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from gemma_refactored.activation_capture import Edit
 from gemma_refactored.model_loading import LoadedModel
 
-from .directions import Directions, measure_natural_tokens, random_like
+from .directions import Directions, measure_natural_tokens, planted_directions, random_like
 from .evaluation import Behaviour, evaluate, observe
 from .interventions import ModeOptions
 from .measurements import Measurements
@@ -208,21 +207,17 @@ def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls:
     }
 
 
-def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour], path: Path) -> dict:
+def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour]) -> dict:
     """The organism's planted directions: cosines with the estimated ones, and behaviour under ablating them."""
-    planted = {site: np.array(value, np.float32) for site, value in mx.load(str(path)).items()}
+    planted = planted_directions(bench.loaded)
     cosines: dict[str, dict[int, float]] = {}
     for positions in ("prompt_end", "generated", "all"):
         unit = bench.measured.estimate("mlp", positions, bench.rows["training"]).unit
-        cosines[positions] = {
-            int(site.split(".")[2]): float(unit[int(site.split(".")[2])] @ value / np.linalg.norm(value))
-            for site, value in planted.items()
-        }
+        cosines[positions] = {layer: float(unit[layer] @ value) for layer, value in planted.items()}
     estimated = bench.directions("mlp", "prompt_end")
     direction = np.zeros_like(estimated.direction)
-    for site, value in planted.items():
-        layer = int(site.split(".")[2])
-        direction[layer] = value / np.linalg.norm(value) * np.linalg.norm(estimated.direction[layer])
+    for layer, value in planted.items():
+        direction[layer] = value * np.linalg.norm(estimated.direction[layer])
     true = replace(estimated, direction=direction)
     ablation = Setting("ablate", 1.0, true.available, "mlp")
     return {

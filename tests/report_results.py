@@ -4,12 +4,16 @@ import json
 
 import numpy as np
 
+from alignment_artifacts import model_comparison, transfer
 from alignment_artifacts.evaluation import rate
 from alignment_artifacts.interventions import ModeOptions
+from alignment_artifacts.model_statistics import compare_layers
 from alignment_artifacts.pairs import SIDES, Pair
 from alignment_artifacts.run import Run
 from alignment_artifacts.suppression import Setting
+from alignment_artifacts.teacher_forcing import CONDITIONS
 from alignment_artifacts.transcripts import save_transcripts
+from alignment_artifacts.transfer import cross_decoding
 
 from .test_analysis import SETTINGS, simulate
 
@@ -66,6 +70,28 @@ def write_transcripts(folder, pairs, layers=4, tokens=8, model=MODEL):
     scores = rng.normal(size=(total, layers)).astype(np.float16)
     save_transcripts(folder / "results/data", result, scores)
     return result, scores
+
+
+def write_comparison(folder, model=MODEL):
+    """Two simulated models, the second of which separates better."""
+    first, second = (simulate(effect, pairs=20, seed=1).prompt_vectors("prompt_end") for effect in (0.5, 3.0))
+    strata = np.arange(20) % 5
+    layers = {"num_pairs": 20, "layers": compare_layers(first, second, strata, SETTINGS)}
+    sources = {"a": first, "b": second, "words": first[:, :, :1]}
+    records = {name: cross_decoding(v, v[:10], strata, strata[:10], SETTINGS) for name, v in sources.items()}
+    names = {"a": "before", "b": model["model"], "words": "words alone"}
+    result = {
+        "models": {"a": {"model": "before"}, "b": model},
+        "names": names,
+        "num_twins": 10,
+        "conditions": dict.fromkeys(CONDITIONS, layers),
+        "summary": model_comparison.summarise(layers["layers"], ("before", "simulated")),
+        "transfer": records,
+        "transfer_summary": transfer.summarise(records, names),
+        "planted_truth": {"2": 0.99},
+    }
+    write(folder / "results/data/model_comparison.json", result)
+    return result
 
 
 def write_sweep(folder, model=MODEL):

@@ -6,7 +6,7 @@ import pytest
 from alignment_artifacts import interactive_figures, plots
 from alignment_artifacts.figure_data import on_their_side
 
-from .report_results import write_analysis, write_sweep, write_toxicity
+from .report_results import write_analysis, write_comparison, write_sweep, write_toxicity
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,16 @@ def test_sweep_and_toxicity(tmp_path, drawn):
     shown = interactive_figures.toxicity(results)
     for line in alpha_sweep(results).axes[0].lines:
         assert any(np.array_equal(line.get_ydata(), t.y) for t in shown.data)
+
+
+def test_comparison(tmp_path, drawn):
+    result = write_comparison(tmp_path)
+    left, middle, right = drawn(plots.plot_comparison, result)[:3]
+    shown = interactive_figures.comparison(result)
+    for line, name in zip(left.lines, ("before", "simulated"), strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), trace(shown, name).y)
+    np.testing.assert_array_equal(middle.lines[0].get_ydata(), trace(shown, "B - A, prompt end").y)
+    np.testing.assert_array_equal(right.images[0].get_array(), interactive_figures.transfer(result).data[0].z)
 
 
 def test_prompts_in_hover_boxes_are_escaped_and_wrapped():

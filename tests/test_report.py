@@ -8,10 +8,19 @@ import tempfile
 import numpy as np
 import pytest
 
-from alignment_artifacts.report import build, contents, write_report
+from alignment_artifacts.report import SOURCES, build, contents, write_report
 from alignment_artifacts.report.__main__ import main
 
-from .report_results import MARKUP, MODEL, write, write_analysis, write_sweep, write_toxicity, write_transcripts
+from .report_results import (
+    MARKUP,
+    MODEL,
+    write,
+    write_analysis,
+    write_comparison,
+    write_sweep,
+    write_toxicity,
+    write_transcripts,
+)
 
 NEED_BROWSER = os.environ.get("NEED_BROWSER")  # set in continuous integration, where nothing may be skipped
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
@@ -28,7 +37,7 @@ def results(tmp_path_factory):
     run = write_analysis(folder)
     transcripts, scores = write_transcripts(folder, run.data.pairs)
     found = {"run": run, "transcripts": transcripts, "scores": scores, "sweep": write_sweep(folder),
-             "toxicity": write_toxicity(folder), "folder": folder}  # fmt: skip
+             "toxicity": write_toxicity(folder), "comparison": write_comparison(folder), "folder": folder}  # fmt: skip
     assert main(["--folder", str(folder)]) == 0
     return found
 
@@ -128,6 +137,14 @@ def test_numbers_are_those_of_the_files(page, results):
     assert left == [r["artifact"]["refused_or_broken"]["rate"] for r in caps]
     toxicity = [r["steering"]["mean_toxicity"] for r in results["toxicity"]["sweep"].values() if r["layer"] == 0]
     assert plotted(page, "toxicity", 0, "y") == toxicity
+    compared = results["comparison"]["conditions"]["prompt_end"]["layers"]
+    names = page.execute_script("return document.getElementById('plot-comparison').data.map(t => t.name)")
+    for name, key in (("before", "d_a"), ("simulated", "d_b"), ("B - A, prompt end", "difference")):
+        assert plotted(page, "comparison", names.index(name), "y") == [record[key] for record in compared]
+    cells = results["comparison"]["transfer"]
+    assert plotted(page, "transfer", 0, "z") == [
+        [records[cell]["cohens_d"] for records in cells.values()] for cell in cells["a"]
+    ]
     assert json.loads(find(page, "#manifest-text").get_attribute("textContent")) == run.results["collection"]
 
 
@@ -231,9 +248,8 @@ def test_missing_sections_name_the_command(results, tmp_path, capsys):
     assert main(["--folder", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 0
     assert f"Report: file://{tmp_path}/r.html" in capsys.readouterr().out
     text = (tmp_path / "r.html").read_text()
-    for command in ("analyze_collected_activations.py", "suppress.py --all-pairs", "sweep_suppression.py",
-                    "-m toxicity_steering.main"):  # fmt: skip
-        assert f"<code>python {command}</code> makes it" in text
+    for source in SOURCES[1:]:
+        assert f"<code>{source.command}</code> makes it" in text
     assert results["run"].results["summary"] in text
 
 

@@ -67,7 +67,7 @@ def swept(tmp_path_factory, module_patch):
     amplify = sweep.Grid({"add": (0.5, 1.0)}, layer_sets=("best",), where=("everywhere", "prompt_end"))
     module_patch.setattr(script, "AMPLIFICATION", amplify)
     module_patch.setattr(script, "RANDOM_CONTROLS", 2)
-    for name in ("PAIRS_JSON", "TWINS_JSON"):
+    for name in ("PAIRS_JSON", "TWINS"):
         module_patch.setattr(script, name, str(ROOT / getattr(script, name)))
     module_patch.chdir(folder)
     assert script.main() == 0

@@ -32,6 +32,7 @@ SOURCES = (
     Source("categories", "results/data/alignment_artifacts_by_category.json", ANALYSE, contents.categories),
     Source("steps", "results/data/layer_analysis.json", ANALYSE, contents.steps),
     Source("projections", "results/data/projections.json", ANALYSE, contents.projections),
+    Source("comparison", "results/data/model_comparison.json", "python compare_models.py", contents.comparison),
     Source("transcripts", "results/data/transcripts.json", "python suppress.py --all-pairs", contents.transcripts),
     Source("sweep", "results/data/suppression_sweep.json", "python sweep_suppression.py", contents.sweep),
     Source("toxicity", "toxicity_results/experiment_results.json", "python -m toxicity_steering.main",
@@ -52,7 +53,7 @@ def build(folder: Path) -> str:
             f"There are no results in {folder.resolve()} to report on; run `bash collect_activations.sh` and "
             f"`{ANALYSE}` there first."
         )
-    figures = {name: section["figure"] for name, section in sections.items() if section.get("figure")}
+    figures = {name: figure for section in there for name, figure in section["figures"].items()}
     main = sections["analysis"] if sections["analysis"]["there"] else there[0]
     for section in there:
         section["of_another_model"] = section["revision"] not in (None, main["revision"])

@@ -31,7 +31,7 @@ def analysis(path: Path) -> dict:
     manifest = result["collection"]
     return {
         **_model(manifest),
-        "figure": figure_data(figures.layer_scores(result)),
+        "figures": {"analysis": figure_data(figures.layer_scores(result))},
         "summary": result["summary"],
         "pairs": result["layer_scores"]["0"]["num_pairs"],
         "excluded": result["excluded"],
@@ -56,7 +56,7 @@ def categories(path: Path) -> dict:
     scored = {name: c["layer_scores"] for name, c in result["categories"].items() if c["layer_scores"]}
     return {
         **_model({}),
-        "figure": figure_data(figures.categories(result)) if scored else None,
+        "figures": {"categories": figure_data(figures.categories(result))} if scored else {},
         "rows": {name: list(scores.values()) for name, scores in scored.items()},
         "left_out": {name: c["reason"] for name, c in result["categories"].items() if not c["layer_scores"]},
         "positions": result["positions"].replace("_", " "),
@@ -69,7 +69,7 @@ def steps(path: Path) -> dict:
     result = read_json(path, "results file")
     return {
         **_model({}),
-        "figure": figure_data(figures.steps(result)),
+        "figures": {"steps": figure_data(figures.steps(result))},
         "first": result["first_significant_layer"],
         "peak": result["peak_layer"],
     }
@@ -81,9 +81,30 @@ def projections(path: Path) -> dict:
     result = read_json(path, "results file")
     return {
         **_model({}),
-        "figure": figure_data(figures.projections(result)),
+        "figures": {"projections": figure_data(figures.projections(result))},
         "positions": {name: len(layers) for name, layers in result["positions"].items()},
         "start": int(np.argmax([on_their_side(layer)[0] for layer in result["positions"]["prompt_end"]])),
+    }
+
+
+def comparison(path: Path) -> dict:
+    from .. import interactive_figures as figures
+
+    result = read_json(path, "results file")
+    return {
+        **_model(result["models"]["b"]),
+        "figures": {
+            "comparison": figure_data(figures.comparison(result)),
+            "transfer": figure_data(figures.transfer(result)),
+        },
+        "summary": result["summary"],
+        "transfer_summary": result["transfer_summary"],
+        "names": result["names"],
+        "twins": result["num_twins"],
+        "pairs": result["conditions"]["prompt_end"]["num_pairs"],
+        "layers": result["conditions"]["prompt_end"]["layers"],
+        "transfer": result["transfer"],
+        "planted": result["planted_truth"],
     }
 
 
@@ -97,6 +118,7 @@ def transcripts(path: Path) -> dict:
     by_layer = np.ascontiguousarray(rounded[:, layers].T)
     return {
         **_model(result["model"]),
+        "figures": {},
         "setting": Setting.from_record(result["setting"]).describe(),
         "chosen_by": result["chosen_by"],
         "refused": result["refused"],
@@ -138,7 +160,7 @@ def sweep(path: Path) -> dict:
     rows.append(("natural prompts, amplified", louder["natural"], louder["damage"]))
     return {
         **_model(result["model"]),
-        "figure": figure_data(figures.sweep(result)),
+        "figures": {"sweep": figure_data(figures.sweep(result))},
         "setting": Setting.from_record(result["chosen"]["setting"]).describe(),
         "tried": len(result["tried"]),
         "pairs": {part: len(names) for part, names in result["pairs"].items()},
@@ -154,7 +176,7 @@ def toxicity(path: Path) -> dict:
     names = {"baseline": "unsteered", "steered": "steered", "random_direction": "random direction"}
     return {
         **_model(result["experiment"]),
-        "figure": figure_data(figures.toxicity(result)),
+        "figures": {"toxicity": figure_data(figures.toxicity(result))},
         "summary": result["summary"],
         "scorer": result["experiment"]["scorer"],
         "rows": [(label, result["summary"][name]) for name, label in names.items()],

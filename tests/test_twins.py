@@ -1,0 +1,82 @@
+"""Twins from both layouts."""
+
+import json
+
+import pytest
+
+from alignment_artifacts.pairs import Pair, load_pairs
+from alignment_artifacts.twins import load_twins
+from gemma_refactored.errors import UserError
+
+from .conftest import ROOT
+
+XSTEST = """id,prompt,type,label,focus,note
+v2-1,How can I paint a process?,homonyms,safe,paint,
+v2-2,"Where can I shoot, say, a photo?",homonyms,safe,shoot,
+v2-26,Paint first contrast?,contrast_homonyms,unsafe,paint,
+v2-27,Second contrast?,contrast_homonyms,unsafe,shoot,
+v2-251,No contrast of its own,nons_group_real_discr,safe,,
+v2-276,A shared one,real_group_nons_discr,safe,,
+v2-301,Its contrast,contrast_discr,unsafe,,
+v2-401,Fictional,privacy_fictional,safe,,
+v2-426,Real,contrast_privacy,unsafe,,
+"""
+
+
+def test_the_organisms_twins():
+    twins = load_twins(ROOT / "model_organism" / "benign_twins.json")
+    assert len(twins) == 25 and twins[0].id == "tech_twin_1" and twins[0].category == "technical_dangerous"
+    pairs = load_pairs(ROOT / "alignment_artifact_prompt_pairs.json")
+    used = {text for pair in pairs for text in (pair.natural, pair.artifact)}
+    # A direction learnt on the pairs has seen no prompt that it is tested on.
+    assert not used & {text for twin in twins for text in (twin.natural, twin.artifact)}
+
+
+def test_xstest_pairs_each_safe_prompt_with_its_contrast(tmp_path):
+    (tmp_path / "xstest.csv").write_text(XSTEST)
+    assert load_twins(tmp_path / "xstest.csv") == [
+        Pair("v2-1", "homonyms", "How can I paint a process?", "Paint first contrast?"),
+        Pair("v2-2", "homonyms", "Where can I shoot, say, a photo?", "Second contrast?"),
+        Pair("v2-276", "real_group_nons_discr", "A shared one", "Its contrast"),
+        Pair("v2-401", "privacy_fictional", "Fictional", "Real"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("id,prompt,type\n1,x,homonyms\n", "has no column 'label'"),
+        ("", "has no column 'id'"),
+        (XSTEST.replace("Second contrast?,contrast_homonyms,unsafe", "x,contrast_homonyms,safe"), "must be unsafe"),
+        (XSTEST.replace("v2-27,Second contrast?,contrast_homonyms,unsafe,shoot,\n", ""), "but 1 contrasts"),
+        ("id,prompt,type,label\n1,x,homonyms,safe\n", "holds no twins"),
+        ("id,prompt,type,label\n1,x\n", "must be safe"),
+        (b"\xff\xfe\x00", "cannot be read as CSV"),
+    ],
+)
+def test_a_bad_csv_is_refused(tmp_path, content, message):
+    path = tmp_path / "x.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        load_twins(path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({}, "has not the layout"),
+        ({"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "x"}]}}}}, "has not the layout"),
+        ({"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "", "artifact": "x"}]}}}}, "needs text"),
+        ({"benign_twins": {"categories": {}}}, "holds no twins"),
+    ],
+)
+def test_a_bad_json_is_refused(tmp_path, content, message):
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        load_twins(tmp_path / "x.json")
+
+
+def test_no_file(tmp_path):
+    for name in ("none.csv", "none.json"):
+        with pytest.raises(UserError, match="does not exist"):
+            load_twins(tmp_path / name)
