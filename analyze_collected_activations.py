@@ -109,6 +109,7 @@ def run() -> None:
     plots.plot_projections(analysed.projections, RESULTS_DIR / "figures" / "projections.png")
     print_table(result)
     print(f"\nNumbers: {RESULTS_JSON}\nPlot:    {PLOT_PNG}\nBy category, layer and step: {RESULTS_DIR}/")
+    print("All of it on one page: python -m alignment_artifacts.report")
 
 
 def report_excluded(data, total: int) -> None:

@@ -183,10 +183,14 @@ class Printer:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for what argparse cannot see."""
     if arguments.all_pairs:
-        alone = ("prompt", "categories", "directions", "export_gguf", "show_projection", "no_compare", "temperature")
-        given = [name for name in alone if getattr(arguments, name)]
+        # What it would not heed, with the value that says it was not given.
+        unused = {
+            "prompt": None, "categories": None, "directions": None, "export_gguf": None, "show_projection": False,
+            "no_compare": False, "ignore_end_tokens": False, "temperature": 0.0, "repetition_penalty": 1.0, "seed": 0,
+        }  # fmt: skip
+        given = [name.replace("_", "-") for name, default in unused.items() if getattr(arguments, name) != default]
         if given:
-            raise UserError(f"--all-pairs answers the prompt pairs greedily; leave {given[0].replace('_', '-')} away.")
+            raise UserError(f"--all-pairs answers the prompt pairs greedily; leave {given[0]} away.")
     elif arguments.prompt is None and not arguments.export_gguf:
         raise UserError('Give a prompt, for example: python suppress.py "How do I pick a lock?"')
     if arguments.prompt is not None and not arguments.prompt.strip():

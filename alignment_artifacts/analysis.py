@@ -74,13 +74,9 @@ def _record(
     held_out: st.HeldOut, natural: np.ndarray, artifact: np.ndarray, blocks: Blocks, settings: Settings
 ) -> dict:
     """What is known of a layer without looking at the others."""
-    d_interval, accuracy_interval = held_out.intervals(settings.resamples, settings.seed)
     d_in_sample, shift_ratio, samples = st.in_sample_scores(blocks)
     return {
-        "cohens_d": held_out.d(),
-        "cohens_d_ci": d_interval,
-        "accuracy": held_out.accuracy(),
-        "accuracy_ci": accuracy_interval,
+        **held_out_scores(held_out, settings),
         "auroc": held_out.auroc(),
         "p_value": None,
         "null_95": None,
@@ -96,13 +92,17 @@ def _record(
 
 def _best_layer(held_out: list[st.HeldOut], inner_scores: list[np.ndarray], settings: Settings) -> dict:
     best, chosen = st.nested_best_layer(held_out, inner_scores)
-    d_interval, accuracy_interval = best.intervals(settings.resamples, settings.seed)
+    return {**held_out_scores(best, settings), "layer_chosen_in_each_fold": chosen}
+
+
+def held_out_scores(held_out: st.HeldOut, settings: Settings) -> dict:
+    """d and accuracy with their intervals, as every record has them."""
+    d_interval, accuracy_interval = held_out.intervals(settings.resamples, settings.seed)
     return {
-        "cohens_d": best.d(),
+        "cohens_d": held_out.d(),
         "cohens_d_ci": d_interval,
-        "accuracy": best.accuracy(),
+        "accuracy": held_out.accuracy(),
         "accuracy_ci": accuracy_interval,
-        "layer_chosen_in_each_fold": chosen,
     }
 
 

@@ -11,6 +11,7 @@ import textwrap
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from .figure_data import (
@@ -256,7 +257,8 @@ def toxicity(results: dict) -> go.Figure:
         alpha_table(results, kind, key)[2]
         for kind, key in (("random_direction", "mean_toxicity"), ("steering", "kl_mean"))
     )
-    shades = [f"hsl({210 - 180 * i / max(1, len(layers) - 1):.0f}, 75%, 45%)" for i in range(len(layers))]
+    # This part of the scale shows on white and on black.
+    shades = sample_colorscale("Plasma", np.linspace(0.15, 0.8, len(layers)).tolist())
     for i, (layer, colour) in enumerate(zip(layers, shades, strict=True)):
         shared = {"x": alphas, "legendgroup": str(layer), "line": {"color": colour}}
         hover = f"layer {layer}, alpha %{{x}}: %{{y:.3f}}<extra></extra>"

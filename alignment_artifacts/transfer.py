@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import statistics as st
-from .analysis import Settings, jsonable
+from .analysis import Settings, held_out_scores, jsonable
 from .measurements import layer_separation
 
 PAIRS, TWINS = "natural/artifact", "twin/artifact"
@@ -74,16 +74,8 @@ def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings) -> tu
 
 
 def _record(held_out: st.HeldOut, layers: list[int], settings: Settings) -> dict:
-    d_interval, accuracy_interval = held_out.intervals(settings.resamples, settings.seed)
-    return {
-        "cohens_d": held_out.d(),
-        "cohens_d_ci": d_interval,
-        "accuracy": held_out.accuracy(),
-        "accuracy_ci": accuracy_interval,
-        "auroc": held_out.auroc(),
-        "num_pairs": len(held_out.folds),
-        "layers": layers,
-    }
+    scores = held_out_scores(held_out, settings)
+    return {**scores, "auroc": held_out.auroc(), "num_pairs": len(held_out.folds), "layers": layers}
 
 
 def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str]) -> str:

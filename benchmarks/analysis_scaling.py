@@ -63,7 +63,8 @@ def simulate(folder: Path, prompts: int) -> None:
 def analyse_within_limit(folder: Path, prompts: int) -> dict:
     """Seconds of reading and of the statistics, and the largest memory of its own (file pages aside)."""
     from alignment_artifacts.activation_set import load_activation_set
-    from alignment_artifacts.analysis import Settings, analyse, analyse_categories, analyse_layers_and_steps
+    from alignment_artifacts.analysis import Settings
+    from alignment_artifacts.run import Run
 
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     peak, stop = [0], threading.Event()
@@ -78,10 +79,8 @@ def analyse_within_limit(folder: Path, prompts: int) -> dict:
     start = time.perf_counter()
     data = load_activation_set(folder, pairs_of(prompts))
     read = time.perf_counter()
-    settings = Settings(permutations=1000, resamples=1000)
-    result = analyse(data, settings, {})
-    analyse_categories(data, settings)
-    analyse_layers_and_steps(data, result, settings)
+    run = Run(data, Settings(permutations=1000, resamples=1000))
+    result, *_ = run.results, run.by_category, run.pattern, run.projections
     end = time.perf_counter()
     stop.set()
     thread.join()

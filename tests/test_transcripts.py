@@ -105,7 +105,8 @@ def test_the_command_writes_what_the_report_reads(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("hello",), ("--temperature", "1"), ("--categories", "x"), ("--directions", "x.gguf")]
+    "arguments",
+    [("hello",), ("--temperature", "1"), ("--categories", "x"), ("--directions", "x.gguf"), ("--seed", "7")],
 )
 def test_options_that_make_no_sense_together_are_refused(run, arguments):
     code, _, error = run("--all-pairs", *arguments)
