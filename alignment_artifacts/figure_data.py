@@ -22,13 +22,12 @@ LEAST_KL = 1e-6  # nats a token; nothing at all has no place on a logarithmic ax
 
 def column(scores: dict, key: str) -> np.ndarray:
     """[layers] of one number of the per-layer records; NaN where it is not defined."""
-    return np.array([np.nan if scores[str(i)][key] is None else scores[str(i)][key] for i in range(len(scores))], float)
+    return np.array([scores[str(i)][key] for i in range(len(scores))], float)  # None becomes NaN
 
 
 def interval(scores: dict, key: str) -> np.ndarray:
     """[2 (low, high), layers] of one interval of the per-layer records."""
-    rows = [[np.nan if x is None else x for x in scores[str(i)][key]] for i in range(len(scores))]
-    return np.array(rows, float).T
+    return np.array([scores[str(i)][key] for i in range(len(scores))], float).T
 
 
 def category_grids(by_category: dict) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -43,7 +42,8 @@ def step_grid(pattern: dict) -> tuple[list[str], np.ndarray]:
     """Names of the steps ("end" of the prompt, then numbers) that enough pairs reached, and d [layers, steps]."""
     steps = [s for s in pattern["steps"] if s["cohens_d"] is not None]
     names = ["end" if s["step"] == "prefill" else str(s["step"]) for s in steps]
-    return names, np.array([[np.nan if x is None else x for x in s["cohens_d"]] for s in steps], float).T
+    grid = np.array([s["cohens_d"] for s in steps], float)  # None becomes NaN
+    return names, grid.reshape(len(steps), len(pattern["cohens_d_by_layer"])).T
 
 
 def colour_limit(grid: np.ndarray) -> float:

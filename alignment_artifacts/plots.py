@@ -88,10 +88,9 @@ def plot_categories(by_category: dict, path: Path) -> None:
 
 
 def plot_layer_pattern(pattern: dict, path: Path) -> None:
-    """Left: where over the layers the effect starts and peaks. Right: d at every step and layer."""
-    d = np.array([np.nan if x is None else x for x in pattern["cohens_d_by_layer"]], float)
+    """Left: where over the layers the effect starts and peaks. Right: d at every step and layer, if pairs suffice."""
+    d = np.array(pattern["cohens_d_by_layer"], float)
     names, grid = step_grid(pattern)
-    limit = colour_limit(grid)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(11, 4), layout="constrained", gridspec_kw={"width_ratios": [2, 3]}
@@ -110,18 +109,25 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
         left.legend(
             [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, GREY)], ["p ≤ 0.05", "not significant"], frameon=False
         )
-        image = right.imshow(grid, aspect="auto", origin="lower", cmap="PuOr_r", vmin=-limit, vmax=limit)
-        every = max(1, len(names) // 20)
-        right.set_xticks(range(0, len(names), every), names[::every], fontsize=8)
-        right.set(
-            title="Held-out Cohen's d at single steps",
-            xlabel="end of the prompt, then generated tokens",
-            ylabel="layer",
-        )
-        right.yaxis.get_major_locator().set_params(integer=True)
-        right.spines[:].set_visible(False)
-        figure.colorbar(image, ax=right, label="Cohen's d")
+        if names:
+            _step_heat_map(figure, right, names, grid)
+        else:
+            right.set_axis_off()
+            right.text(0.5, 0.5, "too few pairs for single steps", ha="center", va="center", color=GREY)
         _save(figure, path)
+
+
+def _step_heat_map(figure, axes, names: list[str], grid: np.ndarray) -> None:
+    limit = colour_limit(grid)
+    image = axes.imshow(grid, aspect="auto", origin="lower", cmap="PuOr_r", vmin=-limit, vmax=limit)
+    every = max(1, len(names) // 20)
+    axes.set_xticks(range(0, len(names), every), names[::every], fontsize=8)
+    axes.set(
+        title="Held-out Cohen's d at single steps", xlabel="end of the prompt, then generated tokens", ylabel="layer"
+    )
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="Cohen's d")
 
 
 def plot_projections(projected: dict, path: Path, most: int = 12) -> None:

@@ -162,14 +162,14 @@ def test_jsonable_maps_numpy_and_nan():
     }
 
 
-@pytest.mark.parametrize("effect", [0.0, 3.0])
-def test_figures_are_drawn_for_significant_and_for_no_effects(tmp_path, effect):
-    data = simulate(effect)
+@pytest.mark.parametrize("effect, pairs", [(0.0, 50), (3.0, 50), (3.0, 4)])
+def test_figures_are_drawn_for_significant_for_no_effects_and_for_few_pairs(tmp_path, effect, pairs):
+    data = simulate(effect, pairs=pairs)
     result = analyse(data, SETTINGS, {})
     plots.plot_layer_scores(result, tmp_path / "deep" / "a.png")
     plots.plot_categories(analyse_categories(data, SETTINGS), tmp_path / "b.png")
     plots.plot_layer_pattern(analyse_layers_and_steps(data, result, SETTINGS), tmp_path / "c.png")
     plots.plot_projections(project_prompts(data, SETTINGS), tmp_path / "d.png")
-    for name in ("deep/a", "b", "c", "d"):
+    for name in ("deep/a", "b", "c", "d") if pairs == 50 else ("deep/a", "c", "d"):  # no category has enough pairs
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")

@@ -253,6 +253,12 @@ def test_missing_sections_name_the_command(results, tmp_path, capsys):
     assert results["run"].results["summary"] in text
 
 
+def test_few_pairs_make_a_report_too(tmp_path):
+    write_analysis(tmp_path, pairs=8)
+    text = build(tmp_path)
+    assert "too few pairs for single steps" in text and "only 2 pairs, 4 needed" in text
+
+
 def test_results_of_another_model_say_so(tmp_path):
     write_analysis(tmp_path)
     write_sweep(tmp_path, {**MODEL, "model": "someone else", "model_revision": "sha256:2"})

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_refactored.files import read_json
 
-from ..figure_data import on_their_side
+from ..figure_data import on_their_side, step_grid
 from ..pairs import SIDES
 from ..transcripts import load_transcripts
 
@@ -69,7 +69,7 @@ def steps(path: Path) -> dict:
     result = read_json(path, "results file")
     return {
         **_model({}),
-        "figures": {"steps": figure_data(figures.steps(result))},
+        "figures": {"steps": figure_data(figures.steps(result))} if step_grid(result)[0] else {},
         "first": result["first_significant_layer"],
         "peak": result["peak_layer"],
     }
