@@ -25,7 +25,7 @@ from .report_results import (
 NEED_BROWSER = os.environ.get("NEED_BROWSER")  # set in continuous integration, where nothing may be skipped
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--headless", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 
@@ -159,6 +159,14 @@ def test_the_slider_moves_the_points(page, results):
             np.testing.assert_allclose(plotted(page, "projections", side, "x"), expected, rtol=1e-3)
         right = sum(n < 0 for n, _ in layers[layer]["direction"]) + sum(a > 0 for _, a in layers[layer]["direction"])
         assert f"layer {layer}: {right} of 40 prompts" in find(page, "#projection-caption").text
+        wrong = page.execute_script(
+            "return [...document.querySelectorAll('#projection-mistakes li')].map(li => li.textContent)"
+        )
+        assert len(wrong) == 40 - right
+        pairs = results["run"].data.pairs
+        for pair, (natural, artifact) in zip(pairs, layers[layer]["direction"], strict=True):
+            assert (f"natural: {pair.natural} ({pair.category} {pair.id})" in wrong) == (natural >= 0)
+            assert (f"artifact: {pair.artifact} ({pair.category} {pair.id})" in wrong) == (artifact <= 0)
         accuracy = results["run"].results["layer_scores_prompt_end"][str(layer)]["accuracy"]
         assert right / 40 == pytest.approx(accuracy)
     assert find(page, "#projection-layer-shown").text == str(start)

@@ -57,8 +57,8 @@ def build(folder: Path) -> str:
     main = sections["analysis"] if sections["analysis"]["there"] else there[0]
     for section in there:
         section["of_another_model"] = section["revision"] not in (None, main["revision"])
-    data = {"figures": figures, "transcripts": sections["transcripts"].pop("data", None)}
-    return _render(sections=sections, model=main["model"], data=data)
+    own = {section["name"]: section["data"] for section in there if "data" in section}
+    return _render(sections=sections, model=main["model"], data={"figures": figures, **own})
 
 
 def _section(source: Source, folder: Path) -> dict:

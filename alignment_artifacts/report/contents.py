@@ -11,7 +11,6 @@ import numpy as np
 from gemma_refactored.files import read_json
 
 from ..figure_data import on_their_side, step_grid
-from ..pairs import SIDES
 from ..transcripts import load_transcripts
 
 SCORE_STEP = 0.05  # scores of tokens are rounded to this on the page: one byte each, up to 6.35
@@ -83,6 +82,7 @@ def projections(path: Path) -> dict:
         **_model({}),
         "figures": {"projections": figure_data(figures.projections(result))},
         "positions": {name: len(layers) for name, layers in result["positions"].items()},
+        "data": result["pairs"],
         "start": int(np.argmax([on_their_side(layer)[0] for layer in result["positions"]["prompt_end"]])),
     }
 
@@ -130,7 +130,6 @@ def transcripts(path: Path) -> dict:
         "data": {
             "pairs": result["pairs"],
             "pieces": result["pieces"],
-            "sides": SIDES,
             "layers": layers,
             "step": SCORE_STEP,
             "scores": base64.b64encode(by_layer.tobytes()).decode(),

@@ -2,6 +2,14 @@
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
+const SIDES = ["natural", "artifact"];
+
+function element(name, className, text) { // text always goes in as text, never as markup
+  const made = document.createElement(name);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
 
 // Figures
 
@@ -13,7 +21,7 @@ function textColour() {
 const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
 
 for (const place of document.querySelectorAll(".plot")) {
-  const { data, layout, frames } = page.figures[place.dataset.figure];
+  const { data, layout } = page.figures[place.dataset.figure];
   let height = layout.height;
   if (innerWidth < 640) { // a phone: the legend takes a row an entry, and numbers do not fit into cells
     height += 14 * data.filter((trace) => trace.showlegend !== false && trace.name).length;
@@ -30,7 +38,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   for (const place of document.querySelectorAll(".plot")) Plotly.relayout(place, textColour());
 });
 
-function projections(figure) {
+function projections(figure, pairs) {
   const layer = byId("projection-layer"), positions = byId("projection-positions");
   const frames = Object.fromEntries(figure.frames.map((frame) => [frame.name, frame]));
   const show = () => {
@@ -39,29 +47,25 @@ function projections(figure) {
     Plotly.update(byId("plot-projections"), { x: data.map((t) => t.x), y: data.map((t) => t.y) }, ranges, [0, 1]);
     byId("projection-layer-shown").textContent = layer.value;
     byId("projection-caption").textContent = layout.title.text;
+    const mistakes = data.flatMap(({ x }, side) => pairs.filter((_, i) => (side ? x[i] <= 0 : x[i] >= 0))
+      .map((pair) => `${SIDES[side]}: ${pair[SIDES[side]]} (${pair.category} ${pair.id})`));
+    byId("projection-mistakes").replaceChildren(...mistakes.map((text) => element("li", "", text)));
   };
   layer.addEventListener("input", show);
   positions.addEventListener("change", show);
   show();
 }
 
-// Transcripts: text always goes in as text, never as markup.
+// Transcripts
 
 const PAGE_SIZE = 5;
 
-function element(name, className, text) {
-  const made = document.createElement(name);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-function transcripts({ pairs, pieces, sides, layers, step, scores }) {
+function transcripts({ pairs, pieces, layers, step, scores }) {
   const bytes = Uint8Array.from(atob(scores), (c) => c.charCodeAt(0));
   const values = new Int8Array(bytes.buffer), perLayer = values.length / layers.length;
   let offset = 0, first = 0, matching = pairs;
   for (const pair of pairs) {
-    for (const side of sides) { // in the order the scores were written in
+    for (const side of SIDES) { // in the order the scores were written in
       const texts = pair[side];
       texts.offset = offset;
       texts.before.offset = texts.offset + texts.prompt_tokens.length;
@@ -101,7 +105,7 @@ function transcripts({ pairs, pieces, sides, layers, step, scores }) {
   function card(pair) {
     const article = element("article", "pair");
     article.append(element("h3", "", `${pair.category.replaceAll("_", " ")}, ${pair.id}`));
-    for (const side of sides) {
+    for (const side of SIDES) {
       const texts = pair[side], block = element("div", "side");
       const prompt = tokens(texts.prompt_tokens, texts.offset, "tokens prompt-tokens", "\u21b5");
       const columns = element("div", "answers");
@@ -114,15 +118,15 @@ function transcripts({ pairs, pieces, sides, layers, step, scores }) {
 
   const filters = {
     all: () => true,
-    lifted: (pair) => sides.some((s) => pair[s].before.refused && !pair[s].after.refused),
-    stayed: (pair) => sides.some((s) => pair[s].before.refused && pair[s].after.refused),
-    new: (pair) => sides.some((s) => !pair[s].before.refused && pair[s].after.refused),
+    lifted: (pair) => SIDES.some((s) => pair[s].before.refused && !pair[s].after.refused),
+    stayed: (pair) => SIDES.some((s) => pair[s].before.refused && pair[s].after.refused),
+    new: (pair) => SIDES.some((s) => !pair[s].before.refused && pair[s].after.refused),
     natural: (pair) => pair.natural.before.text !== pair.natural.after.text,
   };
 
   function select() {
     const category = byId("token-category").value, words = byId("token-search").value.toLowerCase();
-    const holds = (pair) => sides.some((s) => [pair[s].prompt, pair[s].before.text, pair[s].after.text]
+    const holds = (pair) => SIDES.some((s) => [pair[s].prompt, pair[s].before.text, pair[s].after.text]
       .some((text) => text.toLowerCase().includes(words)));
     const wanted = filters[byId("token-filter").value];
     matching = pairs.filter((pair) => (!category || pair.category === category) && wanted(pair) && holds(pair));
@@ -152,7 +156,7 @@ function transcripts({ pairs, pieces, sides, layers, step, scores }) {
   select();
 }
 
-if (page.figures.projections) projections(page.figures.projections);
+if (page.projections) projections(page.figures.projections, page.projections);
 if (page.transcripts) transcripts(page.transcripts);
 byId("save-manifest")?.addEventListener("click", () => {
   const link = element("a");
