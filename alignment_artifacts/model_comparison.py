@@ -137,25 +137,26 @@ def summarise(records: list[dict], names: tuple[str, str]) -> str:
     """The comparison at one kind of positions in a sentence or two."""
     found = [i for i, r in enumerate(records) if (r["p_value"] or 1) <= 0.05]
     same = [i for i, r in enumerate(records) if r["largest_change"] == 0]
-    identical = f" At layers {ranges(same)} they are identical." if same else ""
+    identical = f" At {named_layers(same)} they are identical." if same else ""
     if not found:
         return f"{names[1]} separates the prompts no better or worse than {names[0]} at any layer.{identical}"
     best = max(found, key=lambda i: abs(records[i]["difference"]))
     r = records[best]
     low, high = r["difference_ci"]
     return (
-        f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at layers {ranges(found)}, "
+        f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at {named_layers(found)}, "
         f"most at layer {best}: d = {r['d_b']:.1f} instead of {r['d_a']:.1f}, a difference of {r['difference']:+.1f} "
         f"[{low:.1f}, {high:.1f}] (p = {r['p_value']:.2g} over all layers).{identical}"
     )
 
 
-def ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
+def named_layers(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "layers 0-2, 5"."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
             parts[-1].append(number)
         else:
             parts.append([number])
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+    listed = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+    return f"layer{'s' if len(numbers) > 1 else ''} {listed}"

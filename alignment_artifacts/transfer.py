@@ -90,8 +90,12 @@ def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str]) -> s
         others = {names[source]: by_source[source][cell]["cohens_d"] for source in ("a", "words")}
         low, high = record["cohens_d_ci"]
         beside = ", ".join(f"{name} {number(d)}" for name, d in others.items())
-        explained = low is None or low <= max([0.0, *(d for d in others.values() if d is not None)])
-        verdict = "no more than words do: it may only know words" if explained else "which words do not explain"
+        if low is None or low <= 0:
+            verdict = "no better than chance: it does not carry over"
+        elif low <= max((d for d in others.values() if d is not None), default=0.0):
+            verdict = "no more than words do: it may only know words"
+        else:
+            verdict = "which words do not explain"
         verdicts.append(
             f"learnt on {learnt} pairs, {names['b']}'s direction tells {what} with d = {number(record['cohens_d'])} "
             f"[{number(low)}, {number(high)}] ({record['accuracy']:.0%} accuracy; {beside}), {verdict}"
@@ -101,4 +105,4 @@ def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str]) -> s
 
 
 def number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.1f}"
+    return "undefined" if value is None else f"{round(value, 1) + 0.0:.1f}"  # no negative zero

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import compare_models as script
-from alignment_artifacts.model_comparison import check_comparable, ranges, summarise
+from alignment_artifacts.model_comparison import check_comparable, named_layers, summarise
 from alignment_artifacts.report import contents
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
@@ -129,5 +129,5 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
 def test_a_comparison_without_a_difference_says_so():
     record = {"p_value": 0.4, "largest_change": 0.5}
     text = summarise([record, {**record, "largest_change": 0}], ("x", "y"))
-    assert text == "y separates the prompts no better or worse than x at any layer. At layers 1 they are identical."
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and ranges([]) == ""
+    assert text == "y separates the prompts no better or worse than x at any layer. At layer 1 they are identical."
+    assert named_layers([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8" and named_layers([3]) == "layer 3"
