@@ -206,7 +206,7 @@ def plot_sweep(result: dict, path: Path) -> None:
     """Every setting tried: refusals and broken text left against the cost, the chosen one marked."""
     tried, chosen = result["tried"], result["chosen"]["development"]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(9.5, 5), layout="constrained")
         for mode, colour in sweep_modes(result).items():
             for site, marker in (("mlp", "o"), ("residual", "^")):
                 own = [sweep_point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)]
