@@ -60,8 +60,9 @@ def check_constants() -> None:
         "ORIGINAL_PAIRS_JSON_FOR_ITERATION",
         "GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH",
     ):
-        if not isinstance(globals()[name], (str, Path)):
-            raise UserError(f"{name} must be text, not {shown(globals()[name])}.")
+        value = globals()[name]
+        if not isinstance(value, (str, Path)) or not str(value).strip():
+            raise UserError(f"{name} must be text, not {shown(value)}.")
 
 
 def run() -> None:
