@@ -126,19 +126,20 @@ def projections(projected: dict) -> go.Figure:
     """Prompts on the direction of other pairs against the leading orthogonal component; a slider over layers.
 
     Args:
-        projected: of `analysis.project_prompts`. The frames are named "positions/layer".
+        projected: of `analysis.project_prompts`. The slider's steps are labelled "positions/layer".
     """
-    frames = [
-        _frame(f"{positions}/{number}", f"{POSITION_NAMES[positions]}, layer {number}", layer)
+    steps = [
+        _view(f"{positions}/{number}", f"{POSITION_NAMES[positions]}, layer {number}", layer)
         for positions, layers in projected["positions"].items()
         for number, layer in enumerate(layers)
     ]
-    figure = go.Figure(frames=frames)
+    points, first, _ = steps[0]["args"]
+    figure = go.Figure().update_layout(first)
     for side, (name, colour) in enumerate(SIDE_COLOURS.items()):
         figure.add_trace(
             go.Scatter(
-                x=frames[0].data[side].x,
-                y=frames[0].data[side].y,
+                x=points["x"][side],
+                y=points["y"][side],
                 name=name,
                 mode="markers",
                 marker={"color": colour, "symbol": ("circle", "diamond")[side], "size": 8, "opacity": 0.75},
@@ -147,23 +148,22 @@ def projections(projected: dict) -> go.Figure:
             )
         )
     figure.add_vline(0, line={"color": GREY, "dash": "dash", "width": 1})
-    figure.update_layout(frames[0].layout)
-    still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    choices = [{"label": f.name, "method": "animate", "args": [[f.name], still]} for f in frames]
-    figure.update_layout(sliders=[{"steps": choices, "currentvalue": {"prefix": "layer: "}, "pad": {"t": 50}}])
-    return _styled(figure, "projection on the direction (0: threshold)", "leading orthogonal component", 480)
+    figure.update_layout(sliders=[{"steps": steps, "pad": {"t": 65}, "currentvalue": {"visible": False}}])
+    _styled(figure, "projection on the direction (0: threshold)", "leading orthogonal component", 480)
+    return figure.update_layout(margin_t=80, title={"x": 0.02, "y": 0.97})
 
 
-def _frame(name: str, title: str, layer: dict) -> go.Frame:
+def _view(label: str, title: str, layer: dict) -> dict:
+    """A step of the slider: what `Plotly.update` changes to show one layer."""
     x, y = np.array(layer["direction"]), np.array(layer["orthogonal"])
     right, total = on_their_side(layer)
-    points = [go.Scatter(x=_short(x[:, side]), y=_short(y[:, side])) for side in range(2)]
+    points = {name: [_short(values[:, side]) for side in range(2)] for name, values in (("x", x), ("y", y))}
     layout = {
-        "title": {"text": f"{title}: {right} of {total} prompts on their own side"},
-        "xaxis": {"range": _range(x)},
-        "yaxis": {"range": _range(y)},
+        "title.text": f"{title}: {right} of {total} prompts on their own side",
+        "xaxis.range": _range(x),
+        "yaxis.range": _range(y),
     }
-    return go.Frame(name=name, data=points, layout=layout)
+    return {"label": label, "method": "update", "args": [points, layout, [0, 1]]}
 
 
 def comparison(result: dict) -> go.Figure:

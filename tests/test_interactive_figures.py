@@ -60,16 +60,19 @@ def test_categories_and_steps(run, drawn):
 def test_projections(run, drawn):
     panels = drawn(plots.plot_projections, run.projections)
     screen = interactive_figures.projections(run.projections)
-    frames = {frame.name: frame for frame in screen.frames}
-    assert list(frames) == [f"{p}/{i}" for p in ("generated", "prompt_end") for i in range(4)]
+    views = {step.label: step.args for step in screen.layout.sliders[0].steps}
+    assert list(views) == [f"{p}/{i}" for p in ("generated", "prompt_end") for i in range(4)]
+    assert list(screen.data[1].x) == views["generated/0"][0]["x"][1]
     for layer in range(4):
+        points, layout, _ = views[f"prompt_end/{layer}"]
         for side in range(2):
             paper = panels[layer].collections[side].get_offsets()
-            points = frames[f"prompt_end/{layer}"].data[side]
-            np.testing.assert_allclose(paper, np.transpose([points.x, points.y]), rtol=1e-3)
+            np.testing.assert_allclose(paper, np.transpose([points["x"][side], points["y"][side]]), rtol=1e-3)
+            low, high = layout["xaxis.range"]
+            assert low < min(points["x"][side]) and max(points["x"][side]) < high
     right, total = on_their_side(run.projections["positions"]["generated"][2])
     assert right / total == pytest.approx(run.results["layer_scores"]["2"]["accuracy"])
-    assert f"layer 2: {right} of 40" in frames["generated/2"].layout.title.text
+    assert f"layer 2: {right} of 40" in views["generated/2"][1]["title.text"]
 
 
 def test_sweep_and_toxicity(tmp_path, drawn):

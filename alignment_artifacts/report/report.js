@@ -29,7 +29,7 @@ for (const place of document.querySelectorAll(".plot")) {
   }
   place.style.height = `${height}px`;
   const modebar = { bgcolor: "rgba(0, 0, 0, 0)", color: "#999", activecolor: "#0072B2" };
-  const own = { ...layout, height: undefined, title: undefined, sliders: [], modebar };
+  const own = { ...layout, height: undefined, title: undefined, sliders: [], modebar }; // the page has its own
   own.font = { ...layout.font, color: textColour()["font.color"] };
   Plotly.newPlot(place, { data, layout: own, config: CONFIG });
 }
@@ -40,14 +40,13 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
 
 function projections(figure, pairs) {
   const layer = byId("projection-layer"), positions = byId("projection-positions");
-  const frames = Object.fromEntries(figure.frames.map((frame) => [frame.name, frame]));
+  const views = Object.fromEntries(figure.layout.sliders[0].steps.map((step) => [step.label, step.args]));
   const show = () => {
-    const { data, layout } = frames[`${positions.value}/${layer.value}`];
-    const ranges = { "xaxis.range": layout.xaxis.range, "yaxis.range": layout.yaxis.range };
-    Plotly.update(byId("plot-projections"), { x: data.map((t) => t.x), y: data.map((t) => t.y) }, ranges, [0, 1]);
+    const [points, { "title.text": title, ...ranges }, traces] = views[`${positions.value}/${layer.value}`];
+    Plotly.update(byId("plot-projections"), points, ranges, traces);
     byId("projection-layer-shown").textContent = layer.value;
-    byId("projection-caption").textContent = layout.title.text;
-    const mistakes = data.flatMap(({ x }, side) => pairs.filter((_, i) => (side ? x[i] <= 0 : x[i] >= 0))
+    byId("projection-caption").textContent = title;
+    const mistakes = points.x.flatMap((x, side) => pairs.filter((_, i) => (side ? x[i] <= 0 : x[i] >= 0))
       .map((pair) => `${SIDES[side]}: ${pair[SIDES[side]]} (${pair.category} ${pair.id})`));
     byId("projection-mistakes").replaceChildren(...mistakes.map((text) => element("li", "", text)));
   };
