@@ -9,6 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_atomically
 
@@ -75,11 +79,6 @@ def _section(source: Source, folder: Path) -> dict:
 
 
 def _render(data: dict, **values) -> str:
-    # Only here: analyses import this package's neighbours, and need neither.
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     here = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -10,7 +10,9 @@ import numpy as np
 
 from gemma_refactored.files import read_json
 
+from .. import interactive_figures as figures
 from ..figure_data import on_their_side, step_grid
+from ..suppression import Setting
 from ..transcripts import load_transcripts
 
 SCORE_STEP = 0.05  # scores of tokens are rounded to this on the page: one byte each, up to 6.35
@@ -24,8 +26,6 @@ FACTS = (
 
 
 def analysis(path: Path) -> dict:
-    from .. import interactive_figures as figures
-
     result = read_json(path, "results file")
     manifest = result["collection"]
     return {
@@ -49,8 +49,6 @@ def analysis(path: Path) -> dict:
 
 
 def categories(path: Path) -> dict:
-    from .. import interactive_figures as figures
-
     result = read_json(path, "results file")
     scored = {name: c["layer_scores"] for name, c in result["categories"].items() if c["layer_scores"]}
     return {
@@ -63,8 +61,6 @@ def categories(path: Path) -> dict:
 
 
 def steps(path: Path) -> dict:
-    from .. import interactive_figures as figures
-
     result = read_json(path, "results file")
     return {
         **_model({}),
@@ -75,8 +71,6 @@ def steps(path: Path) -> dict:
 
 
 def projections(path: Path) -> dict:
-    from .. import interactive_figures as figures
-
     result = read_json(path, "results file")
     return {
         **_model({}),
@@ -88,8 +82,6 @@ def projections(path: Path) -> dict:
 
 
 def comparison(path: Path) -> dict:
-    from .. import interactive_figures as figures
-
     result = read_json(path, "results file")
     return {
         **_model(result["models"]["b"]),
@@ -109,8 +101,6 @@ def comparison(path: Path) -> dict:
 
 
 def transcripts(path: Path) -> dict:
-    from ..suppression import Setting
-
     result, scores = load_transcripts(path.parent)
     rounded = np.clip(np.rint(scores.astype(np.float32) / SCORE_STEP), -127, 127).astype(np.int8)
     every = -(-rounded.size // MOST_SCORE_BYTES)
@@ -138,9 +128,6 @@ def transcripts(path: Path) -> dict:
 
 
 def sweep(path: Path) -> dict:
-    from .. import interactive_figures as figures
-    from ..suppression import Setting
-
     result = read_json(path, "results file")
     test = result["test"]
     rows = [
@@ -169,8 +156,6 @@ def sweep(path: Path) -> dict:
 
 
 def toxicity(path: Path) -> dict:
-    from .. import interactive_figures as figures
-
     result = read_json(path, "results file")
     names = {"baseline": "unsteered", "steered": "steered", "random_direction": "random direction"}
     return {
