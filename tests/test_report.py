@@ -7,9 +7,12 @@ import tempfile
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from alignment_artifacts.report import SOURCES, build, contents, write_report
 from alignment_artifacts.report.__main__ import main
+from gemma_refactored.errors import UserError
 
 from .report_results import (
     MARKUP,
@@ -279,6 +282,48 @@ def test_a_thousand_pairs_stay_below_20_mb(tmp_path):
     write_report(tmp_path, tmp_path / "r.html")
     assert (tmp_path / "r.html").stat().st_size < 20e6
     assert "holds one layer in 2" in (tmp_path / "r.html").read_text()
+
+
+def spots(content, path=()):
+    """Paths to everything inside a JSON value; of long lists the first items only."""
+    items = (
+        content.items() if isinstance(content, dict) else enumerate(content[:2]) if isinstance(content, list) else ()
+    )
+    for key, value in items:
+        yield (*path, key)
+        yield from spots(value, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    run = write_analysis(folder, pairs=10, layers=3)
+    write_transcripts(folder, run.data.pairs, layers=3)
+    for write_one in (write_sweep, write_comparison, write_toxicity):
+        write_one(folder)
+    return folder
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_spoiled_number_is_shown_or_refused(small, data):
+    path = small / data.draw(st.sampled_from([source.file for source in SOURCES]))
+    content = json.loads(path.read_text())
+    *way, last = data.draw(st.sampled_from(list(spots(content))))
+    inside = content
+    for key in way:
+        inside = inside[key]
+    inside[last] = data.draw(st.sampled_from([None, "x", "<b>", -1, 1e300, [], {}, [None], True]))
+    original = path.read_text()
+    try:
+        write(path, content)
+        text = build(small)
+    except UserError as error:
+        assert "not what this version writes" in str(error) or "cannot be read" in str(error) or "belong" in str(error)
+    else:
+        assert "<script>window.hacked" not in text
+    finally:
+        path.write_text(original)
 
 
 def test_bad_input_is_one_sentence(results, tmp_path, capsys):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -18,6 +18,8 @@ from gemma_refactored.files import write_atomically
 
 from . import contents
 
+# What reading results of another shape than expected raises, in Python and in the template.
+WRONG_CONTENT = (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError)
 ANALYSE = "python analyze_collected_activations.py"
 
 
@@ -62,7 +64,10 @@ def build(folder: Path) -> str:
     for section in there:
         section["of_another_model"] = section["revision"] not in (None, main["revision"])
     own = {section["name"]: section["data"] for section in there if "data" in section}
-    return _render(sections=sections, model=main["model"], data={"figures": figures, **own})
+    try:
+        return _render(sections=sections, model=main["model"], data={"figures": figures, **own})
+    except WRONG_CONTENT as error:
+        raise UserError(f"Some results are not what this version writes ({error}); run `make` again.") from None
 
 
 def _section(source: Source, folder: Path) -> dict:
@@ -72,7 +77,7 @@ def _section(source: Source, folder: Path) -> dict:
         return section
     try:
         return {**section, **source.prepare(path)}
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except WRONG_CONTENT as error:
         raise UserError(
             f"{path} is not what this version writes ({type(error).__name__}: {error}); run `{source.command}` again."
         ) from None
