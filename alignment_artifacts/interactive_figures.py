@@ -258,7 +258,7 @@ def toxicity(results: dict) -> go.Figure:
         for kind, key in (("random_direction", "mean_toxicity"), ("steering", "kl_mean"))
     )
     # This part of the scale shows on white and on black.
-    shades = sample_colorscale("Plasma", np.linspace(0.15, 0.8, len(layers)).tolist())
+    shades = sample_colorscale("Plasma", np.linspace(0.35, 0.8, len(layers)).tolist())
     for i, (layer, colour) in enumerate(zip(layers, shades, strict=True)):
         shared = {"x": alphas, "legendgroup": str(layer), "line": {"color": colour}}
         hover = f"layer {layer}, alpha %{{x}}: %{{y:.3f}}<extra></extra>"
