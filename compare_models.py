@@ -1,8 +1,8 @@
 """Is it alignment, or just different words? Compares a model before and after safety training.
 
-Edit the constants. Both models get the same pairs in the same chat format, and read the same texts,
-so that representations are compared and not what was written. Then directions learnt on one contrast
-are tried on another. Writes results/data/model_comparison.json and a figure.
+Edit the constants. Both models (held in memory together) get the same pairs in the same chat format,
+and read the same texts, so that representations are compared and not what was written. Then
+directions learnt on one contrast are tried on another. Writes results/data/model_comparison.json and a figure.
 """
 
 import os

@@ -7,7 +7,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment_artifacts.report import SOURCES, build, contents, write_report
@@ -304,7 +304,7 @@ def small(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_spoiled_number_is_shown_or_refused(small, data):
     path = small / data.draw(st.sampled_from([source.file for source in SOURCES]))
