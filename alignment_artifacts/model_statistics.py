@@ -64,9 +64,9 @@ def exchanged_differences(
 
     Everything is repeated after a swap, learning of directions included. For that both models must speak
     of one direction: the second's is mirrored onto the first's beforehand, which changes no d of either.
-    Found in simulations of equal separation (d from 0 to 4, directions alike or not): 2 to 7 % of
-    p values are at most 0.05. Without the mirror it is up to 12 %, and swapping finished projections
-    instead of learning anew gives up to 30 %.
+    Found in simulations of equal separation (d from 0 to 4, directions alike or not): 2 to 6 % of
+    p values are at most 0.05 (benchmarks/simulated_model_comparison.py). Without the mirror it is up to
+    12 %, and swapping finished projections instead of learning anew gives up to 30 %.
 
     Returns:
         second minus first, and [permutations] of the same, on the scale of `statistics.stabilised`.
