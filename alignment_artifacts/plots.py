@@ -149,7 +149,7 @@ def plot_projections(projected: dict, path: Path, most: int = 12) -> None:
             axes.set_title(f"layer {layer}: {own} of {total} right", fontsize=9)
         for axes in panels.flat[len(shown) :]:
             axes.set_visible(False)
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
         figure.supxlabel("prompt end, projected on the direction of other pairs (dashed: threshold)", fontsize=9)
         figure.supylabel("leading orthogonal component", fontsize=9)
         _save(figure, path)
