@@ -27,7 +27,7 @@ from .measurements import Measurements, layer_separation
 from .monitor import score_tokens_by_layer
 from .pairs import SIDES
 from .refusal import is_refusal
-from .suppression import NOTHING, Intervention, Setting, intervene, prove
+from .suppression import NOTHING, Intervention, Proof, Setting, intervene, prove
 
 TRANSCRIPTS, SCORES = "transcripts.json", "transcripts.npz"
 
@@ -53,29 +53,20 @@ def transcribe(
     scores: list[list[np.ndarray]] = [[] for _ in measured.pairs]
     effect = None
     for fold in np.unique(folds):
+        held_out = np.flatnonzero(folds == fold)
         directions = _directions(loaded, measured, setting, np.flatnonzero(folds != fold))
         intervention = intervene(loaded, directions, setting)
-        held_out = np.flatnonzero(folds == fold)
-        prompts = [measured.prompts[i][side] for i in held_out for side in range(2)]
-        before, after = (iter(write_answers(loaded, prompts, used, max_tokens)) for used in (NOTHING, intervention))
+        answers = _answers(loaded, measured, intervention, held_out, max_tokens)
         progress(len(held_out))
-        for i in held_out:
+        for i, own in zip(held_out, answers, strict=True):
             pair = measured.pairs[i]
             records[i] = {"id": pair.id, "category": pair.category}
-            for side, name in enumerate(SIDES):
-                two = {"before": next(before), "after": next(after)}
-                prompt = measured.prompts[i][side]
-                records[i][name] = _record(loaded, getattr(pair, name), prompt, two)
+            for side, prompt, two in zip(SIDES, measured.prompts[i], own, strict=True):
+                records[i][side] = _record(loaded, getattr(pair, side), prompt, two)
                 scores[i] += _scores(loaded, directions, intervention, prompt, two)
             progress(1)
         if effect is None:
-            artifact = [measured.prompts[i][1] for i in held_out], [records[i]["artifact"] for i in held_out]
-            effect = prove(loaded, intervention, artifact[0], [a["before"]["tokens"] for a in artifact[1]])
-            if effect.touched == 0 and setting.scale != 0:
-                raise UserError(
-                    f"This setting ({setting.describe()}) changes nothing on artifact prompts. "
-                    "Use another mode, other layers or another threshold."
-                )
+            effect = _effect(loaded, setting, intervention, [records[i]["artifact"] for i in held_out])
     refused = {
         side: {when: rate([r[side][when]["refused"] for r in records]) for when in ("before", "after")}
         for side in SIDES
@@ -101,6 +92,28 @@ def _directions(loaded: LoadedModel, measured: Measurements, setting: Setting, r
     if setting.mode == "cap":
         directions = measure_natural_tokens(loaded, directions, measured.natural_sequences(rows))
     return directions
+
+
+def _answers(
+    loaded: LoadedModel, measured: Measurements, intervention: Intervention, rows: np.ndarray, max_tokens: int
+) -> list[list[dict[str, list[int]]]]:
+    """Token ids [pair][side] "before" and "after"."""
+    prompts = [prompt for i in rows for prompt in measured.prompts[i]]
+    both = [write_answers(loaded, prompts, used, max_tokens) for used in (NOTHING, intervention)]
+    pairs = [dict(zip(("before", "after"), two, strict=True)) for two in zip(*both, strict=True)]
+    return [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
+
+
+def _effect(loaded: LoadedModel, setting: Setting, intervention: Intervention, artifacts: list[dict]) -> Proof:
+    """What the intervention does along artifact prompts and the answers without it."""
+    prompts, answers = [a["prompt_tokens"] for a in artifacts], [a["before"]["tokens"] for a in artifacts]
+    effect = prove(loaded, intervention, prompts, answers)
+    if effect.touched == 0 and setting.scale != 0:
+        raise UserError(
+            f"This setting ({setting.describe()}) changes nothing on artifact prompts. "
+            "Use another mode, other layers or another threshold."
+        )
+    return effect
 
 
 def _record(loaded: LoadedModel, text: str, prompt: list[int], answers: dict[str, list[int]]) -> dict:
