@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 # Okabe and Ito's colours, which survive colour blindness.
@@ -20,21 +22,16 @@ CONDITION_NAMES = {
 LEAST_KL = 1e-6  # nats a token; nothing at all has no place on a logarithmic axis
 
 
-def column(scores: dict, key: str) -> np.ndarray:
-    """[layers] of one number of the per-layer records; NaN where it is not defined."""
-    return np.array([scores[str(i)][key] for i in range(len(scores))], float)  # None becomes NaN
-
-
-def interval(scores: dict, key: str) -> np.ndarray:
-    """[2 (low, high), layers] of one interval of the per-layer records."""
-    return np.array([scores[str(i)][key] for i in range(len(scores))], float).T
+def column(records: Iterable[dict], key: str) -> np.ndarray:
+    """One number of per-layer records [layers], or one interval [layers, 2]; NaN where it is not defined."""
+    return np.array([record[key] for record in records], float)  # None becomes NaN
 
 
 def category_grids(by_category: dict) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names of the categories that have scores, and their d and p [categories, layers]."""
     rows = {name: c["layer_scores"] for name, c in by_category["categories"].items() if c["layer_scores"]}
     names = [name.replace("_", " ") for name in rows]
-    d, p = (np.array([column(scores, key) for scores in rows.values()]) for key in ("cohens_d", "p_value"))
+    d, p = (np.array([column(scores.values(), key) for scores in rows.values()]) for key in ("cohens_d", "p_value"))
     return names, d, p
 
 
@@ -72,11 +69,6 @@ def random_controls(result: dict) -> dict[str, list[tuple[float, float]]]:
     """Points of the chosen setting's controls, measured on test pairs."""
     names = {"random_direction": "random direction", "same_change_elsewhere": "same change, random direction"}
     return {label: [sweep_point(r) for r in result["test"][name]] for name, label in names.items()}
-
-
-def comparison_column(layers: list[dict], key: str) -> np.ndarray:
-    """[layers] of one number, or [layers, 2] of an interval, of `model_statistics.compare_layers`."""
-    return np.array([r[key] for r in layers], float)  # None becomes NaN
 
 
 def transfer_grid(result: dict) -> tuple[list[str], list[str], np.ndarray]:

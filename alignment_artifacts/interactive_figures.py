@@ -26,8 +26,6 @@ from .figure_data import (
     category_grids,
     colour_limit,
     column,
-    comparison_column,
-    interval,
     on_their_side,
     random_controls,
     step_grid,
@@ -39,6 +37,7 @@ from .suppression import Setting
 
 DIVERGING = "PuOr_r"
 MARKERS = {"mlp": "circle", "residual": "triangle-up"}
+GRID = "rgba(128, 128, 128, 0.25)"
 HOVER_WIDTH = 60  # characters
 
 
@@ -46,22 +45,22 @@ def layer_scores(result: dict) -> go.Figure:
     """Cohen's d per layer with interval, null band and lexical baseline; accuracy and the rest on hover."""
     figure = go.Figure()
     layers = np.arange(len(result["layer_scores"]))
-    null = column(result["layer_scores"], "null_95")
+    null = column(result["layer_scores"].values(), "null_95")
     figure.add_trace(_band(layers, -null, null, GREY, "chance (95 %, best layer)", showlegend=True))
     panels = (
-        ("generated tokens", result["layer_scores"], BLUE, "circle"),
-        ("prompt end", result["layer_scores_prompt_end"], ORANGE, "square"),
+        ("generated tokens", result["layer_scores"].values(), BLUE, "circle"),
+        ("prompt end", result["layer_scores_prompt_end"].values(), ORANGE, "square"),
     )
-    for name, scores, colour, marker in panels:
-        figure.add_trace(_band(layers, *interval(scores, "cohens_d_ci"), colour, f"{name}, 95 % interval"))
+    for name, records, colour, marker in panels:
+        figure.add_trace(_band(layers, *column(records, "cohens_d_ci").T, colour, f"{name}, 95 % interval"))
         shown = [
-            *interval(scores, "cohens_d_ci"), column(scores, "accuracy"), *interval(scores, "accuracy_ci"),
-            column(scores, "auroc"), column(scores, "p_value"),
+            *column(records, "cohens_d_ci").T, column(records, "accuracy"), *column(records, "accuracy_ci").T,
+            column(records, "auroc"), column(records, "p_value"),
         ]  # fmt: skip
         figure.add_trace(
             go.Scatter(
                 x=layers,
-                y=column(scores, "cohens_d"),
+                y=column(records, "cohens_d"),
                 name=name,
                 mode="lines+markers",
                 line={"color": colour},
@@ -172,27 +171,23 @@ def comparison(result: dict) -> go.Figure:
     layers = result["conditions"]["prompt_end"]["layers"]
     x = np.arange(len(layers))
     for name, colour, symbol in (("a", BLUE, "circle"), ("b", ORANGE, "square")):
-        title, ends = result["names"][name], comparison_column(layers, f"d_{name}_ci").T
+        title, ends = result["names"][name], column(layers, f"d_{name}_ci").T
         figure.add_trace(_band(x, *ends, colour, f"{title}, 95 % interval"), 1, 1)
         figure.add_trace(
-            go.Scatter(x=x, y=comparison_column(layers, f"d_{name}"), name=title, line={"color": colour},
+            go.Scatter(x=x, y=column(layers, f"d_{name}"), name=title, line={"color": colour},
                        mode="lines+markers", marker={"symbol": symbol, "size": 8},
                        hovertemplate="layer %{x}: d = %{y:.2f}"), 1, 1
         )  # fmt: skip
-    figure.add_trace(_band(x, *comparison_column(layers, "difference_ci").T, GREEN, "95 % interval"), 2, 1)
+    figure.add_trace(_band(x, *column(layers, "difference_ci").T, GREEN, "95 % interval"), 2, 1)
     for (name, title), dash in zip(CONDITION_NAMES.items(), ("solid", "dash", "dashdot", "dot", "solid"), strict=True):
         own = result["conditions"][name]["layers"]
         figure.add_trace(
-            go.Scatter(x=x, y=comparison_column(own, "difference"), name=f"B - A, {title}", mode="lines+markers",
+            go.Scatter(x=x, y=column(own, "difference"), name=f"B - A, {title}", mode="lines+markers",
                        line={"color": GREEN if name == "prompt_end" else GREY, "dash": dash}, marker={"size": 5},
-                       customdata=comparison_column(own, "p_value"),
+                       customdata=column(own, "p_value"),
                        hovertemplate="layer %{x}: difference %{y:.2f}, p = %{customdata:.3f}"), 2, 1
         )  # fmt: skip
-    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID)
-    for row, title in ((1, "Cohen's d, prompt end"), (2, "difference of d")):
-        figure.update_yaxes(title_text=title, gridcolor=_GRID, zerolinecolor=_GRID, row=row)
-    figure.update_xaxes(title_text="layer", row=2)
-    return _styled(figure, height=640)
+    return _styled(figure, "layer", ("Cohen's d, prompt end", "difference of d"), 640)
 
 
 def transfer(result: dict) -> go.Figure:
@@ -271,28 +266,25 @@ def toxicity(results: dict) -> go.Figure:
         )  # fmt: skip
     limit = results["experiment"]["config"]["max_kl"]
     figure.add_hline(limit, line={"color": GREY, "dash": "dash", "width": 1}, row=2, col=1)
-    figure.update_xaxes(gridcolor=_GRID, zerolinecolor=_GRID)
-    for row, title in ((1, "mean toxicity"), (2, "KL, nats a token")):
-        figure.update_yaxes(title_text=title, gridcolor=_GRID, zerolinecolor=_GRID, row=row)
-    figure.update_xaxes(title_text="alpha (positive: away from toxicity)", row=2)
-    return _styled(figure, height=620)
+    return _styled(figure, "alpha (positive: away from toxicity)", ("mean toxicity", "KL, nats a token"), 620)
 
 
-_GRID = "rgba(128, 128, 128, 0.25)"
-
-
-def _styled(figure: go.Figure, x: str = "", y: str = "", height: int = 400, xaxis: dict | None = None,
+def _styled(figure: go.Figure, x: str, y: str | tuple[str, ...], height: int = 400, xaxis: dict | None = None,
             yaxis: dict | None = None) -> go.Figure:  # fmt: skip
-    lines = {"gridcolor": _GRID, "zerolinecolor": _GRID}
+    """The common look; several panels, one above the other, have as many titles of y."""
+    lines = {"gridcolor": GRID, "zerolinecolor": GRID}
     figure.update_layout(
         template="none", height=height, margin={"l": 60, "r": 15, "t": 45, "b": 50}, hovermode="closest",
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "color": "#888"}, title_font_size=14,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
     )  # fmt: skip
-    if x or y or xaxis or yaxis:
-        figure.update_xaxes(title_text=x, **lines, **(xaxis or {}))
-        figure.update_yaxes(title_text=y, automargin=True, **lines, **(yaxis or {}))
+    figure.update_xaxes(**lines, **(xaxis or {}))
+    figure.update_yaxes(automargin=True, **lines, **(yaxis or {}))
+    titles = (y,) if isinstance(y, str) else y
+    for axis, title in zip(figure.select_yaxes(), titles, strict=True):
+        axis.title.text = title
+    list(figure.select_xaxes())[-1].title.text = x
     return figure
 
 

@@ -20,8 +20,6 @@ from .figure_data import (
     category_grids,
     colour_limit,
     column,
-    comparison_column,
-    interval,
     on_their_side,
     random_controls,
     step_grid,
@@ -35,18 +33,18 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, 
 
 def plot_layer_scores(result: dict, path: Path) -> None:
     """Cohen's d per layer with interval, null band and lexical baseline; accuracy beside it."""
-    panels = [("generated tokens", result["layer_scores"], BLUE, "o")]
-    panels.append(("prompt end", result["layer_scores_prompt_end"], ORANGE, "s"))
+    panels = [("generated tokens", result["layer_scores"].values(), BLUE, "o")]
+    panels.append(("prompt end", result["layer_scores_prompt_end"].values(), ORANGE, "s"))
     layers = np.arange(len(result["layer_scores"]))
     lexical = result["lexical_baseline"]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        for name, scores, colour, marker in panels:
+        for name, records, colour, marker in panels:
             for axes, key in ((left, "cohens_d"), (right, "accuracy")):
-                low, high = interval(scores, f"{key}_ci")
+                low, high = column(records, f"{key}_ci").T
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
-                axes.plot(layers, column(scores, key), color=colour, marker=marker, ms=4, label=name)
-        null = column(result["layer_scores"], "null_95")
+                axes.plot(layers, column(records, key), color=colour, marker=marker, ms=4, label=name)
+        null = column(result["layer_scores"].values(), "null_95")
         left.fill_between(layers, -null, null, color=GREY, alpha=0.25, lw=0, label="chance (95 %, best layer)")
         right.axhline(0.5, color=GREY, ls="--", lw=1, label="chance")
         if lexical:
@@ -164,13 +162,13 @@ def plot_comparison(result: dict, path: Path) -> None:
             1, 3, figsize=(14, 5), layout="constrained", gridspec_kw={"width_ratios": [3, 3, 4]}
         )
         for name, colour, marker in (("a", BLUE, "o"), ("b", ORANGE, "s")):
-            d, (low, high) = comparison_column(layers, f"d_{name}"), comparison_column(layers, f"d_{name}_ci").T
+            d, (low, high) = column(layers, f"d_{name}"), column(layers, f"d_{name}_ci").T
             left.fill_between(numbers, low, high, color=colour, alpha=0.15, lw=0)
             left.plot(numbers, d, color=colour, marker=marker, ms=4, label=result["names"][name])
-        low, high = comparison_column(layers, "difference_ci").T
+        low, high = column(layers, "difference_ci").T
         middle.fill_between(numbers, low, high, color=GREEN, alpha=0.2, lw=0)
         for (name, title), style in zip(CONDITION_NAMES.items(), ("-o", "--", "-.", ":", "-"), strict=True):
-            difference = comparison_column(result["conditions"][name]["layers"], "difference")
+            difference = column(result["conditions"][name]["layers"], "difference")
             colour = GREEN if name == "prompt_end" else GREY if name == "own_answers" else "#444444"
             middle.plot(numbers, difference, style, color=colour, ms=4, lw=1.3, label=title)
         middle.axhline(0, color="black", lw=0.8)
