@@ -60,17 +60,12 @@ def decode(training: np.ndarray, strata: np.ndarray, tested: np.ndarray) -> tupl
 
 
 def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings) -> tuple[st.HeldOut, list[int]]:
-    """The same within one set, fold by fold."""
+    """The same within one set, fold by fold: what the analysis calls the best layer, chosen inside the folds."""
     folds = st.assign_folds(strata, settings.seed)
-    natural, artifact, thresholds = np.empty((3, len(folds)))
-    layers = []
-    for fold in np.unique(folds):
-        held = folds == fold
-        projected, (layer,) = decode(vectors[~held], strata[~held], vectors[held])
-        natural[held], artifact[held] = projected.natural, projected.artifact
-        thresholds[held] = projected.thresholds
-        layers.append(layer)
-    return st.HeldOut(natural, artifact, thresholds, folds), layers
+    layers = [st.pair_vectors(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]
+    return st.nested_best_layer(
+        [st.held_out_projections(layer, folds) for layer in layers], [st.inner_scores(layer, folds) for layer in layers]
+    )
 
 
 def _record(held_out: st.HeldOut, layers: list[int], settings: Settings) -> dict:

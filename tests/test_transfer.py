@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alignment_artifacts.analysis import Settings
+from alignment_artifacts.analysis import Settings, score_layers
 from alignment_artifacts.transfer import PAIRS, TWINS, cross_decoding, decode, summarise
 
 SETTINGS = Settings(permutations=99, resamples=200)
@@ -35,6 +35,15 @@ def test_alignment_transfers_and_words_do_not():
     assert summarise({**both, "words": aligned}, NAMES).count("it may only know words") == 2
     text = summarise({**both, "b": wordy}, NAMES)
     assert text.startswith("Learnt on natural/artifact pairs, after's") and "it does not carry over;" in text
+
+
+def test_within_one_set_it_is_the_analysis_s_best_layer():
+    rng = np.random.default_rng(2)
+    pairs = rng.normal(size=(50, 2, 3, 16))
+    pairs[:, 1, 1, 0] += 2
+    own = cross_decoding(pairs, pairs[:25], CATEGORIES, TWIN_CATEGORIES, SETTINGS)[f"{PAIRS} -> {PAIRS}"]
+    best = score_layers(pairs, CATEGORIES, SETTINGS).best_layer
+    assert best.pop("layer_chosen_in_each_fold") == own["layers"] and best == {name: own[name] for name in best}
 
 
 def test_an_effect_of_one_category_fails_on_it_alone():
