@@ -60,6 +60,8 @@ def run() -> None:
 
 def print_tables(result: dict) -> None:
     """80 columns: layers at the prompt's end, differences under every condition, transfer."""
+    from alignment_artifacts.analysis import is_significant
+
     print("\nAt the prompt's end, the same tokens for both (d held out by pair)")
     print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A")
     for layer, r in enumerate(result["conditions"]["prompt_end"]["layers"]):
@@ -75,7 +77,7 @@ def print_tables(result: dict) -> None:
     print("layer " + "".join(f"{title:>16}" for title in shown.values()))
     for layer in range(len(result["conditions"]["neutral"]["layers"])):
         cells = [result["conditions"][name]["layers"][layer] for name in shown]
-        marks = ["*" if (r["p_value"] or 1) <= 0.05 else " " for r in cells]
+        marks = ["*" if is_significant(r) else " " for r in cells]
         print(f"{layer:>5} " + "".join(f"{number(r['difference']) + m:>16}" for r, m in zip(cells, marks, strict=True)))
     print("\nLearnt on one contrast, tested on another: d (accuracy)")
     sources = result["transfer"]

@@ -55,6 +55,7 @@ def run() -> None:
     from alignment_artifacts.twins import load_twins
     from gemma_refactored.model_loading import device_description, load
 
+    twins = [twin.natural for twin in load_twins(TWINS)]
     loaded = load(MODEL_NAME)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     measured = measure(loaded, load_pairs(PAIRS_JSON), Path(CACHE), show_progress=True)
@@ -73,7 +74,6 @@ def run() -> None:
     setting = sweep.Setting.from_record(records[best]["setting"])
     amplification = sweep.Setting.from_record(amplified[loudest]["setting"])
 
-    twins = [twin.natural for twin in load_twins(TWINS)]
     test = {**bench.behaviour("test"), "twins": observe(loaded, twins, MAX_TOKENS)}
     result = {
         "model": measured.facts,
@@ -91,8 +91,8 @@ def run() -> None:
         "tried": records,
         "amplification_tried": amplified,
     }
-    if planted_directions(loaded):
-        result["planted_truth"] = sweep.planted_truth(bench, setting, test)
+    if planted := planted_directions(loaded):
+        result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
     write_json(RESULTS_DIR / "data" / "suppression_sweep.json", result)
     write_json(measured.folder / SWEEP, result)
     plot_sweep(result, RESULTS_DIR / "figures" / "suppression_sweep.png")

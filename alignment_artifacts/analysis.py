@@ -227,7 +227,12 @@ def _d_of_steps(
 
 def significant_layers(scores: dict) -> list[int]:
     """Layers that separate better than the best layer does by chance (p at most 0.05 over all of them)."""
-    return [int(layer) for layer, record in scores.items() if (record["p_value"] or 1) <= 0.05]
+    return [int(layer) for layer, record in scores.items() if is_significant(record)]
+
+
+def is_significant(record: dict) -> bool:
+    """p of a per-layer record is at most 0.05 over all layers; None (not defined) is not."""
+    return record["p_value"] is not None and record["p_value"] <= 0.05
 
 
 def summarise(result: dict) -> str:

@@ -11,6 +11,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73", "#D55E00")
 SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
 POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end"}
+POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE}
 # What two models have read; see `teacher_forcing.CONDITIONS`.
 CONDITION_NAMES = {
     "prompt_end": "prompt end",
@@ -25,6 +26,14 @@ LEAST_KL = 1e-6  # nats a token; nothing at all has no place on a logarithmic ax
 def column(records: Iterable[dict], key: str) -> np.ndarray:
     """One number of per-layer records [layers], or one interval [layers, 2]; NaN where it is not defined."""
     return np.array([record[key] for record in records], float)  # None becomes NaN
+
+
+def layer_panels(result: dict) -> dict[str, dict]:
+    """Positions -> per-layer records of what was analysed; without generated tokens the prompt's end alone."""
+    panels = {"generated": result["layer_scores"], "prompt_end": result["layer_scores_prompt_end"]}
+    if panels["generated"] == panels["prompt_end"]:
+        del panels["generated"]
+    return panels
 
 
 def category_grids(by_category: dict) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -20,12 +20,14 @@ from .figure_data import (
     GREEN,
     GREY,
     ORANGE,
+    POSITION_COLOURS,
     POSITION_NAMES,
     SIDE_COLOURS,
     alpha_table,
     category_grids,
     colour_limit,
     column,
+    layer_panels,
     on_their_side,
     random_controls,
     step_grid,
@@ -47,11 +49,9 @@ def layer_scores(result: dict) -> go.Figure:
     layers = np.arange(len(result["layer_scores"]))
     null = column(result["layer_scores"].values(), "null_95")
     figure.add_trace(_band(layers, -null, null, GREY, "chance (95 %, best layer)", showlegend=True))
-    panels = (
-        ("generated tokens", result["layer_scores"].values(), BLUE, "circle"),
-        ("prompt end", result["layer_scores_prompt_end"].values(), ORANGE, "square"),
-    )
-    for name, records, colour, marker in panels:
+    for positions, scores in layer_panels(result).items():
+        records, name, colour = scores.values(), POSITION_NAMES[positions], POSITION_COLOURS[positions]
+        marker = {"generated": "circle", "prompt_end": "square"}[positions]
         figure.add_trace(_band(layers, *column(records, "cohens_d_ci").T, colour, f"{name}, 95 % interval"))
         shown = [
             *column(records, "cohens_d_ci").T, column(records, "accuracy"), *column(records, "accuracy_ci").T,

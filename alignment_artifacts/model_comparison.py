@@ -13,7 +13,7 @@ from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
 from . import transfer
-from .analysis import Settings, jsonable
+from .analysis import Settings, is_significant, jsonable
 from .directions import planted_directions, site_names
 from .model_statistics import compare_layers, cosine
 from .pairs import Pair
@@ -135,7 +135,7 @@ def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:
 
 def summarise(records: list[dict], names: tuple[str, str]) -> str:
     """The comparison at one kind of positions in a sentence or two."""
-    found = [i for i, r in enumerate(records) if (r["p_value"] or 1) <= 0.05]
+    found = [i for i, r in enumerate(records) if is_significant(r)]
     same = [i for i, r in enumerate(records) if r["largest_change"] == 0]
     identical = f" At {named_layers(same)} they are identical." if same else ""
     if not found:

@@ -16,10 +16,13 @@ from .figure_data import (
     GREEN,
     GREY,
     ORANGE,
+    POSITION_COLOURS,
+    POSITION_NAMES,
     SIDE_COLOURS,
     category_grids,
     colour_limit,
     column,
+    layer_panels,
     on_their_side,
     random_controls,
     step_grid,
@@ -33,13 +36,13 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, 
 
 def plot_layer_scores(result: dict, path: Path) -> None:
     """Cohen's d per layer with interval, null band and lexical baseline; accuracy beside it."""
-    panels = [("generated tokens", result["layer_scores"].values(), BLUE, "o")]
-    panels.append(("prompt end", result["layer_scores_prompt_end"].values(), ORANGE, "s"))
     layers = np.arange(len(result["layer_scores"]))
     lexical = result["lexical_baseline"]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        for name, records, colour, marker in panels:
+        for positions, scores in layer_panels(result).items():
+            records, name, colour = scores.values(), POSITION_NAMES[positions], POSITION_COLOURS[positions]
+            marker = {"generated": "o", "prompt_end": "s"}[positions]
             for axes, key in ((left, "cohens_d"), (right, "accuracy")):
                 low, high = column(records, f"{key}_ci").T
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .activation_set import ActivationSet, load_activation_set
 from .analysis import Settings, analyse, analyse_categories, analyse_layers_and_steps, project_prompts
+from .figure_data import layer_panels
 from .pairs import PAIRS_JSON, load_pairs
 
 if TYPE_CHECKING:
@@ -58,11 +59,10 @@ class Run:
     @property
     def scores(self) -> list[dict]:
         """One row a layer and kind of positions: "layer", "positions" and the per-layer record."""
-        kinds = {"generated": "layer_scores", "prompt_end": "layer_scores_prompt_end"}
         return [
             {"layer": int(layer), "positions": positions, **record}
-            for positions, key in kinds.items()
-            for layer, record in self.results[key].items()
+            for positions, scores in layer_panels(self.results).items()
+            for layer, record in scores.items()
         ]
 
     def to_dataframe(self) -> pandas.DataFrame:

@@ -16,7 +16,7 @@ import numpy as np
 from gemma_refactored.activation_capture import Edit
 from gemma_refactored.model_loading import LoadedModel
 
-from .directions import Directions, measure_natural_tokens, planted_directions, random_like
+from .directions import Directions, measure_natural_tokens, random_like
 from .evaluation import Behaviour, evaluate, observe
 from .interventions import ModeOptions
 from .measurements import Measurements
@@ -207,9 +207,8 @@ def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls:
     }
 
 
-def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour]) -> dict:
+def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour], planted: dict[int, np.ndarray]) -> dict:
     """The organism's planted directions: cosines with the estimated ones, and behaviour under ablating them."""
-    planted = planted_directions(bench.loaded)
     cosines: dict[str, dict[int, float]] = {}
     for positions in ("prompt_end", "generated", "all"):
         unit = bench.measured.estimate("mlp", positions, bench.rows["training"]).unit

@@ -25,6 +25,13 @@ def test_scores_are_a_table(run):
     assert frame.to_dict("records")[0].keys() == run.scores[0].keys()
 
 
+def test_without_generated_tokens_no_row_claims_to_be_of_them():
+    alone = Run(simulate(effect=3.0, pairs=20, steps=1), SETTINGS)
+    assert [(row["layer"], row["positions"]) for row in alone.scores] == [(i, "prompt_end") for i in range(4)]
+    names = [trace.name for trace in alone.figures()["layer_scores"].data]
+    assert "prompt end" in names and "generated tokens" not in names
+
+
 def test_without_pandas_there_are_plain_rows(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     assert [row["layer"] for row in run.scores] == [0, 1, 2, 3] * 2

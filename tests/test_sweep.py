@@ -129,7 +129,10 @@ def test_a_report_measures_the_dose(swept):
     assert 0 < effect["touched"] < effect["tokens"] and 0 < max(effect["dose"].values()) < 0.5
 
 
-def test_bad_input_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(script, "PAIRS_JSON", "/nowhere.json")
+@pytest.mark.parametrize("constant", ["PAIRS_JSON", "TWINS"])
+def test_bad_input_is_one_sentence(monkeypatch, capsys, constant):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sweep, "try_settings", lambda *_: pytest.fail("looked for after the work"))
+    monkeypatch.setattr(script, constant, "/nowhere.json")
     assert script.main() == 2
     assert "does not exist" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import numpy as np
 from gemma_refactored.files import read_json
 
 from .. import interactive_figures as figures
-from ..figure_data import on_their_side, step_grid
+from ..figure_data import POSITION_NAMES, layer_panels, on_their_side, step_grid
 from ..suppression import Setting
 from ..transcripts import load_transcripts
 
@@ -35,10 +35,7 @@ def analysis(path: Path) -> dict:
         "pairs": result["layer_scores"]["0"]["num_pairs"],
         "excluded": result["excluded"],
         "certificate": result["certificate"],
-        "rows": [
-            (layer, record, result["layer_scores_prompt_end"][layer])
-            for layer, record in result["layer_scores"].items()
-        ],
+        "panels": {POSITION_NAMES[positions]: scores for positions, scores in layer_panels(result).items()},
         "lexical": result["lexical_baseline"],
         "nested": result["best_layer_nested"],
         "settings": result["config"],
