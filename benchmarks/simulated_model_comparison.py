@@ -30,24 +30,29 @@ CASES = (
 )  # fmt: skip
 
 
-def true_d(vectors: np.ndarray, effect: np.ndarray) -> float:
-    """Of the directions that were learnt at the first layer; noise has unit variance."""
-    layer = st.pair_vectors(vectors[:, 0, 0], vectors[:, 1, 0])
-    directions = [layer.differences[fold != FOLDS].mean(axis=0) for fold in np.unique(FOLDS)]
-    return float(np.mean([w @ effect / np.linalg.norm(w) for w in directions]))
+def simulate(
+    d: tuple[float, float], shared: float, same_direction: bool, seed: int, layers: int = LAYERS
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Two models [pairs, 2, layers, hidden] with these d's at layer 0, and the true difference there.
+
+    The truth is that of the directions which are learnt: the effect's share along each, noise having unit variance.
+    """
+    rng = np.random.default_rng(seed)
+    common, *own = rng.normal(size=(3, PAIRS, 2, layers, HIDDEN))
+    models = [np.sqrt(shared) * common + np.sqrt(1 - shared) * noise for noise in own]
+    true = []
+    for model, size, axis in zip(models, d, (0, 0 if same_direction else 1), strict=True):
+        model[:, 1, 0, axis] += size
+        layer = st.pair_vectors(model[:, 0, 0], model[:, 1, 0])
+        directions = [layer.differences[fold != FOLDS].mean(axis=0) for fold in np.unique(FOLDS)]
+        true.append(np.mean([w[axis] / np.linalg.norm(w) for w in directions]) * size)
+    return *models, float(true[1] - true[0])
 
 
 def run(d: tuple[float, float], shared: float, same_direction: bool, seed: int) -> tuple[bool, bool, float]:
     """(p at most 0.05 at any layer, interval covers the truth, its width)."""
-    rng = np.random.default_rng(seed)
-    common, *own = rng.normal(size=(3, PAIRS, 2, LAYERS, HIDDEN))
-    models = [np.sqrt(shared) * common + np.sqrt(1 - shared) * noise for noise in own]
-    effects = np.zeros((2, HIDDEN))
-    effects[0, 0], effects[1, 0 if same_direction else 1] = d
-    for model, effect in zip(models, effects, strict=True):
-        model[:, 1, 0] += effect
+    *models, truth = simulate(d, shared, same_direction, seed)
     records = compare_layers(*models, STRATA, Settings(permutations=199, resamples=200))
-    truth = true_d(models[1], effects[1]) - true_d(models[0], effects[0])
     low, high = records[0]["difference_ci"]
     return min(r["p_value"] for r in records) <= 0.05, low <= truth <= high, high - low
 

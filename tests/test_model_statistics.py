@@ -6,34 +6,22 @@ import pytest
 from alignment_artifacts import statistics as st
 from alignment_artifacts.analysis import Settings
 from alignment_artifacts.model_statistics import compare_layers, cosine, d_along, exchanged_differences
+from benchmarks import simulated_model_comparison
+from benchmarks.simulated_model_comparison import FOLDS, STRATA
 
 SETTINGS = Settings(permutations=199, resamples=200)
-STRATA = np.arange(50) % 5
-FOLDS = st.assign_folds(STRATA)
 
 
-def simulate(d_first, d_second, seed, shared=0.5, same_direction=True, layers=2, hidden=32):
-    """Two models [pairs, 2, layers, hidden] with these d's at layer 0 and none elsewhere; noise in part common."""
-    rng = np.random.default_rng(seed)
-    common, *own = rng.normal(size=(3, 50, 2, layers, hidden))
-    first, second = (np.sqrt(shared) * common + np.sqrt(1 - shared) * noise for noise in own)
-    first[:, 1, 0, 0] += d_first
-    second[:, 1, 0, 0 if same_direction else 1] += d_second
-    return first, second
-
-
-def true_d(vectors, effect):
-    """Of the directions that were learnt: the effect's share along each, noise having unit variance."""
-    layer = st.pair_vectors(vectors[:, 0, 0], vectors[:, 1, 0])
-    directions = [layer.differences[fold != FOLDS].mean(axis=0) for fold in np.unique(FOLDS)]
-    return np.mean([w @ effect / np.linalg.norm(w) for w in directions])
+def simulate(d_first, d_second, seed, same_direction=True):
+    """Two models [50 pairs, 2, 2 layers, 32] that share half of their noise, with these d's at layer 0."""
+    return simulated_model_comparison.simulate((d_first, d_second), 0.5, same_direction, seed, layers=2)
 
 
 @pytest.mark.parametrize("d, same_direction", [(0, True), (2, True), (2, False), (4, False)])
 def test_equal_separation_is_called_different_no_more_often_than_stated(d, same_direction):
     runs, p_values = 100, []
     for seed in range(runs):
-        first, second = simulate(d, d, seed, same_direction=same_direction)
+        first, second, _ = simulate(d, d, seed, same_direction)
         p_values.append(min(r["p_value"] for r in compare_layers(first, second, STRATA, Settings(99, 2))))
     # At a true rate of 5 % more than 11 of 100 come about in 1 of 200 cases.
     assert np.mean(np.array(p_values) <= 0.05) <= 0.11
@@ -43,10 +31,7 @@ def test_equal_separation_is_called_different_no_more_often_than_stated(d, same_
 def test_a_planted_difference_is_found_and_its_interval_covers_the_truth(d_first, d_second, same_direction):
     covered, found = [], []
     for seed in range(60):
-        first, second = simulate(d_first, d_second, 1000 + seed, same_direction=same_direction)
-        effects = np.zeros((2, 32))
-        effects[0, 0], effects[1, 0 if same_direction else 1] = d_first, d_second
-        truth = true_d(second, effects[1]) - true_d(first, effects[0])
+        first, second, truth = simulate(d_first, d_second, 1000 + seed, same_direction)
         record, other = compare_layers(first, second, STRATA, SETTINGS)
         low, high = record["difference_ci"]
         covered.append(low <= truth <= high)
@@ -56,7 +41,7 @@ def test_a_planted_difference_is_found_and_its_interval_covers_the_truth(d_first
 
 
 def test_identical_models_differ_by_exactly_nothing():
-    first, _ = simulate(2, 2, 0)
+    first, *_ = simulate(2, 2, 0)
     for record in compare_layers(first, first.copy(), STRATA, SETTINGS):
         assert record["difference"] == 0 == record["largest_change"] and record["difference_ci"] == [0, 0]
         assert record["p_value"] == 1 and record["cosine"] == pytest.approx(1)
@@ -64,7 +49,7 @@ def test_identical_models_differ_by_exactly_nothing():
 
 
 def test_a_turned_space_is_no_difference_in_separation():
-    first, _ = simulate(2, 2, 1)
+    first, *_ = simulate(2, 2, 1)
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(32, 32)))[0]
     for record in compare_layers(first, first @ turn, STRATA, SETTINGS):
         assert record["d_b"] == pytest.approx(record["d_a"]) and record["difference"] == pytest.approx(0, abs=1e-9)
@@ -72,7 +57,7 @@ def test_a_turned_space_is_no_difference_in_separation():
 
 
 def test_the_observed_difference_is_that_of_the_scores():
-    first, second = simulate(1, 3, 2, same_direction=False)
+    first, second, _ = simulate(1, 3, 2, same_direction=False)
     pairs = [st.pair_vectors(model[:, 0, 0], model[:, 1, 0]) for model in (first, second)]
     difference, null = exchanged_differences(*pairs, FOLDS, 300, seed=0)
     d = [float(st.held_out_d(layer, FOLDS)) for layer in pairs]
@@ -81,7 +66,7 @@ def test_the_observed_difference_is_that_of_the_scores():
 
 
 def test_projections_on_the_other_direction():
-    first, second = simulate(3, 3, 3, same_direction=False)
+    first, second, _ = simulate(3, 3, 3, same_direction=False)
     teacher = st.pair_vectors(second[:, 0, 0], second[:, 1, 0])
     assert abs(d_along(first[:, :, 0], teacher, FOLDS)) < 1.2  # orthogonal
     own = st.pair_vectors(first[:, 0, 0], first[:, 1, 0])
