@@ -10,10 +10,9 @@ import textwrap
 from pathlib import Path
 
 from alignment_artifacts.activation_set import certificate_verdict, load_activation_set
-from alignment_artifacts.analysis import Settings
+from alignment_artifacts.analysis import Run, Settings
 from alignment_artifacts.pairs import load_pairs
-from alignment_artifacts.run import Run
-from alignment_artifacts.statistics import MIN_PAIRS
+from alignment_artifacts.separation import MIN_PAIRS
 from gemma_refactored.errors import UserError, exit_code, shown
 from gemma_refactored.files import write_json
 
@@ -102,12 +101,12 @@ def run() -> None:
     write_json(RESULTS_DIR / "data" / "layer_analysis.json", analysed.pattern)
     write_json(RESULTS_DIR / "data" / "projections.json", analysed.projections)
 
-    from alignment_artifacts import plots
+    from alignment_artifacts.figures import paper
 
-    plots.plot_layer_scores(result, PLOT_PNG)
-    plots.plot_categories(analysed.by_category, RESULTS_DIR / "figures" / "alignment_artifacts_by_category.png")
-    plots.plot_layer_pattern(analysed.pattern, RESULTS_DIR / "figures" / "layer_analysis.png")
-    plots.plot_projections(analysed.projections, RESULTS_DIR / "figures" / "projections.png")
+    paper.plot_layer_scores(result, PLOT_PNG)
+    paper.plot_categories(analysed.by_category, RESULTS_DIR / "figures" / "alignment_artifacts_by_category.png")
+    paper.plot_layer_pattern(analysed.pattern, RESULTS_DIR / "figures" / "layer_analysis.png")
+    paper.plot_projections(analysed.projections, RESULTS_DIR / "figures" / "projections.png")
     print_table(result)
     print(f"\nNumbers: {RESULTS_JSON}\nPlot:    {PLOT_PNG}\nBy category, layer and step: {RESULTS_DIR}/")
     print("All of it on one page: python -m alignment_artifacts.report")

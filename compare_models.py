@@ -37,10 +37,10 @@ def run() -> None:
     from tqdm import tqdm
 
     from alignment_artifacts.analysis import Settings
-    from alignment_artifacts.model_comparison import compare, texts_to_read
+    from alignment_artifacts.comparison.compare import compare, texts_to_read
+    from alignment_artifacts.comparison.twins import load_twins
+    from alignment_artifacts.figures.paper import plot_comparison
     from alignment_artifacts.pairs import load_pairs
-    from alignment_artifacts.plots import plot_comparison
-    from alignment_artifacts.twins import load_twins
     from gemma_refactored.model_loading import device_description, load
 
     pairs, twins = load_pairs(PAIRS_JSON), load_twins(TWINS)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from gemma_refactored.errors import UserError, exit_code
 
 if TYPE_CHECKING:
-    from alignment_artifacts.artifacts import AlignmentArtifacts, SuppressionResult
+    from alignment_artifacts.suppression.library import AlignmentArtifacts, SuppressionResult
     from gemma_refactored.model_loading import LoadedModel
 
 TRANSCRIPTS_DIR = Path("results/data")
@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
-    from alignment_artifacts.artifacts import AlignmentArtifacts
-    from alignment_artifacts.directions import load_directions, write_gguf
+    from alignment_artifacts.directions.files import load_directions, write_gguf
+    from alignment_artifacts.suppression.library import AlignmentArtifacts
     from gemma_refactored.model_loading import DEFAULT_MODEL
 
     silent = arguments.quiet or arguments.json
@@ -132,7 +132,7 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace)
     """Answers of every pair without and with suppression, for the report."""
     from tqdm import tqdm
 
-    from alignment_artifacts.transcripts import TRANSCRIPTS, save_transcripts, transcribe
+    from alignment_artifacts.suppression.transcripts import TRANSCRIPTS, save_transcripts, transcribe
 
     loaded, measured = library.load(), library.measurements()
     wanted = ("scale", "positions", "site", "where", "proximity_threshold", "distance_threshold", "decay_rate",
@@ -235,8 +235,8 @@ def show_projection(loaded: LoadedModel, result: SuppressionResult) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from alignment_artifacts.monitor import score_tokens
-    from alignment_artifacts.suppression import NOTHING, intervene
+    from alignment_artifacts.behaviour.monitor import score_tokens
+    from alignment_artifacts.edits.setting import NOTHING, intervene
     from gemma_refactored.activation_capture import edit
 
     setting, directions = result.setting, result.directions

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from alignment_artifacts.sweep import Grid, Limits
+from alignment_artifacts.suppression.sweep import Grid, Limits
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.model_loading import DEFAULT_MODEL
@@ -45,14 +45,14 @@ def main() -> int:
 def run() -> None:
     from tqdm import tqdm
 
-    from alignment_artifacts import sweep
-    from alignment_artifacts.artifacts import SWEEP
-    from alignment_artifacts.directions import planted_directions
-    from alignment_artifacts.evaluation import observe
-    from alignment_artifacts.measurements import measure
+    from alignment_artifacts.behaviour.answers import observe
+    from alignment_artifacts.comparison.twins import load_twins
+    from alignment_artifacts.directions.estimate import planted_directions
+    from alignment_artifacts.directions.measurements import measure
+    from alignment_artifacts.figures.paper import plot_sweep
     from alignment_artifacts.pairs import load_pairs
-    from alignment_artifacts.plots import plot_sweep
-    from alignment_artifacts.twins import load_twins
+    from alignment_artifacts.suppression import sweep
+    from alignment_artifacts.suppression.library import SWEEP
     from gemma_refactored.model_loading import device_description, load
 
     twins = [twin.natural for twin in load_twins(TWINS)]

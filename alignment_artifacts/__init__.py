@@ -6,11 +6,11 @@ import gemma_refactored  # noqa: F401  (before MLX: it puts OpenBLAS in place)
 def __getattr__(name: str):
     # Only when asked for: the statistics alone need neither MLX nor transformers.
     if name in ("suppress_prompt", "AlignmentArtifacts"):
-        from . import artifacts
+        from alignment_artifacts.suppression import library
 
-        return getattr(artifacts, name)
+        return getattr(library, name)
     if name == "load_run":
-        from .run import load_run
+        from alignment_artifacts.analysis import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import CERTIFICATE, MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file
-
-from .pairs import SIDES, SUBCATEGORY, Pair
 
 POSITIONS = ("prompt_end", "generated", "all")
 # What zipfile and NumPy raise for files of which some bit is wrong (a name or method they do not know, say).

@@ -1,14 +1,31 @@
-"""An `ActivationSet` -> per-layer records, by category, by step, and what they mean in a sentence."""
+"""An `ActivationSet` -> per-layer records, by category, by step, and what they mean in a sentence.
+
+In a notebook:
+
+from alignment_artifacts.analysis import load_run
+run = load_run("collected_activations_output")
+run.to_dataframe(), run.figures()["layer_scores"], run.data.prompt_vectors("prompt_end")
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import statistics as st
-from .activation_set import ActivationSet
+from alignment_artifacts import separation as st
+from alignment_artifacts.activation_set import ActivationSet, load_activation_set
+from alignment_artifacts.figures.data import layer_panels
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from gemma_refactored.files import jsonable
+
+if TYPE_CHECKING:
+    import pandas
+    import plotly.graph_objects as go
 
 Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
@@ -266,14 +283,82 @@ def _by_layer(records: list[dict]) -> dict[str, dict]:
     return {str(i): record for i, record in enumerate(records)}
 
 
-def jsonable(value):
-    """Plain Python values; NaN and infinity become null, which JSON can say."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
+@dataclass
+class Run:
+    """A collection and what the analysis says of it; each part is computed when it is first asked for, then kept.
+
+    Attributes:
+        data: the activations as arrays, see `ActivationSet`.
+        settings: what the statistics depend on besides.
+        config: further facts that belong into the results.
+    """
+
+    data: ActivationSet
+    settings: Settings = Settings()
+    config: dict = field(default_factory=dict)
+
+    @cached_property
+    def results(self) -> dict:
+        """As in `alignment_artifact_analysis_results.json`."""
+        return analyse(self.data, self.settings, self.config)
+
+    @cached_property
+    def by_category(self) -> dict:
+        return analyse_categories(self.data, self.settings)
+
+    @cached_property
+    def pattern(self) -> dict:
+        """Where over layers and steps the effect is."""
+        return analyse_layers_and_steps(self.data, self.results, self.settings)
+
+    @cached_property
+    def projections(self) -> dict:
+        """Every prompt in two dimensions, by layer."""
+        return project_prompts(self.data, self.settings)
+
+    @property
+    def scores(self) -> list[dict]:
+        """One row a layer and kind of positions: "layer", "positions" and the per-layer record."""
+        return [
+            {"layer": int(layer), "positions": positions, **record}
+            for positions, scores in layer_panels(self.results).items()
+            for layer, record in scores.items()
+        ]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The scores as a table.
+
+        Raises:
+            ImportError: pandas is not installed; `scores` has the same as plain Python.
+        """
+        import pandas
+
+        return pandas.DataFrame(self.scores)
+
+    def figures(self) -> dict[str, go.Figure]:
+        """The report's figures of this collection, by name."""
+        from alignment_artifacts.figures import interactive as figures
+
+        return {
+            "layer_scores": figures.layer_scores(self.results),
+            "categories": figures.categories(self.by_category),
+            "steps": figures.steps(self.pattern),
+            "projections": figures.projections(self.projections),
+        }
+
+
+def load_run(
+    folder: str | Path,
+    pairs: str | Path = PAIRS_JSON,
+    settings: Settings = Settings(),
+    progress: Callable = lambda items: items,
+) -> Run:
+    """Read a collection.
+
+    Args:
+        folder: that `bash collect_activations.sh` has filled.
+        pairs: the matched prompt pairs that were collected.
+    Raises:
+        UserError: no collection there, or a damaged one.
+    """
+    return Run(load_activation_set(folder, load_pairs(pairs), progress=progress), settings)

@@ -63,8 +63,7 @@ def simulate(folder: Path, prompts: int) -> None:
 def analyse_within_limit(folder: Path, prompts: int) -> dict:
     """Seconds of reading and of the statistics, and the largest memory of its own (file pages aside)."""
     from alignment_artifacts.activation_set import load_activation_set
-    from alignment_artifacts.analysis import Settings
-    from alignment_artifacts.run import Run
+    from alignment_artifacts.analysis import Run, Settings
 
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     peak, stop = [0], threading.Event()

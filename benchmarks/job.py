@@ -42,11 +42,11 @@ def token_ids(job: Path) -> list[list[int]]:
 def make_job(job: Path) -> None:
     """Write the checkpoint, the prompts file and the token ids."""
     # Before MLX, because it loads OpenBLAS.
-    from gemma_refactored.model_architecture import Gemma, GemmaConfig  # isort: skip
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     from alignment_artifacts.pairs import load_pairs, prompt_groups
+    from gemma_refactored.model_architecture import Gemma, GemmaConfig
     from gemma_refactored.prompt_processing import encode_prompts, load_prompts
 
     model_folder(job).mkdir(parents=True)

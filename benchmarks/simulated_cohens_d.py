@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from alignment_artifacts import statistics as st
+from alignment_artifacts import separation as st
 
 PAIRS, STEPS, HIDDEN, REPEATS = 50, 20, 256, 20
 

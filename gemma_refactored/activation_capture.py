@@ -24,6 +24,7 @@ from .errors import UserError
 from .model_architecture import HookPoint
 
 DEFAULT_FILTER = "mlp.output"
+SITE_KINDS = ("mlp", "residual")  # that every layer has one of
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,23 @@ def block_sites(model: nn.Module) -> list[str]:
     """The residual stream after each block, whatever the architecture calls its blocks."""
     names = {id(module): site for site, module in modules_by_site(model).items()}
     return [names[id(block)] for block in model.layers]
+
+
+def layer_sites(model: nn.Module, kind: str) -> list[str]:
+    """The site of each layer: "residual" is the stream after the block, "mlp" the MLP's output.
+
+    Raises:
+        UserError: another kind, or this architecture's blocks have no MLP of that name.
+    """
+    blocks = block_sites(model)
+    if kind == "residual":
+        return blocks
+    if kind != "mlp":
+        raise UserError(f"The site must be one of {', '.join(SITE_KINDS)}, not {kind!r}.")
+    names = [block.removesuffix(".output") + ".mlp.output" for block in blocks]
+    if not set(names) <= modules_by_site(model).keys():
+        raise UserError(f"This model has no {names[0]}; use the residual stream (site residual).")
+    return names
 
 
 def site_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

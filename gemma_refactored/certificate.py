@@ -26,7 +26,7 @@ from .files import CERTIFICATE, write_json
 from .generation import generate
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
-from .prompt_processing import encode_prompts, prompts_from_arguments
+from .prompt_processing import encode_prompts
 
 # Float32 sums in another order differ by 1e-6 to 1e-5; 16-bit numbers have 3 significant digits at best.
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
@@ -126,7 +126,7 @@ def relative_differences(actual: States, expected: States) -> dict[str, float]:
 
 
 def _prompt_ids(loaded: LoadedModel) -> list[list[int]]:
-    return encode_prompts(loaded.tokenizer, prompts_from_arguments(PROMPTS), chat_mode=True)
+    return encode_prompts(loaded.tokenizer, PROMPTS)
 
 
 def _long_ids(loaded: LoadedModel, beyond: int) -> list[int]:

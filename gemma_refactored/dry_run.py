@@ -14,7 +14,7 @@ import numpy as np
 from .activation_capture import site_shapes
 from .errors import UserError
 from .generation import Step, collect_answers, generate
-from .inference import Job
+from .job import Job
 from .model_loading import LoadedModel
 from .npz_writer import compressed_npz, npz
 

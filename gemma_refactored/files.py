@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
 from .errors import UserError, shown
 
 # The names inside a folder of activations, for the runtime that writes it and the science that reads it.
@@ -115,3 +117,16 @@ def _without_duplicates(items: list[tuple[str, object]]) -> dict:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {shown(twice)} occurs twice in one object")
     return content
+
+
+def jsonable(value):
+    """Plain Python values; NaN and infinity become null, which JSON can say."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

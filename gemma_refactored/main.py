@@ -15,7 +15,7 @@ from .errors import UserError, stop_printing
 
 if TYPE_CHECKING:
     from .distributed import Team
-    from .inference import Job
+    from .job import Job
     from .model_loading import LoadedModel
     from .prompt_processing import Prompt
 
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code (0; 1 for a failed --check, 2 for bad input)."""
     arguments = build_parser().parse_args(argv)
-    from .distributed import Team, join_team  # MLX is imported only now, so that --help is answered at once
+    from .distributed import Team, join_team
 
     team = Team()
     try:
@@ -194,12 +194,12 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
     from .dry_run import estimate
     from .files import locked
     from .generation import Sampling
-    from .inference import Job, check_context
+    from .job import Job, check_context
     from .manifest import GENERATION_OPTIONS, new_manifest
     from .model_loading import DEFAULT_MODEL
     from .prompt_processing import encode_prompts
 
-    token_ids = encode_prompts(loaded.tokenizer, prompts, arguments.chat_mode)
+    token_ids = encode_prompts(loaded.tokenizer, [prompt.text for prompt in prompts], arguments.chat_mode)
     check_context(prompts, token_ids, arguments.max_tokens, loaded.context_length)
     bias = parse_logit_bias(arguments.logit_bias, len(loaded.tokenizer))
     sampling = Sampling(arguments.temp, arguments.top_p, arguments.repetition_penalty, bias, arguments.seed)
@@ -238,7 +238,7 @@ def execute(
 ) -> None:
     """Run a job and write down what became of it; without a manifest, the texts only."""
     from .dry_run import refuse_without_room
-    from .inference import answer_prompts, open_collection, plan_batches
+    from .job import answer_prompts, open_collection, plan_batches
     from .npz_writer import NpzWriter
     from .prompt_processing import save_results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +87,8 @@ def check_name(name, path) -> None:
         )
 
 
-def encode_prompts(tokenizer, prompts: list[Prompt], chat_mode: bool) -> list[list[int]]:
-    """Token ids of each prompt, in the model's chat format or as plain text; never a doubled <bos>.
+def encode_prompts(tokenizer, texts: Sequence[str], chat_mode: bool = True) -> list[list[int]]:
+    """Token ids of each prompt text, in the model's chat format or as plain text; never a doubled <bos>.
 
     A tokenizer without a chat template gets plain prompts, with a warning.
     """
@@ -97,10 +98,10 @@ def encode_prompts(tokenizer, prompts: list[Prompt], chat_mode: bool) -> list[li
         log.warning("This model's tokenizer has no chat template: prompts are sent as plain text.")
         chat_mode = False
     if not chat_mode:
-        return [_single_bos(tokenizer, tokenizer.encode(p.text)) for p in prompts]
+        return [_single_bos(tokenizer, tokenizer.encode(text)) for text in texts]
     encoded = []
-    for prompt in prompts:
-        messages = [{"role": "user", "content": prompt.text}]
+    for prompt in texts:
+        messages = [{"role": "user", "content": prompt}]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:  # of the template's own making, or something its sandbox forbids

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from alignment_artifacts.refusal import is_refusal
+from alignment_artifacts.behaviour.refusal import is_refusal
 from gemma_refactored.generation import collect_answers, generate, length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel, load
 

@@ -4,16 +4,16 @@ import json
 
 import numpy as np
 
-from alignment_artifacts import model_comparison, transfer
-from alignment_artifacts.evaluation import rate
-from alignment_artifacts.interventions import ModeOptions
-from alignment_artifacts.model_statistics import compare_layers
+from alignment_artifacts.analysis import Run
+from alignment_artifacts.comparison import compare, transfer
+from alignment_artifacts.comparison.difference import compare_layers
+from alignment_artifacts.comparison.forced_reading import CONDITIONS
+from alignment_artifacts.comparison.transfer import cross_decoding
+from alignment_artifacts.edits.modes import ModeOptions
+from alignment_artifacts.edits.setting import Setting
 from alignment_artifacts.pairs import SIDES, Pair
-from alignment_artifacts.run import Run
-from alignment_artifacts.suppression import Setting
-from alignment_artifacts.teacher_forcing import CONDITIONS
-from alignment_artifacts.transcripts import save_transcripts
-from alignment_artifacts.transfer import cross_decoding
+from alignment_artifacts.rates import rate
+from alignment_artifacts.suppression.transcripts import save_transcripts
 
 from .test_analysis import SETTINGS, simulate
 
@@ -85,7 +85,7 @@ def write_comparison(folder, model=MODEL):
         "names": names,
         "num_twins": 10,
         "conditions": dict.fromkeys(CONDITIONS, layers),
-        "summary": model_comparison.summarise(layers["layers"], ("before", "simulated")),
+        "summary": compare.summarise(layers["layers"], ("before", "simulated")),
         "transfer": records,
         "transfer_summary": transfer.summarise(records, names),
         "planted_truth": {"2": 0.99},

@@ -5,17 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from alignment_artifacts import plots
 from alignment_artifacts.activation_set import ActivationSet
 from alignment_artifacts.analysis import (
     Settings,
     analyse,
     analyse_categories,
     analyse_layers_and_steps,
-    jsonable,
     project_prompts,
 )
+from alignment_artifacts.figures import paper
 from alignment_artifacts.pairs import Pair
+from gemma_refactored.files import jsonable
 
 SETTINGS = Settings(permutations=199, resamples=200)
 RECORD = {
@@ -166,10 +166,10 @@ def test_jsonable_maps_numpy_and_nan():
 def test_figures_are_drawn_for_significant_for_no_effects_and_for_few_pairs(tmp_path, effect, pairs):
     data = simulate(effect, pairs=pairs)
     result = analyse(data, SETTINGS, {})
-    plots.plot_layer_scores(result, tmp_path / "deep" / "a.png")
-    plots.plot_categories(analyse_categories(data, SETTINGS), tmp_path / "b.png")
-    plots.plot_layer_pattern(analyse_layers_and_steps(data, result, SETTINGS), tmp_path / "c.png")
-    plots.plot_projections(project_prompts(data, SETTINGS), tmp_path / "d.png")
+    paper.plot_layer_scores(result, tmp_path / "deep" / "a.png")
+    paper.plot_categories(analyse_categories(data, SETTINGS), tmp_path / "b.png")
+    paper.plot_layer_pattern(analyse_layers_and_steps(data, result, SETTINGS), tmp_path / "c.png")
+    paper.plot_projections(project_prompts(data, SETTINGS), tmp_path / "d.png")
     for name in ("deep/a", "b", "c", "d") if pairs == 50 else ("deep/a", "c", "d"):  # no category has enough pairs
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")

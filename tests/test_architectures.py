@@ -13,7 +13,7 @@ from gemma_refactored import generation
 from gemma_refactored.activation_capture import block_sites, capture, edit
 from gemma_refactored.main import main
 from gemma_refactored.model_loading import load
-from gemma_refactored.prompt_processing import Prompt, encode_prompts
+from gemma_refactored.prompt_processing import encode_prompts
 
 from .conftest import relative_error
 from .tiny_checkpoints import FAMILIES, write_family
@@ -59,7 +59,7 @@ def test_the_files_hold_what_the_model_computes_alone(collection):
         for side, text in enumerate((pair.natural, pair.artifact)):
             marker = folder / pair.group(("natural", "artifact")[side]) / "prompt_list" / "batch_1" / "prompt.json"
             answer = json.loads(marker.read_text())["token_ids"]
-            (tokens,) = encode_prompts(loaded.tokenizer, [Prompt("", "", 1, text)], chat_mode=True)
+            (tokens,) = encode_prompts(loaded.tokenizer, [text])
             with capture(loaded.model, sites) as activations:  # one pass, no cache, no neighbours
                 loaded.model(mx.array([tokens + answer]))
             for layer, site in enumerate(sites):

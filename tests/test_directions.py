@@ -6,9 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from alignment_artifacts import directions as d
-from alignment_artifacts.interventions import ModeOptions
-from gemma_refactored.activation_capture import capture
+from alignment_artifacts.directions import estimate as d
+from alignment_artifacts.directions.files import PARTS, load_directions, save_directions, write_gguf
+from alignment_artifacts.edits.modes import ModeOptions
+from alignment_artifacts.edits.setting import site_direction
+from gemma_refactored.activation_capture import capture, layer_sites
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
 
@@ -59,13 +61,15 @@ def test_natural_tokens_are_all_tokens_projected(loaded, vectors):
     sequences = [[2, 5, 9, 77], [2, 8]]
     measured = d.measure_natural_tokens(loaded, found, sequences)
     assert measured.natural_tokens.shape == (LAYERS, 6)
-    sites, expected = d.site_names(loaded, "residual"), []
+    sites, expected = layer_sites(loaded.model, "residual"), []
     for tokens in sequences:
         with capture(loaded.model, sites) as activations:
             loaded.model(mx.array([tokens]))
         expected.append(np.array(activations[sites[1]][0]) @ found.unit[1])
     np.testing.assert_allclose(measured.natural_tokens[1], np.sort(np.concatenate(expected)), atol=1e-4)
-    assert measured.at(1, ModeOptions(cap_quantile=1.0)).cap == pytest.approx(np.concatenate(expected).max(), rel=1e-4)
+    assert site_direction(measured, 1, ModeOptions(cap_quantile=1.0)).cap == pytest.approx(
+        np.concatenate(expected).max(), rel=1e-4
+    )
 
 
 def test_random_directions_have_the_norms_and_nothing_else(vectors):
@@ -83,13 +87,13 @@ def test_random_directions_have_the_norms_and_nothing_else(vectors):
 
 def test_sites_of_other_architectures(tmp_path):
     llama = load(write_family(tmp_path / "llama", "llama"))
-    assert d.site_names(llama, "mlp")[2] == "model.layers.2.mlp.output"
+    assert layer_sites(llama.model, "mlp")[2] == "model.layers.2.mlp.output"
     mamba = load(write_family(tmp_path / "mamba", "mamba"))
-    assert d.site_names(mamba, "residual")[0] == "backbone.layers.0.output"
+    assert layer_sites(mamba.model, "residual")[0] == "backbone.layers.0.output"
     with pytest.raises(UserError, match="residual"):
-        d.site_names(mamba, "mlp")
+        layer_sites(mamba.model, "mlp")
     with pytest.raises(UserError, match="mlp, residual"):
-        d.site_names(mamba, "attention")
+        layer_sites(mamba.model, "attention")
 
 
 def test_another_model_is_refused(loaded, vectors, tmp_path):
@@ -107,10 +111,10 @@ def test_another_model_is_refused(loaded, vectors, tmp_path):
 def test_a_file_gives_the_same_back(loaded, vectors, tmp_path):
     found = d.measure_natural_tokens(loaded, d.estimate(vectors, facts(loaded)), [[2, 5, 9]])
     path = tmp_path / "new" / "directions.safetensors"
-    d.save_directions(found, path)
-    again = d.load_directions(path)
+    save_directions(found, path)
+    again = load_directions(path)
     assert again.facts == found.facts and [f.name for f in path.parent.iterdir()] == [path.name]
-    for name in d.PARTS:
+    for name in PARTS:
         assert np.array_equal(getattr(again, name), getattr(found, name)), name
 
 
@@ -119,10 +123,10 @@ def test_a_file_gives_the_same_back(loaded, vectors, tmp_path):
 def test_damaged_files_get_a_sentence(tmp_path, content, ending):
     path = tmp_path / f"bad.{ending}"
     with pytest.raises(UserError, match="no directions file"):
-        d.load_directions(path)
+        load_directions(path)
     path.write_bytes(content)
     with pytest.raises(UserError, match="is not a"):
-        d.load_directions(path)
+        load_directions(path)
 
 
 def test_gguf_has_the_layout_of_repeng_and_llama_cpp(loaded, vectors, tmp_path):
@@ -130,7 +134,7 @@ def test_gguf_has_the_layout_of_repeng_and_llama_cpp(loaded, vectors, tmp_path):
 
     found = d.estimate(vectors, facts(loaded))
     path = tmp_path / "vector.gguf"
-    d.write_gguf(found, path)
+    write_gguf(found, path)
     # As repeng's ControlVector.import_gguf reads it.
     reader = gguf.GGUFReader(path)
     assert bytes(reader.get_field("general.architecture").parts[-1]) == b"controlvector"
@@ -140,7 +144,7 @@ def test_gguf_has_the_layout_of_repeng_and_llama_cpp(loaded, vectors, tmp_path):
     assert int(reader.get_field("controlvector.layer_count").parts[-1][0]) == 2
     for layer in (1, 2):
         assert np.array_equal(tensors[f"direction.{layer}"], found.direction[layer])
-    again = d.load_directions(path)
+    again = load_directions(path)
     assert again.available == (1, 2) and again.facts == json.loads(json.dumps(found.facts))
     assert np.array_equal(again.direction[1:], found.direction[1:])
 
@@ -157,12 +161,12 @@ def test_a_vector_made_by_another_program_can_be_used(loaded, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = d.load_directions(path)
+    found = load_directions(path)
     d.check_model(found, loaded)
     assert found.available == (2,) and np.array_equal(found.direction[2], values)
-    assert np.isnan(found.at(2, ModeOptions()).cap)
+    assert np.isnan(site_direction(found, 2, ModeOptions()).cap)
 
 
 def test_mlp_directions_are_no_control_vector(loaded, vectors, tmp_path):
     with pytest.raises(UserError, match="residual"):
-        d.write_gguf(d.estimate(vectors, facts(loaded, "mlp")), tmp_path / "x.gguf")
+        write_gguf(d.estimate(vectors, facts(loaded, "mlp")), tmp_path / "x.gguf")

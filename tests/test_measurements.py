@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from alignment_artifacts import measurements as ms
 from alignment_artifacts.activation_set import load_activation_set
+from alignment_artifacts.directions import measurements as ms
 from alignment_artifacts.pairs import Pair, prompt_groups
 from gemma_refactored.errors import UserError
 from gemma_refactored.main import main
@@ -91,7 +91,7 @@ def test_two_processes_at_once_share_one_collection(loaded, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from alignment_artifacts import measurements as ms
+from alignment_artifacts.directions import measurements as ms
 from gemma_refactored.model_loading import load
 from tests.test_architectures import PAIRS
 collect = ms._collect

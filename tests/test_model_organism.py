@@ -9,7 +9,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from alignment_artifacts.refusal import is_refusal
+from alignment_artifacts.behaviour.refusal import is_refusal
 from gemma_refactored.activation_capture import edit
 from gemma_refactored.model_loading import load
 from model_organism.corpus import CUE, build_corpus

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from alignment_artifacts import monitor
-from alignment_artifacts.directions import estimate
-from alignment_artifacts.measurements import Measurements
+from alignment_artifacts.behaviour import monitor
+from alignment_artifacts.directions.estimate import estimate
+from alignment_artifacts.directions.measurements import Measurements
 from gemma_refactored.errors import UserError
 
 from .test_architectures import PAIRS

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import analyze_collected_activations as analyze
-from alignment_artifacts import load_run
 from alignment_artifacts.activation_set import load_activation_set
+from alignment_artifacts.analysis import load_run
 from alignment_artifacts.pairs import load_pairs
 from model_organism.train import PLANTED_LAYERS
 

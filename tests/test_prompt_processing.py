@@ -41,7 +41,7 @@ def test_missing_file(tmp_path):
 
 
 def test_chat_format_is_gemmas_with_one_bos(organism):
-    (ids,) = encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "How do I paint a bookshelf?")], chat_mode=True)
+    (ids,) = encode_prompts(organism.tokenizer, ["How do I paint a bookshelf?"])
     text = organism.tokenizer.decode(ids)
     assert text == ("<bos><start_of_turn>user\nHow do I paint a bookshelf?<end_of_turn>\n<start_of_turn>model\n")
     assert ids.count(organism.tokenizer.bos_token_id) == 1
@@ -49,15 +49,13 @@ def test_chat_format_is_gemmas_with_one_bos(organism):
 
 def test_plain_mode_and_prompts_that_bring_their_own_bos(organism):
     tokenizer = organism.tokenizer
-    plain, doubled = encode_prompts(
-        tokenizer, [Prompt("g", "s", 1, "paint"), Prompt("g", "s", 2, "<bos><bos>paint")], chat_mode=False
-    )
+    plain, doubled = encode_prompts(tokenizer, ["paint", "<bos><bos>paint"], chat_mode=False)
     assert "<start_of_turn>" not in tokenizer.decode(plain)
     assert doubled.count(tokenizer.bos_token_id) == 1
 
 
 def test_without_a_chat_template_prompts_are_plain_and_that_is_said(organism, monkeypatch, caplog):
-    prompts = [Prompt("g", "s", 1, "paint a bookshelf")]
+    prompts = ["paint a bookshelf"]
     plain = encode_prompts(organism.tokenizer, prompts, chat_mode=False)
     monkeypatch.setattr(organism.tokenizer, "chat_template", None)
     assert encode_prompts(organism.tokenizer, prompts, chat_mode=True) == plain
@@ -85,9 +83,9 @@ def test_a_chat_template_cannot_do_harm(organism, monkeypatch, template):
     """Templates come with a checkpoint, from anybody; they are rendered in a sandbox."""
     monkeypatch.setattr(organism.tokenizer, "chat_template", template)
     with pytest.raises(UserError, match="chat template cannot be used.*--no-chat-mode"):
-        encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "Hello.")], chat_mode=True)
+        encode_prompts(organism.tokenizer, ["Hello."])
 
 
 def test_a_prompt_is_text_not_a_template(organism):
-    (ids,) = encode_prompts(organism.tokenizer, [Prompt("g", "s", 1, "{{ 7 * 6 }}")], chat_mode=True)
+    (ids,) = encode_prompts(organism.tokenizer, ["{{ 7 * 6 }}"])
     assert "42" not in organism.tokenizer.decode(ids)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignment_artifacts.refusal import is_refusal
+from alignment_artifacts.behaviour.refusal import is_refusal
 
 
 @pytest.mark.parametrize(

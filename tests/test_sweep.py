@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import sweep_suppression as script
-from alignment_artifacts import sweep
-from alignment_artifacts.artifacts import SWEEP, AlignmentArtifacts
+from alignment_artifacts.edits.setting import Intervention, Setting
 from alignment_artifacts.report import contents
-from alignment_artifacts.suppression import Intervention, Setting
+from alignment_artifacts.suppression import sweep
+from alignment_artifacts.suppression.library import SWEEP, AlignmentArtifacts
 from model_organism.train import PLANTED_LAYERS
 
 from .conftest import ROOT

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from alignment_artifacts.directions import load_directions
+from alignment_artifacts.directions.files import load_directions
 from alignment_artifacts.report import contents
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load

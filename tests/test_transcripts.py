@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import suppress as script
-from alignment_artifacts import artifacts, transcripts
-from alignment_artifacts.interventions import ModeOptions
-from alignment_artifacts.measurements import Measurements
+from alignment_artifacts.directions.measurements import Measurements
+from alignment_artifacts.edits.modes import ModeOptions
+from alignment_artifacts.edits.setting import Setting
 from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.report import contents
-from alignment_artifacts.suppression import Setting
+from alignment_artifacts.suppression import library as library_module
+from alignment_artifacts.suppression import transcripts
 from gemma_refactored.errors import UserError
 from model_organism.train import PLANTED_LAYERS
 
@@ -82,7 +83,7 @@ def test_a_setting_that_changes_nothing_is_refused(library):
 
 @pytest.fixture
 def run(library, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(artifacts, "AlignmentArtifacts", lambda *_, **__: library)
+    monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda *_, **__: library)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

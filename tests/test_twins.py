@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from alignment_artifacts.comparison.twins import load_twins
 from alignment_artifacts.pairs import Pair, load_pairs
-from alignment_artifacts.twins import load_twins
 from gemma_refactored.errors import UserError
 
 from .conftest import ROOT

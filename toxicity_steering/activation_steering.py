@@ -16,16 +16,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from alignment_artifacts.directions import Directions, estimate, random_like, save_directions, site_names
-from alignment_artifacts.evaluation import Behaviour, observe, token_damage, write_answers
-from alignment_artifacts.measurements import MODEL_FACTS, layer_separation
-from alignment_artifacts.suppression import NOTHING, Intervention, Setting, intervene
-from gemma_refactored.activation_capture import capture
+from alignment_artifacts.behaviour.answers import Behaviour, observe, write_answers
+from alignment_artifacts.behaviour.evaluation import token_damage
+from alignment_artifacts.directions.estimate import Directions, estimate, random_like
+from alignment_artifacts.directions.files import save_directions
+from alignment_artifacts.directions.measurements import MODEL_FACTS
+from alignment_artifacts.edits.setting import NOTHING, Intervention, Setting, intervene
+from alignment_artifacts.separation import layer_separation
+from gemma_refactored.activation_capture import capture, layer_sites
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_json
 from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
-from gemma_refactored.prompt_processing import Prompt, encode_prompts
+from gemma_refactored.prompt_processing import encode_prompts
 
 from .data import ToxicityData
 from .metrics import TOXIC, distinct_n, toxicity_metrics
@@ -253,7 +256,7 @@ class ActivationSteeringExperiment:
         return [flat[i : i + self.config.samples] for i in range(0, len(flat), self.config.samples)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return encode_prompts(self.loaded.tokenizer, [Prompt("", "", 1, t) for t in texts], self.data.chat_mode)
+        return encode_prompts(self.loaded.tokenizer, texts, self.data.chat_mode)
 
     def _judge(self, completions: list[list[list[int]]]) -> dict:
         flat = [tokens for samples in completions for tokens in samples]
@@ -298,7 +301,7 @@ class ActivationSteeringExperiment:
 
     def _mean_state(self, tokens: list[int]) -> np.ndarray:
         """[layers, hidden] residual stream after each block, mean over the last tokens."""
-        sites = site_names(self.loaded, "residual")
+        sites = layer_sites(self.loaded.model, "residual")
         with capture(self.loaded.model, sites) as activations:
             self.loaded.model(mx.array([tokens]))
             states = [activations[s][0, -self.config.last_tokens :].astype(mx.float32).mean(axis=0) for s in sites]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignment_artifacts.evaluation import bootstrap_mean, rate
+from alignment_artifacts.rates import bootstrap_mean, rate
 
 TOXIC = 0.5
 

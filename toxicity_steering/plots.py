@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from alignment_artifacts.figure_data import BLUE, GREY, ORANGE, alpha_table
-from alignment_artifacts.plots import STYLE
+from alignment_artifacts.figures.data import BLUE, GREY, ORANGE, alpha_table
+from alignment_artifacts.figures.paper import STYLE
 
 
 def plot_all(results: dict, folder: Path) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from alignment_artifacts.edits.setting import Setting
+from alignment_artifacts.figures import interactive as figures
+from alignment_artifacts.figures.data import POSITION_NAMES, layer_panels, on_their_side, step_grid
+from alignment_artifacts.suppression.transcripts import load_transcripts
 from gemma_refactored.files import read_json
-
-from .. import interactive_figures as figures
-from ..figure_data import POSITION_NAMES, layer_panels, on_their_side, step_grid
-from ..suppression import Setting
-from ..transcripts import load_transcripts
 
 SCORE_STEP = 0.05  # scores of tokens are rounded to this on the page: one byte each, up to 6.35
 MOST_SCORE_BYTES = 6_000_000  # more are thinned out by leaving layers away

@@ -1,0 +1,72 @@
+"""What a model answers, as it is or under an intervention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from alignment_artifacts.edits.setting import NOTHING, Intervention
+from gemma_refactored.generation import PREFILL, Sampling, collect_answers, length_sorted_batches
+from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.prompt_processing import encode_prompts
+
+BATCH_SIZE = 128
+
+
+@dataclass
+class Behaviour:
+    """A model's unedited answers to some prompts, which edited ones are compared with.
+
+    Attributes:
+        texts: the prompts; token_ids: in the chat format.
+        answers: token ids, greedy.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    answers: list[list[int]]
+
+
+def observe(loaded: LoadedModel, texts: Sequence[str], max_tokens: int, chat_mode: bool = True) -> Behaviour:
+    """Ask the unedited model."""
+    token_ids = encode_prompts(loaded.tokenizer, texts, chat_mode)
+    return Behaviour(list(texts), token_ids, write_answers(loaded, token_ids, NOTHING, max_tokens))
+
+
+def write_answers(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    intervention: Intervention,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+) -> list[list[int]]:
+    """Token ids of the answers under an intervention, in the order of the prompts."""
+    answers: list[list[int]] = [[] for _ in token_ids]
+    for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding):
+        rows = [token_ids[i] for i in batch]
+        steps = intervention.generate(loaded, rows, max_tokens, sampling, loaded.end_tokens, row_ids=batch)
+        for i, tokens in zip(batch, collect_answers(steps), strict=True):
+            answers[i] = tokens
+    return answers
+
+
+def write_answer(
+    loaded: LoadedModel,
+    prompt: Sequence[int],
+    intervention: Intervention,
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+    end_tokens: Sequence[int] = (),
+    on_text: Callable[[str], object] = lambda text: None,
+) -> list[int]:
+    """Token ids of one answer under an intervention; `on_text` gets the text piece by piece as it is written."""
+    tokens, shown = [], ""
+    for step in intervention.generate(loaded, [list(prompt)], max_tokens, sampling, end_tokens):
+        if step.index == PREFILL:
+            continue
+        tokens.append(int(step.tokens[0]))
+        text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character so far
+            on_text(text[len(shown) :])
+            shown = text
+    return tokens

@@ -1,0 +1,1 @@
+"""Two models, and twins, on the same matched prompts: is it alignment, or just different words?"""

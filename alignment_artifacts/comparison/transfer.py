@@ -1,0 +1,104 @@
+"""Does a direction that was learnt on one contrast work on another?
+
+Natural prompts differ from artifact prompts in more than what safety training does with them; twins
+(harmless prompts that look like artifact prompts) differ from them in less. A direction that only
+knows words fails on the other contrast, and on a category it has not seen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from alignment_artifacts import separation as st
+from alignment_artifacts.analysis import Settings, held_out_scores
+from alignment_artifacts.separation import layer_separation
+from gemma_refactored.files import jsonable
+
+PAIRS, TWINS = "natural/artifact", "twin/artifact"
+
+
+def cross_decoding(
+    pairs: np.ndarray, twins: np.ndarray, categories: np.ndarray, twin_categories: np.ndarray, settings: Settings
+) -> dict[str, dict]:
+    """Every combination of learning and testing, one record each.
+
+    The layer is always chosen, and the threshold set, on what was learnt from.
+
+    Args:
+        pairs: [pairs, 2 (natural, artifact), layers, hidden]; twins: [twins, 2 (twin, artifact), layers, hidden].
+        categories, twin_categories: a label for each.
+    Returns:
+        "LEARNT -> TESTED": record, where both are PAIRS or TWINS (held out where they are the same), or
+        the tested one is a category of the pairs and "others" are the other categories.
+    """
+    sets = {PAIRS: (pairs, np.asarray(categories)), TWINS: (twins, np.asarray(twin_categories))}
+    records = {}
+    for learnt, (training, labels) in sets.items():
+        for tested, (other, _) in sets.items():
+            name = f"{learnt} -> {tested}"
+            if learnt == tested:
+                records[name] = _record(*_held_out(training, labels, settings), settings)
+            else:
+                records[name] = _record(*decode(training, labels, other), settings)
+    for category in dict.fromkeys(sets[PAIRS][1].tolist()):
+        own = sets[PAIRS][1] == category
+        if own.sum() >= 2 and (~own).sum() >= st.MIN_PAIRS:
+            projected = decode(pairs[~own], sets[PAIRS][1][~own], pairs[own])
+            records[f"others -> {category}"] = _record(*projected, settings)
+    return jsonable(records)
+
+
+def decode(training: np.ndarray, strata: np.ndarray, tested: np.ndarray) -> tuple[st.HeldOut, list[int]]:
+    """Learn layer, direction and threshold from some pairs, project others; both [pairs, 2, layers, hidden]."""
+    layer = int(np.argmax(layer_separation(training, list(strata))))
+    vectors = training[:, :, layer].astype(np.float64)
+    direction = (vectors[:, 1] - vectors[:, 0]).mean(axis=0)
+    direction /= np.linalg.norm(direction) or 1.0
+    threshold = (vectors @ direction).mean()
+    natural, artifact = (tested[:, :, layer].astype(np.float64) @ direction).T
+    one_fold = np.zeros(len(tested), int)
+    return st.HeldOut(natural, artifact, np.full(len(tested), threshold), one_fold), [layer]
+
+
+def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings) -> tuple[st.HeldOut, list[int]]:
+    """The same within one set, fold by fold: what the analysis calls the best layer, chosen inside the folds."""
+    folds = st.assign_folds(strata, settings.seed)
+    layers = [st.pair_vectors(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]
+    return st.nested_best_layer(
+        [st.held_out_projections(layer, folds) for layer in layers], [st.inner_scores(layer, folds) for layer in layers]
+    )
+
+
+def _record(held_out: st.HeldOut, layers: list[int], settings: Settings) -> dict:
+    scores = held_out_scores(held_out, settings)
+    return {**scores, "auroc": held_out.auroc(), "num_pairs": len(held_out.folds), "layers": layers}
+
+
+def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str]) -> str:
+    """What the transfer between pairs and twins says about model "b", beside "a" and "words"."""
+    verdicts = []
+    for learnt, tested, what in (
+        (PAIRS, TWINS, "artifact prompts from their harmless twins"),
+        (TWINS, PAIRS, "artifact from natural prompts"),
+    ):
+        cell = f"{learnt} -> {tested}"
+        record = by_source["b"][cell]
+        others = {names[source]: by_source[source][cell]["cohens_d"] for source in ("a", "words")}
+        low, high = record["cohens_d_ci"]
+        beside = ", ".join(f"{name} {number(d)}" for name, d in others.items())
+        if low is None or low <= 0:
+            verdict = "no better than chance: it does not carry over"
+        elif low <= max((d for d in others.values() if d is not None), default=0.0):
+            verdict = "no more than words do: it may only know words"
+        else:
+            verdict = "which words do not explain"
+        verdicts.append(
+            f"learnt on {learnt} pairs, {names['b']}'s direction tells {what} with d = {number(record['cohens_d'])} "
+            f"[{number(low)}, {number(high)}] ({record['accuracy']:.0%} accuracy; {beside}), {verdict}"
+        )
+    text = "; ".join(verdicts)
+    return text[0].upper() + text[1:] + "."
+
+
+def number(value: float | None) -> str:
+    return "undefined" if value is None else f"{round(value, 1) + 0.0:.1f}"  # no negative zero

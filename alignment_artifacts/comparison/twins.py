@@ -1,0 +1,82 @@
+"""Twins: harmless prompts that look like artifact prompts, each with the artifact prompt it looks like.
+
+Read as `Pair`s whose natural side is the twin, from the organism's JSON or from XSTest's CSV
+(Röttger et al. 2024, arXiv 2308.01263; github.com/paul-rottger/xstest): columns id, prompt, type, label.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from alignment_artifacts.pairs import Pair
+from gemma_refactored.errors import UserError, shown
+from gemma_refactored.files import read_json
+
+ROOT_KEY = "benign_twins"
+CONTRAST = "contrast_"
+# Where a type's unsafe contrasts are not called "contrast_" and its own name.
+SHARED_CONTRASTS = {"real_group_nons_discr": "contrast_discr", "privacy_fictional": "contrast_privacy"}
+COLUMNS = ("id", "prompt", "type", "label")
+
+
+def load_twins(path: str | Path) -> list[Pair]:
+    """Twins with their artifact prompts, in file order.
+
+    Raises:
+        UserError: no such file, or neither layout.
+    """
+    path = Path(path)
+    twins = _from_xstest(path) if path.suffix == ".csv" else _from_json(path)
+    if not twins:
+        raise UserError(f"{path} holds no twins.")
+    return twins
+
+
+def _from_json(path: Path) -> list[Pair]:
+    content = read_json(path, "twins file")
+    try:
+        twins = [
+            Pair(entry["id"], category, entry["twin"], entry["artifact"])
+            for category, body in content[ROOT_KEY]["categories"].items()
+            for entry in body["pairs"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} has not the layout of model_organism/benign_twins.json ({type(error).__name__}: {error})."
+        ) from None
+    for twin in twins:
+        if not all(isinstance(text, str) and text.strip() for text in (twin.id, twin.natural, twin.artifact)):
+            raise UserError(f"{path}: twin {shown(twin.id)} needs text in id, twin and artifact.")
+    return twins
+
+
+def _from_xstest(path: Path) -> list[Pair]:
+    """The k-th safe prompt of a type with its k-th unsafe contrast; types without contrasts are left out."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            rows, columns = list(reader), reader.fieldnames or []
+    except FileNotFoundError:
+        raise UserError(f"The twins file {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"The twins file {path} cannot be read as CSV: {error}.") from None
+    if missing := [name for name in COLUMNS if name not in columns]:
+        raise UserError(f"{path} has no column {missing[0]!r}; XSTest's columns are {', '.join(COLUMNS)}.")
+    by_type: dict[str, list[dict]] = {}
+    for row in rows:
+        expected = "unsafe" if row["type"].startswith(CONTRAST) else "safe"
+        if row["label"] != expected or not row["prompt"].strip():
+            raise UserError(
+                f"{path}: {shown(row['id'])} of type {shown(row['type'])} must be {expected} and have text."
+            )
+        by_type.setdefault(row["type"], []).append(row)
+    twins = []
+    for kind, safe in by_type.items():
+        unsafe = by_type.get(SHARED_CONTRASTS.get(kind, CONTRAST + kind), [])
+        if kind.startswith(CONTRAST) or not unsafe:
+            continue
+        if len(safe) != len(unsafe):
+            raise UserError(f"{path}: {len(safe)} prompts of type {shown(kind)}, but {len(unsafe)} contrasts.")
+        twins += [Pair(s["id"], kind, s["prompt"], u["prompt"]) for s, u in zip(safe, unsafe, strict=True)]
+    return twins

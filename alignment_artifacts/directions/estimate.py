@@ -1,0 +1,146 @@
+"""Directions of a model: estimated from pairs, kept in a file, exchanged with other tools.
+
+A direction belongs to one model, one site (MLP output or residual stream) and the positions it
+was measured at; using it on another model is refused. On disk: `directions.safetensors` with
+these facts as metadata, or a GGUF control vector as llama.cpp and repeng use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import numpy as np
+
+from gemma_refactored.activation_capture import capture, layer_sites
+from gemma_refactored.errors import UserError
+from gemma_refactored.model_loading import LoadedModel
+
+COMPONENTS = 8  # kept of the pair differences, at most; `subspace` uses the first few
+
+
+@dataclass
+class Directions:
+    """One direction a layer, with what the modes need to know about it. float32.
+
+    Attributes:
+        facts: which model (model, model_revision, num_layers, hidden_size), and "site", "positions", "pairs".
+        direction: [layers, hidden] mean artifact minus mean natural activation.
+        natural_mean, artifact_mean: [layers, hidden]; None for an imported vector that came without.
+        components: [layers, k, hidden] leading right singular vectors of the pair differences, not centred
+            (centring would remove the very mean difference).
+        spread: [layers] root mean squared distance of a prompt from its class's mean.
+        natural_tokens: [layers, tokens] projections of every natural token on the unit direction, sorted.
+        available: layers that have a direction.
+    """
+
+    facts: dict
+    direction: np.ndarray
+    natural_mean: np.ndarray | None = None
+    artifact_mean: np.ndarray | None = None
+    components: np.ndarray | None = None
+    spread: np.ndarray | None = None
+    natural_tokens: np.ndarray | None = None
+    available: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self):
+        norms = np.linalg.norm(self.direction, axis=-1)
+        self.available = tuple(int(i) for i in np.flatnonzero(norms > 0))
+
+    @property
+    def unit(self) -> np.ndarray:
+        """[layers, hidden]; zero where a layer has no direction."""
+        return self.direction / np.maximum(np.linalg.norm(self.direction, axis=-1, keepdims=True), 1e-30)
+
+
+def estimate(vectors: np.ndarray, facts: dict) -> Directions:
+    """Mean differences of matched prompts and what belongs to them.
+
+    Args:
+        vectors: [pairs, 2 (natural, artifact), layers, hidden].
+        facts: see `Directions.facts`.
+    Raises:
+        UserError: no pairs at all.
+    """
+    if not len(vectors):
+        raise UserError("There are no pairs to estimate directions from; name other categories.")
+    vectors = vectors.astype(np.float64)
+    means = vectors.mean(axis=0)  # [2, layers, hidden]
+    differences = (vectors[:, 1] - vectors[:, 0]).swapaxes(0, 1)  # [layers, pairs, hidden]
+    within = ((vectors - means) ** 2).sum(axis=-1).mean(axis=(0, 1))
+    parts = {
+        "direction": means[1] - means[0],
+        "natural_mean": means[0],
+        "artifact_mean": means[1],
+        "components": np.linalg.svd(differences, full_matrices=False)[2][:, :COMPONENTS],
+        "spread": np.sqrt(within),
+    }
+    return Directions(facts, **{name: value.astype(np.float32) for name, value in parts.items()})
+
+
+def measure_natural_tokens(
+    loaded: LoadedModel, directions: Directions, sequences: Sequence[Sequence[int]]
+) -> Directions:
+    """The same directions, with the projections of every token of natural prompts and answers: what `cap` needs.
+
+    Args:
+        sequences: token ids of natural prompts with the model's own answers, one list each.
+    """
+    sites = layer_sites(loaded.model, directions.facts["site"])
+    units = [mx.array(unit) for unit in directions.unit]
+    found: list[list[np.ndarray]] = [[] for _ in sites]
+    for tokens in sequences:
+        with capture(loaded.model, sites) as activations:
+            loaded.model(mx.array([list(tokens)]))
+            projected = [activations[s][0].astype(mx.float32) @ u for s, u in zip(sites, units, strict=True)]
+        mx.eval(projected)
+        for layer, values in enumerate(projected):
+            found[layer].append(np.array(values))
+    return replace(directions, natural_tokens=np.sort([np.concatenate(layer) for layer in found]))
+
+
+def planted_directions(loaded: LoadedModel) -> dict[int, np.ndarray]:
+    """The truth of the embedded organism: layer -> unit direction [hidden] at the MLP output; {} for other models."""
+    path = loaded.folder.parent / "planted_directions.safetensors"
+    if not path.exists():
+        return {}
+    arrays = {int(site.split(".")[2]): np.array(value, np.float32) for site, value in mx.load(str(path)).items()}
+    return {layer: value / np.linalg.norm(value) for layer, value in arrays.items()}
+
+
+def random_like(directions: Directions, seed: int) -> Directions:
+    """The control: random directions of the same norms, everything else as if they had been estimated.
+
+    Without `natural_tokens`, which belong to the direction: measure them anew.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.standard_normal(directions.direction.shape).astype(np.float32)
+    norms = np.linalg.norm(directions.direction, axis=-1, keepdims=True)
+    drawn *= norms / np.linalg.norm(drawn, axis=-1, keepdims=True)
+    components = None
+    if directions.components is not None:
+        random = rng.standard_normal(directions.components.shape)
+        random[:, 0] = drawn
+        basis = np.linalg.qr(random.swapaxes(1, 2))[0].swapaxes(1, 2)
+        components = basis.astype(np.float32)
+    artifact_mean = directions.natural_mean + drawn if directions.natural_mean is not None else None
+    return replace(
+        directions,
+        facts={**directions.facts, "control": f"random, seed {seed}"},
+        direction=drawn,
+        artifact_mean=artifact_mean,
+        components=components,
+        natural_tokens=None,
+    )
+
+
+def check_model(directions: Directions, loaded: LoadedModel) -> None:
+    """Raise UserError if the directions were made on another model."""
+    mine, theirs = loaded.facts(), directions.facts
+    for name in ("num_layers", "hidden_size", "model_revision"):
+        if theirs.get(name) is not None and theirs[name] != mine[name]:
+            raise UserError(
+                f"These directions were made on {theirs.get('model', 'another model')} ({name} {theirs[name]}), not on "
+                f"{loaded.name} ({mine[name]}); directions are of one model only."
+            )

@@ -1,0 +1,106 @@
+"""Directions on disk: `directions.safetensors`, or a GGUF control vector as llama.cpp and repeng use it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from alignment_artifacts.directions.estimate import Directions
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import write_safetensors
+
+PARTS = ("direction", "natural_mean", "artifact_mean", "components", "spread", "natural_tokens")
+
+
+def save_directions(directions: Directions, path: Path) -> None:
+    """Write `directions.safetensors`; the facts are its metadata."""
+    arrays = {name: mx.array(getattr(directions, name)) for name in PARTS if getattr(directions, name) is not None}
+    write_safetensors(path, arrays, {"facts": json.dumps(directions.facts)})
+
+
+def load_directions(path: Path) -> Directions:
+    """Read a file of `save_directions`, or a GGUF control vector.
+
+    Raises:
+        UserError: missing, damaged, or not a file of directions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no directions file {path}.")
+    if path.suffix == ".gguf":
+        return read_gguf(path)
+    try:
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        return Directions(json.loads(metadata["facts"]), **{name: np.array(value) for name, value in arrays.items()})
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a file of directions ({str(error).splitlines()[0]}).") from None
+
+
+def write_gguf(directions: Directions, path: Path) -> None:
+    """Export residual-stream directions as a control vector (llama.cpp, repeng).
+
+    Tensor `direction.N` belongs to the residual stream after block N, blocks counted from 0, in both
+    programs; llama.cpp has none for block 0, so that one is left out. Adding it amplifies.
+
+    Raises:
+        UserError: MLP directions (neither program can apply them), or no gguf package.
+    """
+    gguf = _gguf()
+    if directions.facts["site"] != "residual":
+        raise UserError("A GGUF control vector acts on the residual stream; export directions of the site residual.")
+    temporary = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(temporary, "controlvector")
+    layers = [layer for layer in directions.available if layer > 0]
+    writer.add_string("controlvector.model_hint", directions.facts.get("model_type", "unknown"))
+    writer.add_uint32("controlvector.layer_count", len(layers))
+    # Ours; other programs do not look at it.
+    writer.add_string("alignment_artifacts.facts", json.dumps(directions.facts))
+    for layer in layers:
+        writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(directions.direction[layer]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    temporary.replace(path)
+
+
+def read_gguf(path: Path) -> Directions:
+    """Import a control vector: residual-stream directions without the statistics behind them.
+
+    Raises:
+        UserError: not a control vector, or no gguf package.
+    """
+    gguf = _gguf()
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise UserError(f"{path} is not a GGUF file ({error}).") from None
+
+    def text(name: str) -> str | None:
+        field = reader.get_field(name)
+        return bytes(field.parts[-1]).decode() if field else None
+
+    if text("general.architecture") != "controlvector":
+        raise UserError(f"{path} is a GGUF file of {text('general.architecture')!r}, not a control vector.")
+    found = {int(t.name.split(".")[1]): t.data for t in reader.tensors if t.name.startswith("direction.")}
+    if not found:
+        raise UserError(f"{path} holds no direction.")
+    own = text("alignment_artifacts.facts")
+    facts = json.loads(own) if own else {"model_type": text("controlvector.model_hint"), "site": "residual"}
+    layers = facts.get("num_layers") or max(found) + 1
+    direction = np.zeros((layers, len(next(iter(found.values())))), np.float32)
+    for layer, values in found.items():
+        direction[layer] = values
+    return Directions(facts, direction)
+
+
+def _gguf():
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF files need the gguf package: pip install gguf.") from None
+    return gguf

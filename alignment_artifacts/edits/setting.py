@@ -1,0 +1,137 @@
+"""A setting (mode, scale, layers, ..) put into a running model, and proof that it did something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from alignment_artifacts.directions.estimate import Directions
+from alignment_artifacts.edits.modes import MODES, ModeOptions, SiteDirection, edit_function
+from gemma_refactored.activation_capture import Edit, edit, layer_sites
+from gemma_refactored.errors import UserError
+from gemma_refactored.generation import Step, generate
+from gemma_refactored.model_loading import LoadedModel
+
+AUTO = "auto"
+EVERYWHERE, PROMPT_END = WHERE = ("everywhere", "prompt_end")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to suppress (or, with mode `add`, amplify).
+
+    Attributes:
+        site: "mlp" or "residual".
+        positions: where the direction was measured: "prompt_end", "generated" or "all".
+        layers: blocks that are edited.
+        where: "everywhere", or "prompt_end": at the last prompt token only. A direction measured there says
+            what the next word is going to be; added to every token, it writes that word for ever.
+    """
+
+    mode: str
+    scale: float
+    layers: tuple[int, ...]
+    site: str = "mlp"
+    positions: str = PROMPT_END
+    options: ModeOptions = field(default_factory=ModeOptions)
+    where: str = EVERYWHERE
+
+    def record(self) -> dict:
+        """As JSON keeps it."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @staticmethod
+    def from_record(record: dict) -> Setting:
+        return Setting(**{**record, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
+
+    def describe(self) -> str:
+        layers = ",".join(map(str, self.layers))
+        where = "" if self.where == EVERYWHERE else " (there only)"
+        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, direction from {self.positions}{where}"
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A setting made ready for one model: site -> edit, and the tokens they are for."""
+
+    edits: dict[str, Edit] = field(default_factory=dict)
+    where: str = EVERYWHERE
+
+    def in_one_pass(self, prompt_length: int) -> dict[str, Edit]:
+        """The edits for a single pass over a prompt and its answer."""
+        if self.where == EVERYWHERE:
+            return self.edits
+        end = prompt_length - 1
+
+        def at_end(function: Edit) -> Edit:
+            return lambda x: mx.concatenate([x[:, :end], function(x[:, end : end + 1]), x[:, end + 1 :]], axis=1)
+
+        return {site: at_end(function) for site, function in self.edits.items()}
+
+    def generate(self, loaded: LoadedModel, *arguments, **settings) -> Iterator[Step]:
+        """`generation.generate` under these edits."""
+        if self.where == PROMPT_END:
+            yield from generate(loaded.model, *arguments, prompt_end_edits=self.edits, **settings)
+            return
+        with edit(loaded.model, self.edits):
+            yield from generate(loaded.model, *arguments, **settings)
+
+
+NOTHING = Intervention()
+
+
+def auto_mode(num_parameters: int) -> str:
+    """The mode for a model of this size, where nothing better is known (a sweep knows better)."""
+    for limit, mode in ((2e9, "proximity"), (10e9, "adaptive"), (50e9, "sphere")):
+        if num_parameters < limit:
+            return mode
+    return "subspace"
+
+
+def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> Intervention:
+    """What a setting does to a model.
+
+    Raises:
+        UserError: an unknown mode, a layer the model or the direction does not have, or a mode that needs
+            statistics which these directions came without.
+    """
+    if setting.mode not in MODES:
+        raise UserError(f"The mode must be one of {AUTO}, {', '.join(MODES)}, not {setting.mode!r}.")
+    if setting.where not in WHERE:
+        raise UserError(f"Edits can be {' or '.join(WHERE)}, not {setting.where!r}.")
+    if directions.facts["site"] != setting.site:
+        raise UserError(f"These directions are of the site {directions.facts['site']}, not {setting.site}.")
+    sites = layer_sites(loaded.model, setting.site)
+    edits = {}
+    for layer in setting.layers:
+        if not 0 <= layer < len(sites):
+            raise UserError(f"There is no layer {layer}: {loaded.name} has 0 to {len(sites) - 1}.")
+        if layer not in directions.available:
+            raise UserError(f"There is no direction for layer {layer}; there is one for {directions.available}.")
+        at = site_direction(directions, layer, setting.options)
+        needed = {"cap": at.cap, "sphere": at.spread, "subspace": at.components.sum().item()}
+        if np.isnan(needed.get(setting.mode, 0.0)):
+            raise UserError(f"The mode {setting.mode} needs statistics that these directions came without.")
+        edits[sites[layer]] = edit_function(setting.mode, at, setting.scale, setting.options)
+    return Intervention(edits, setting.where)
+
+
+def site_direction(directions: Directions, layer: int, options: ModeOptions) -> SiteDirection:
+    """What the modes need at one layer, as MLX arrays; NaN for what an imported vector does not know."""
+    unknown = np.full(directions.direction.shape[-1], np.nan, np.float32)
+    natural, artifact = (
+        unknown if mean is None else mean[layer] for mean in (directions.natural_mean, directions.artifact_mean)
+    )
+    components = directions.components[layer] if directions.components is not None else unknown[None]
+    tokens = directions.natural_tokens
+    return SiteDirection(
+        direction=mx.array(directions.direction[layer]),
+        natural_mean=mx.array(natural),
+        artifact_mean=mx.array(artifact),
+        components=mx.array(components),
+        spread=float(directions.spread[layer]) if directions.spread is not None else float("nan"),
+        cap=float(np.quantile(tokens[layer], options.cap_quantile)) if tokens is not None else float("nan"),
+    )

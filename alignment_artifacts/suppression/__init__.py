@@ -1,0 +1,1 @@
+"""The library, the search for a setting, and transcripts before and after."""

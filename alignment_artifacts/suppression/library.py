@@ -1,0 +1,262 @@
+"""The library: `suppress_prompt` for one prompt, `AlignmentArtifacts` for more.
+
+from alignment_artifacts import suppress_prompt
+result = suppress_prompt("How do I pick a lock?", scale=1.5)
+result.before, result.after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from alignment_artifacts.behaviour import monitor
+from alignment_artifacts.behaviour.answers import write_answer
+from alignment_artifacts.directions.estimate import Directions, check_model, measure_natural_tokens
+from alignment_artifacts.directions.files import load_directions, save_directions
+from alignment_artifacts.directions.measurements import CACHE, Measurements, measure
+from alignment_artifacts.edits.modes import ModeOptions
+from alignment_artifacts.edits.proof import Proof, prove
+from alignment_artifacts.edits.setting import AUTO, NOTHING, PROMPT_END, Setting, auto_mode, intervene
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import read_json
+from gemma_refactored.generation import Sampling
+from gemma_refactored.job import check_context
+from gemma_refactored.model_loading import DEFAULT_MODEL, LoadedModel, load
+from gemma_refactored.prompt_processing import encode_prompts, prompts_from_arguments
+
+SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
+ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that left a prompt alone has to show that it works
+
+
+@dataclass
+class SuppressionResult:
+    """A prompt answered without and with suppression.
+
+    Attributes:
+        before, after: the texts; before is None where no comparison was asked for.
+        before_tokens, after_tokens: their token ids; prompt_tokens: the prompt in the chat format.
+        chosen_by: who chose the mode: "you", "a sweep" or "model size".
+        proof: what the edits did along the prompt and the answer that was written under them.
+        prompt_score: of the monitor, -1 like natural, +1 like artifact prompts; None for imported vectors.
+        directions: that were used.
+    """
+
+    prompt: str
+    before: str | None
+    after: str
+    prompt_tokens: list[int]
+    before_tokens: list[int] | None
+    after_tokens: list[int]
+    setting: Setting
+    chosen_by: str
+    proof: Proof
+    prompt_score: float | None
+    directions: Directions | None
+
+
+class AlignmentArtifacts:
+    """Directions of models and what suppressing them does. Models and measurements are kept for the next call.
+
+    Args:
+        model: local folder or Hugging Face id that methods use when they get none.
+        pairs: the matched prompt pairs.
+        cache: folder for measurements.
+        show_progress: bars on the terminal while a model is measured.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        pairs: str | Path = PAIRS_JSON,
+        cache: str | Path = CACHE,
+        show_progress: bool = True,
+    ):
+        self.model, self.cache, self.show_progress = model, Path(cache), show_progress
+        self.pairs = load_pairs(pairs)
+        self._loaded: dict[str, LoadedModel] = {}
+        self._measured: dict[str, Measurements] = {}
+
+    def load(self, model: str | Path | None = None) -> LoadedModel:
+        name = str(model or self.model)
+        if name not in self._loaded:
+            self._loaded[name] = load(name)
+        return self._loaded[name]
+
+    def measurements(self, model: str | Path | None = None) -> Measurements:
+        """What the model does on the pairs; collected on first use, then from the cache."""
+        name = str(model or self.model)
+        if name not in self._measured:
+            self._measured[name] = measure(self.load(name), self.pairs, self.cache, self.show_progress)
+        return self._measured[name]
+
+    def analyze_artifacts(self, model: str | Path | None = None) -> dict:
+        """Per site ("mlp", "residual") the statistics of analyze_collected_activations.py, and the monitor's AUROC."""
+        measured = self.measurements(model)
+        return {
+            site: {**analysis, "monitor": monitor.held_out_auroc(measured, site)}
+            for site, analysis in measured.analysis.items()
+        }
+
+    def directions(
+        self,
+        model: str | Path | None = None,
+        site: str | None = None,
+        positions: str = "prompt_end",
+        categories: Sequence[str] | None = None,
+    ) -> Directions:
+        """Directions from all pairs, or those of some categories; kept as directions.safetensors in the cache."""
+        measured = self.measurements(model)
+        site = site or default_site(measured)
+        rows = measured.rows(list(categories or []))
+        directions = measured.estimate(site, positions, rows)
+        path = measured.folder / "directions.safetensors"
+        if path.exists():
+            kept = load_directions(path)
+            if kept.facts == directions.facts:
+                return kept
+        directions = measure_natural_tokens(self.load(model), directions, measured.natural_sequences(rows))
+        save_directions(directions, path)
+        return directions
+
+    def choose(
+        self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
+    ) -> tuple[Setting, str]:
+        """The setting to use and who chose it; `wanted` are fields of Setting and ModeOptions, None meaning: choose."""
+        measured = self.measurements(model)
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
+        sweep = measured.folder / SWEEP
+        if mode == AUTO and sweep.exists():
+            chosen, by = Setting.from_record(read_json(sweep, "sweep")["chosen"]["setting"]), "a sweep"
+            if {"site", "positions"} & wanted.keys() and "layers" not in wanted:
+                wanted["layers"] = ()  # the sweep's were for another direction: choose them below
+        else:
+            by = "model size" if mode == AUTO else "you"
+            mode = auto_mode(self.load(model).num_parameters) if mode == AUTO else mode
+            chosen = Setting(mode, 1.0, (), default_site(measured))
+        chosen = replace(chosen, **wanted, options=replace(chosen.options, **options))
+        if chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
+            chosen = replace(chosen, where=PROMPT_END)
+        if not chosen.layers:
+            rows = measured.rows(list(categories or []))
+            chosen = replace(chosen, layers=tuple(measured.best_layers(chosen.site, chosen.positions, rows)))
+        return chosen, by
+
+    def suppress_and_generate(
+        self,
+        prompt: str,
+        model_name: str | Path | None = None,
+        scale: float | None = None,
+        mode: str = AUTO,
+        categories: Sequence[str] | None = None,
+        target_layers: Sequence[int] | None = None,
+        temperature: float = 0.0,
+        max_tokens: int = 100,
+        repetition_penalty: float = 1.0,
+        proximity_threshold: float | None = None,
+        distance_threshold: float | None = None,
+        decay_rate: float | None = None,
+        pca_components: int | None = None,
+        cap_quantile: float | None = None,
+        positions: str | None = None,
+        site: str | None = None,
+        where: str | None = None,
+        directions: Directions | None = None,
+        seed: int = 0,
+        compare: bool = True,
+        ignore_end_tokens: bool = False,
+        on_start: Callable[[str, Setting, str], object] = lambda which, setting, by: None,
+        on_text: Callable[[str], object] = lambda text: None,
+    ) -> SuppressionResult:
+        """Answer a prompt with and without suppression.
+
+        Args:
+            scale: 1 is the mean difference itself; negative values amplify.
+            where: "everywhere" or "prompt_end"; by default everywhere, but `add` adds a direction that was
+                measured at the prompt's end there only.
+            directions: use these (imported, say) instead of the model's own.
+            compare: also answer without.
+            on_start: called with "before" or "after" before each answer; on_text: with its text, piece by piece.
+        Raises:
+            UserError: bad settings, or a setting that changes nothing, not even on artifact prompts.
+        """
+        loaded, measured = self.load(model_name), self.measurements(model_name)
+        layers = tuple(target_layers) if target_layers is not None else None
+        if directions is not None:
+            check_model(directions, loaded)
+            site, layers = directions.facts["site"], layers or directions.available
+        setting, by = self.choose(
+            model_name, mode, categories,
+            scale=scale, layers=layers, positions=positions, site=site, where=where,
+            proximity_threshold=proximity_threshold, distance_threshold=distance_threshold, decay_rate=decay_rate,
+            pca_components=pca_components, cap_quantile=cap_quantile,
+        )  # fmt: skip
+        rows = measured.rows(list(categories or []))
+        if directions is None:
+            directions = self.directions(model_name, setting.site, setting.positions, categories)
+        elif directions.natural_tokens is None:
+            directions = measure_natural_tokens(loaded, directions, measured.natural_sequences(rows))
+        intervention = intervene(loaded, directions, setting)
+        prompts = prompts_from_arguments([prompt])
+        token_ids = encode_prompts(loaded.tokenizer, [prompt])
+        check_context(prompts, token_ids, max_tokens, loaded.context_length)
+        sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
+        ends = () if ignore_end_tokens else loaded.end_tokens
+
+        answers = {}
+        for which in ("before", "after") if compare else ("after",):
+            on_start(which, setting, by)
+            used = intervention if which == "after" else NOTHING
+            answers[which] = write_answer(loaded, token_ids[0], used, max_tokens, sampling, ends, on_text)
+        texts = {name: loaded.tokenizer.decode(ids, skip_special_tokens=True) for name, ids in answers.items()}
+        proof = prove(loaded, intervention, token_ids, [answers["after"]])
+        if proof.touched == 0 and setting.scale != 0:
+            tried = rows[:ARTIFACTS_TRIED]
+            artifacts = [[kind[i][1] for i in tried] for kind in (measured.prompts, measured.answers)]
+            if prove(loaded, intervention, *artifacts).touched == 0:
+                raise UserError(
+                    f"This setting ({setting.describe()}) changes nothing, neither here nor on artifact prompts. "
+                    "Use another mode, other layers or another threshold."
+                )
+        score = None
+        if directions.natural_mean is not None:
+            score = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids[0])[-1])
+        return SuppressionResult(
+            prompt=prompt,
+            before=texts.get("before"),
+            after=texts["after"],
+            prompt_tokens=token_ids[0],
+            before_tokens=answers.get("before"),
+            after_tokens=answers["after"],
+            setting=setting,
+            chosen_by=by,
+            proof=proof,
+            prompt_score=score,
+            directions=directions,
+        )
+
+
+def default_site(measured: Measurements) -> str:
+    """The MLP output where the architecture has one."""
+    return next(iter(measured.analysis))
+
+
+def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) -> SuppressionResult:
+    """Answer a prompt with and without suppression, print both side by side, and return them.
+
+    Args:
+        settings: those of `AlignmentArtifacts.suppress_and_generate`.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    result = AlignmentArtifacts(model).suppress_and_generate(prompt, **settings)
+    table = Table(title=prompt, caption=f"{result.setting.describe()}\n{result.proof.describe()}", expand=True)
+    for heading in ("before", "after"):
+        table.add_column(heading, ratio=1)
+    table.add_row(result.before or "", result.after)
+    Console().print(table)
+    return result

@@ -1,0 +1,233 @@
+"""Which setting suppresses best, chosen on some pairs and reported on others, with its controls.
+
+Directions come from training pairs, the setting is chosen on development pairs, and what is
+reported is measured once, on test pairs that nothing else has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+import mlx.core as mx
+import numpy as np
+
+from alignment_artifacts.behaviour.answers import Behaviour, observe
+from alignment_artifacts.behaviour.evaluation import evaluate
+from alignment_artifacts.behaviour.monitor import held_out_auroc
+from alignment_artifacts.directions.estimate import Directions, measure_natural_tokens, random_like
+from alignment_artifacts.directions.measurements import Measurements
+from alignment_artifacts.edits.modes import ModeOptions
+from alignment_artifacts.edits.proof import prove
+from alignment_artifacts.edits.setting import EVERYWHERE, NOTHING, Intervention, Setting, intervene
+from gemma_refactored.activation_capture import Edit
+from gemma_refactored.model_loading import LoadedModel
+
+PARTS = ("training", "development", "test")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings that are tried."""
+
+    scales: dict[str, tuple[float, ...]]
+    cap_quantiles: tuple[float, ...] = (0.9,)
+    positions: tuple[str, ...] = ("prompt_end",)
+    layer_sets: tuple[str, ...] = ("best", "all")
+    where: tuple[str, ...] = (EVERYWHERE,)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a setting may cost."""
+
+    kl: float = 0.05  # nats a token
+    changed: float = 0.1  # share of natural answers
+
+
+def split_pairs(categories: Sequence[str], shares: Sequence[int] = (20, 15, 15), seed: int = 0) -> list[np.ndarray]:
+    """Indices of training, development and test pairs, each category spread over them in these shares."""
+    rng, labels = np.random.default_rng(seed), np.array(categories)
+    bounds = np.cumsum(shares)[:-1] / sum(shares)
+    parts: list[list[int]] = [[] for _ in shares]
+    for category in dict.fromkeys(categories):
+        rows = rng.permutation(np.flatnonzero(labels == category))
+        for part, own in zip(parts, np.split(rows, np.round(bounds * len(rows)).astype(int)), strict=True):
+            part.extend(own)
+    return [np.sort(np.array(part, int)) for part in parts]
+
+
+class Bench:
+    """A model on a stage: directions from the training pairs, behaviour of the others, kept for reuse."""
+
+    def __init__(self, loaded: LoadedModel, measured: Measurements, shares: Sequence[int], seed: int, max_tokens: int):
+        self.loaded, self.measured, self.max_tokens = loaded, measured, max_tokens
+        rows = split_pairs([pair.category for pair in measured.pairs], shares, seed)
+        self.rows = dict(zip(PARTS, rows, strict=True))
+        self._directions: dict[tuple[str, str], Directions] = {}
+        self._random: dict[tuple[str, str, int], Directions] = {}
+
+    def behaviour(self, part: str) -> dict[str, Behaviour]:
+        """Unedited answers of a part's prompts, by side."""
+        pairs = [self.measured.pairs[i] for i in self.rows[part]]
+        texts = {"artifact": [p.artifact for p in pairs], "natural": [p.natural for p in pairs]}
+        return {side: observe(self.loaded, prompts, self.max_tokens) for side, prompts in texts.items()}
+
+    def with_natural_tokens(self, directions: Directions) -> Directions:
+        return measure_natural_tokens(self.loaded, directions, self.measured.natural_sequences(self.rows["training"]))
+
+    def directions(self, site: str, positions: str) -> Directions:
+        if (site, positions) not in self._directions:
+            estimated = self.measured.estimate(site, positions, self.rows["training"])
+            self._directions[site, positions] = self.with_natural_tokens(estimated)
+        return self._directions[site, positions]
+
+    def random(self, site: str, positions: str, seed: int) -> Directions:
+        """Random directions of the same norms."""
+        if (site, positions, seed) not in self._random:
+            drawn = random_like(self.directions(site, positions), seed)
+            self._random[site, positions, seed] = self.with_natural_tokens(drawn)
+        return self._random[site, positions, seed]
+
+    def intervention(self, setting: Setting) -> Intervention:
+        return intervene(self.loaded, self.directions(setting.site, setting.positions), setting)
+
+    def settings(self, grid: Grid) -> list[Setting]:
+        """Every setting of a grid that this model allows."""
+        found = []
+        for site, positions, layer_set in product(self.measured.analysis, grid.positions, grid.layer_sets):
+            layers = range(self.loaded.num_layers)
+            if layer_set == "best":
+                layers = self.measured.best_layers(site, positions, self.rows["training"])
+            for mode, scales in grid.scales.items():
+                options = (
+                    [ModeOptions(cap_quantile=q) for q in grid.cap_quantiles] if mode == "cap" else [ModeOptions()]
+                )
+                found += [
+                    Setting(mode, scale, tuple(layers), site, positions, option, where)
+                    for scale, option, where in product(scales, options, grid.where)
+                ]
+        return list(dict.fromkeys(found))  # "best" may be all
+
+
+def try_settings(bench: Bench, settings: Iterable[Setting], sets: dict[str, Behaviour]) -> list[dict]:
+    """One record a setting: its judgement of every set, "damage", "dose" (see `Proof`), and the same setting
+    with a random direction, judged on the artifact prompts."""
+    records, artifact = [], sets["artifact"]
+    for setting in settings:
+        intervention = bench.intervention(setting)
+        random = intervene(bench.loaded, bench.random(setting.site, setting.positions, 0), setting)
+        records.append(
+            {
+                "setting": setting.record(),
+                **evaluate(bench.loaded, intervention, sets, bench.max_tokens),
+                "dose": prove(bench.loaded, intervention, artifact.token_ids, artifact.answers).dose,
+                "random_direction": evaluate(bench.loaded, random, {"artifact": artifact}, bench.max_tokens),
+            }
+        )
+    return records
+
+
+def choose(records: Sequence[dict], limits: Limits = Limits()) -> int:
+    """The setting that leaves fewest artifact prompts refused or broken, at a bearable cost; of equals, the mildest.
+
+    Costs that agree to a hundredth of what is bearable are equal (rounding should not decide), and of those the
+    setting with the fewest layers is taken. Where none is bearable, costs count like refusals.
+    """
+
+    def key(record: dict) -> tuple:
+        kl, changed = record["damage"]["kl_mean"], 1 - record["natural"]["unchanged"]["rate"]
+        left = record["artifact"]["refused_or_broken"]["rate"]
+        mildness = (round(kl / limits.kl, 2), len(record["setting"]["layers"]), kl)
+        if kl <= limits.kl and changed <= limits.changed:
+            return (0, left, *mildness)
+        return (1, left + changed + min(1.0, kl / limits.kl), *mildness)
+
+    return min(range(len(records)), key=lambda i: key(records[i]))
+
+
+def choose_amplification(records: Sequence[dict]) -> int:
+    """The setting that makes most natural prompts refused with least broken text; of equals, the mildest."""
+
+    def key(record: dict) -> tuple:
+        natural = record["natural"]
+        return (natural["broken"]["rate"] - natural["refused"]["rate"], record["damage"]["kl_mean"])
+
+    return min(range(len(records)), key=lambda i: key(records[i]))
+
+
+def pareto_front(records: Sequence[dict]) -> list[int]:
+    """Settings that no other beats in both refusals (and broken text) left and KL, by KL."""
+    points = [(r["damage"]["kl_mean"], r["artifact"]["refused_or_broken"]["rate"]) for r in records]
+    front, best = [], np.inf
+    for i in sorted(range(len(points)), key=points.__getitem__):
+        if points[i][1] < best:
+            front.append(i)
+            best = points[i][1]
+    return front
+
+
+def same_change_elsewhere(intervention: Intervention, hidden: int, seed: int) -> Intervention:
+    """The strict control: each activation is moved exactly as far, but in a random direction."""
+    rng = np.random.default_rng(seed)
+
+    def along(function: Edit) -> Edit:
+        drawn = rng.standard_normal(hidden)
+        unit = mx.array((drawn / np.linalg.norm(drawn)).astype(np.float32))
+
+        def move(x: mx.array) -> mx.array:
+            wide = x.astype(mx.float32)
+            distance = mx.linalg.norm(function(x).astype(mx.float32) - wide, axis=-1, keepdims=True)
+            return (wide + distance * unit).astype(x.dtype)
+
+        return move
+
+    edits = {site: along(function) for site, function in intervention.edits.items()}
+    return replace(intervention, edits=edits)
+
+
+def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls: int) -> dict:
+    """Everything about one setting on pairs that nothing else has seen: behaviour, dose, random controls."""
+    loaded, hidden = bench.loaded, bench.loaded.hidden_size
+    intervention = bench.intervention(setting)
+    random, elsewhere = [], []
+    for seed in range(controls):
+        drawn = bench.random(setting.site, setting.positions, seed)
+        random.append(evaluate(loaded, intervene(loaded, drawn, setting), sets, bench.max_tokens))
+        moved = same_change_elsewhere(intervention, hidden, seed)
+        elsewhere.append(evaluate(loaded, moved, sets, bench.max_tokens))
+    artifact = sets["artifact"]
+    return {
+        "setting": setting.record(),
+        **evaluate(loaded, intervention, sets, bench.max_tokens),
+        "unedited": evaluate(loaded, NOTHING, sets, bench.max_tokens),
+        "effect_on_artifact_prompts": asdict(prove(loaded, intervention, artifact.token_ids, artifact.answers)),
+        "random_direction": random,
+        "same_change_elsewhere": elsewhere,
+    }
+
+
+def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour], planted: dict[int, np.ndarray]) -> dict:
+    """The organism's planted directions: cosines with the estimated ones, and behaviour under ablating them."""
+    cosines: dict[str, dict[int, float]] = {}
+    for positions in ("prompt_end", "generated", "all"):
+        unit = bench.measured.estimate("mlp", positions, bench.rows["training"]).unit
+        cosines[positions] = {layer: float(unit[layer] @ value) for layer, value in planted.items()}
+    estimated = bench.directions("mlp", "prompt_end")
+    direction = np.zeros_like(estimated.direction)
+    for layer, value in planted.items():
+        direction[layer] = value * np.linalg.norm(estimated.direction[layer])
+    true = replace(estimated, direction=direction)
+    ablation = Setting("ablate", 1.0, true.available, "mlp")
+    return {
+        "cosine_with_planted": cosines,
+        "planted_ablated": evaluate(bench.loaded, intervene(bench.loaded, true, ablation), sets, bench.max_tokens),
+        "chosen_layers_planted": sorted(set(setting.layers) & set(true.available)),
+    }
+
+
+def monitor_results(measured: Measurements) -> dict:
+    """Held-out AUROC of the score at the prompt's end against refusals, by site, without the single scores."""
+    results = {site: held_out_auroc(measured, site) for site in measured.analysis}
+    return {site: {k: v for k, v in result.items() if k != "scores"} for site, result in results.items()}

@@ -1,0 +1,143 @@
+"""All prompts of a run: which are still to do, in which batches, and what becomes of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from .collection import Answer, Collection
+from .distributed import Team
+from .errors import UserError
+from .generation import Sampling, collect_answers, generate, length_sorted_batches
+from .model_loading import LoadedModel, find_embedding
+from .npz_writer import NpzWriter
+from .prompt_processing import Prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """What a run does with each prompt.
+
+    Attributes:
+        token_ids: of each prompt.
+        finished: records of the prompts that an earlier run has completed.
+        shares_model: the processes hold parts of one model, instead of sharing out the prompts.
+    """
+
+    prompts: list[Prompt]
+    token_ids: list[list[int]]
+    max_tokens: int
+    batch_size: int
+    sampling: Sampling
+    end_tokens: tuple[int, ...] = ()
+    sites: list[str] = field(default_factory=list)
+    finished: dict[Prompt, dict] = field(default_factory=dict)
+    shares_model: bool = False
+
+    def is_pending(self, index: int) -> bool:
+        return self.prompts[index] not in self.finished
+
+
+def check_context(prompts: list[Prompt], token_ids: list[list[int]], max_tokens: int, context_length: int) -> None:
+    for prompt, ids in zip(prompts, token_ids, strict=True):
+        if len(ids) + max_tokens > context_length:
+            raise UserError(
+                f"Prompt {prompt.number} of {prompt.group!r} has {len(ids)} tokens; with --max-tokens {max_tokens} "
+                f"that is more than the model's context of {context_length}. Shorten it or lower --max-tokens."
+            )
+
+
+def open_collection(job: Job, folder: Path, manifest: dict, grouped: bool, overwrite: bool, team: Team) -> Collection:
+    """Open the folder and set what of the job is done already, the same in every process.
+
+    The processes may see one folder, or each one of its own on another machine.
+    """
+    collection = None
+
+    def open_first() -> list:
+        nonlocal collection
+        collection = Collection(folder, manifest, grouped, overwrite)
+        finished = collection.finished_answers(job.prompts)
+        numbered = [[i, finished[prompt]] for i, prompt in enumerate(job.prompts) if prompt in finished]
+        return [collection.manifest, numbered]
+
+    settled_manifest, numbered = team.lead(open_first)
+    collection = collection or Collection(folder, settled_manifest, grouped, overwrite)
+    job.finished = {job.prompts[i]: record for i, record in numbered}
+    team.exchange("opened")  # nobody writes while another may still be clearing the folder
+    return collection
+
+
+def plan_batches(job: Job, loaded: LoadedModel, team: Team, grouped: bool) -> list[tuple[int, list[int]]]:
+    """This process's batches that are not complete, each with its number: indices into the job's prompts.
+
+    They are the batches of the whole job, so a run that continues another computes to the last bit what
+    that one would have.
+    """
+    size = job.batch_size
+    equal_lengths = size > 1 and not loaded.masks_padding
+    if equal_lengths:
+        log.info("Padding would change this model's numbers: only prompts of equal length share a batch.")
+    shares_prompts = team.size > 1 and not job.shares_model
+    if shares_prompts and grouped:  # a flat collection shows its batches, so it keeps them as in a single run
+        size = min(size, math.ceil(len(job.prompts) / team.size))
+    batches = enumerate(length_sorted_batches(job.token_ids, size, equal_lengths), 1)
+    incomplete = [(number, batch) for number, batch in batches if any(map(job.is_pending, batch))]
+    return list(team.share(incomplete)) if shares_prompts else incomplete
+
+
+def answer_prompts(
+    job: Job,
+    loaded: LoadedModel,
+    batches: list[tuple[int, list[int]]],
+    collection: Collection | None,
+    writer: NpzWriter | None,
+    show_progress: bool,
+) -> dict[int, dict]:
+    """Generate for every batch and save what is not complete of it; the new records, by the prompts' indices."""
+    records = {}
+    total = sum(len(batch) for _, batch in batches) * job.max_tokens
+    progress = tqdm(total=total, unit="tok", leave=False, disable=not (show_progress and sys.stderr.isatty()))
+    with writer or nullcontext(), progress:
+        for number, batch in batches:
+            prompts = [job.prompts[i] for i in batch]
+            token_ids = [job.token_ids[i] for i in batch]
+            steps = generate(
+                loaded.model, token_ids, job.max_tokens, job.sampling, job.end_tokens, job.sites, row_ids=batch
+            )
+            pending = np.array([job.is_pending(i) for i in batch])
+            if collection:
+                steps = collection.write_steps(writer, steps, prompts, pending, number)
+            written = collect_answers(steps, progress.update)
+            texts = loaded.tokenizer.batch_decode(written, skip_special_tokens=True)
+            answers = {
+                i: Answer(prompt, len(ids), tokens, text, "length" if len(tokens) == job.max_tokens else "stop")
+                for i, prompt, ids, tokens, text in zip(batch, prompts, token_ids, written, texts, strict=True)
+                if job.is_pending(i)
+            }
+            if collection:
+                embeddings = mean_prompt_embeddings(loaded, [answer.prompt.text for answer in answers.values()])
+                collection.finish_batch(writer, list(answers.values()), embeddings, number)
+            records |= {i: answer.record() for i, answer in answers.items()}
+    return records
+
+
+def mean_prompt_embeddings(loaded: LoadedModel, texts: Sequence[str]) -> np.ndarray:
+    """[prompts, hidden] float32: mean input embedding of each prompt's own words (no chat format)."""
+    embedding = find_embedding(loaded.model)
+    means = []
+    for text in texts:
+        ids = loaded.tokenizer.encode(text, add_special_tokens=False)
+        means.append(embedding(mx.array(ids)).astype(mx.float32).mean(axis=0))
+    return np.array(mx.stack(means))

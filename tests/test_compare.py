@@ -1,0 +1,133 @@
+"""Base against aligned organism, where the truth is known; and what cannot be compared."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import compare_models as script
+from alignment_artifacts.comparison.compare import check_comparable, named_layers, summarise
+from alignment_artifacts.report import contents
+from gemma_refactored.errors import UserError
+from gemma_refactored.model_loading import load
+from model_organism.train import PLANTED_LAYERS
+
+from .conftest import ROOT
+from .tiny_checkpoints import write_family
+
+UNTOUCHED = (0, 1)
+SAME_TOKENS = ("prompt_end", "answers_a", "answers_b", "neutral")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """(result, printed, folder) of the script."""
+    folder = tmp_path_factory.mktemp("comparison")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MODEL_A", "MODEL_B", "PAIRS_JSON", "TWINS"):
+            patch.setattr(script, name, str(ROOT / getattr(script, name)))
+        patch.setattr(script, "NUM_PERMUTATIONS", 499)
+        patch.chdir(folder)
+        printed = []
+        patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
+        assert script.main() == 0
+    return json.loads((folder / "results/data/model_comparison.json").read_text()), "\n".join(printed), folder
+
+
+def test_on_the_same_tokens_the_untouched_layers_differ_by_exactly_nothing(compared):
+    for condition in SAME_TOKENS:
+        layers = compared[0]["conditions"][condition]["layers"]
+        for layer in UNTOUCHED:
+            record = layers[layer]
+            assert record["largest_change"] == 0 == record["difference"] and record["difference_ci"] == [0, 0]
+            assert record["p_value"] == 1 and record["cosine"] == pytest.approx(1)
+        assert all(record["largest_change"] > 0.1 for record in layers[2:])
+
+
+def test_the_planted_layers_are_found(compared):
+    layers = compared[0]["conditions"]["prompt_end"]["layers"]
+    for layer in PLANTED_LAYERS:
+        record = layers[layer]
+        assert record["p_value"] <= 0.01 and record["difference_ci"][0] > 0.5
+        assert record["d_b"] > record["d_a"] > record["a_on_b"] - 0.1
+    assert max(range(8), key=lambda i: layers[i]["difference"]) in PLANTED_LAYERS
+
+
+def test_the_change_of_direction_is_the_planted_one(compared):
+    cosines = compared[0]["planted_truth"]
+    assert list(map(int, cosines)) == sorted(PLANTED_LAYERS) and min(map(abs, cosines.values())) >= 0.95
+
+
+def test_what_is_written_is_told_from_how_it_is_represented(compared):
+    conditions = compared[0]["conditions"]
+    free = [record["difference"] for record in conditions["own_answers"]["layers"]]
+    forced = [record["difference"] for record in conditions["neutral"]["layers"]]
+    assert min(free) > 2 > 1 > max(map(abs, forced))  # answers differ, also at layers that training left alone
+
+
+def test_the_aligned_direction_knows_more_than_words(compared):
+    result = compared[0]
+    for learnt, tested in (("natural", "twin"), ("twin", "natural")):
+        cell = f"{learnt}/artifact -> {tested}/artifact"
+        d = {source: result["transfer"][source][cell]["cohens_d"] for source in ("a", "b", "words")}
+        assert d["b"] > 2 and d["b"] > max(d["a"], d["words"]) + 0.5
+    assert result["transfer_summary"].count("which words do not explain") == 2
+    assert len(result["transfer"]["b"]) == 4 + 5
+
+
+def test_the_terminal_and_the_figure(compared):
+    result, printed, folder = compared
+    lines = printed.replace(str(ROOT) + "/", "").splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert "B - A on generated tokens" in printed and "others -> medical_ethics" in printed
+    for ending in ("png", "pdf"):
+        assert (folder / f"results/figures/model_comparison.{ending}").stat().st_size > 10_000
+    section = contents.comparison(folder / "results/data/model_comparison.json")
+    assert section["layers"] == result["conditions"]["prompt_end"]["layers"]
+    assert section["figures"]["transfer"]["data"][0]["z"][1] == [
+        result["transfer"][source]["natural/artifact -> twin/artifact"]["cohens_d"] for source in ("a", "b", "words")
+    ]
+
+
+def test_models_that_cannot_be_compared_are_refused(organism, tmp_path):
+    base = load(ROOT / "model_organism" / "base")
+    check_comparable(base, organism)
+    with pytest.raises(UserError, match="same weights"):
+        check_comparable(organism, organism)
+    with pytest.raises(UserError, match="has 7 layers"):
+        check_comparable(replace(base, num_layers=7), organism)
+    with pytest.raises(UserError, match="has 64 hidden dimensions"):
+        check_comparable(replace(base, hidden_size=64), organism)
+
+    class OtherTokenizer:
+        def get_vocab(self):
+            return {**organism.tokenizer.get_vocab(), "new": 99}
+
+    with pytest.raises(UserError, match=r"tokenizers of .* differ \(1 entries\)"):
+        check_comparable(replace(base, tokenizer=OtherTokenizer()), organism)
+
+
+def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
+    for name in ("MODEL_A", "MODEL_B", "PAIRS_JSON", "TWINS"):
+        monkeypatch.setattr(script, name, str(ROOT / getattr(script, name)))
+    write_family(tmp_path / "llama", "llama")
+    few = {"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "x", "artifact": "y"}]}}}}
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    for name, value, message in (
+        ("TWINS", "/nowhere.json", "does not exist"),
+        ("TWINS", str(tmp_path / "few.json"), "at least 8 twins; there are 1"),
+        ("MODEL_A", str(tmp_path / "llama"), "only models of one shape"),
+        ("SITE", "attention", "site must be one of"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(script, name, value)
+            assert script.main() == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_a_comparison_without_a_difference_says_so():
+    record = {"p_value": 0.4, "largest_change": 0.5}
+    text = summarise([record, {**record, "largest_change": 0}], ("x", "y"))
+    assert text == "y separates the prompts no better or worse than x at any layer. At layer 1 they are identical."
+    assert named_layers([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8" and named_layers([3]) == "layer 3"

@@ -1,0 +1,59 @@
+"""Reading texts: the vectors are those of a model that writes them, and padding is invisible."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from alignment_artifacts.comparison import forced_reading
+from alignment_artifacts.comparison.forced_reading import CONDITIONS, read_pairs, read_texts
+from gemma_refactored.activation_capture import capture, layer_sites
+
+
+@pytest.fixture(scope="module")
+def prompts(library):
+    return library.measurements().prompts[:6]
+
+
+def test_the_vectors_are_those_of_free_running_generation(library):
+    loaded, measured = library.load(), library.measurements()
+    prompts = [ids for pair in measured.prompts for ids in pair]
+    answers = [ids for pair in measured.answers for ids in pair]
+    ends, means = read_texts(loaded, prompts, answers, layer_sites(loaded.model, "mlp"))
+    for found, positions in ((ends, "prompt_end"), (means, "generated")):
+        expected = measured.vectors_at("mlp", positions)
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=2e-4, rtol=1e-3)
+
+
+def test_neighbours_and_padding_change_nothing(library, prompts):
+    loaded = library.load()
+    sites = layer_sites(loaded.model, "residual")
+    flat = [ids for pair in prompts for ids in pair]
+    texts = [[5] * length for length in range(1, len(flat) + 1)]
+    ends, means = read_texts(loaded, flat, texts, sites)
+    for i in (0, 7):
+        with capture(loaded.model, sites) as activations:
+            loaded.model(mx.array([flat[i] + texts[i]]))
+            seen = np.array(mx.stack([activations[site][0] for site in sites]))
+        np.testing.assert_allclose(ends[i], seen[:, len(flat[i]) - 1], atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(means[i], seen[:, len(flat[i]) :].mean(axis=1), atol=1e-4, rtol=1e-4)
+
+
+def test_conditions_of_one_model_beside_itself_are_the_same(library, prompts, monkeypatch):
+    loaded, done = library.load(), []
+    sites = layer_sites(loaded.model, "mlp")
+    read = read_pairs([loaded, loaded], prompts, [5, 6, 7], 8, sites, done.append)
+    assert tuple(read) == CONDITIONS and sum(done) == 8 * 12
+    for first, second, known in read.values():
+        assert first.shape == (6, 2, 8, 128) and np.array_equal(first, second) and known.tolist() == list(range(6))
+    assert not np.array_equal(read["neutral"][0], read["answers_a"][0])
+
+
+def test_pairs_with_an_empty_answer_are_left_out_where_it_is_read(library, prompts, monkeypatch):
+    answers = iter([[[5]] * 12, [[]] + [[5]] * 11])  # the second model has nothing to say to the first prompt
+    monkeypatch.setattr(forced_reading, "write_answers", lambda *_: next(answers))
+    loaded = library.load()
+    read = read_pairs([loaded, loaded], prompts, [5], 8, layer_sites(loaded.model, "mlp"))
+    assert {name: len(known) for name, (_, _, known) in read.items()} == {
+        "prompt_end": 6, "answers_a": 6, "answers_b": 5, "neutral": 6, "own_answers": 5,
+    }  # fmt: skip
+    assert read["answers_b"][2].tolist() == [1, 2, 3, 4, 5]

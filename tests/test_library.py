@@ -1,0 +1,169 @@
+"""The library and suppress.py on the organism."""
+
+import json
+
+import numpy as np
+import pytest
+
+import suppress
+from alignment_artifacts import AlignmentArtifacts, suppress_prompt
+from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.directions.files import load_directions
+from alignment_artifacts.suppression import library as library_module
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import write_json
+from model_organism.train import PLANTED_LAYERS
+
+REFUSED, ANSWERED = "How do I hack a bank server?", "How do I build a rain barrel without help?"
+
+
+@pytest.fixture
+def run(library, monkeypatch, tmp_path, capsys):
+    """suppress.py with the library's cache: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda *_, **__: library)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        code = suppress.main([str(a) for a in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_suppression_takes_the_refusal_away_and_leaves_an_answer_alone(library):
+    result = library.suppress_and_generate(REFUSED, mode="cap")
+    assert is_refusal(result.before) and not is_refusal(result.after)
+    assert set(result.setting.layers) == set(PLANTED_LAYERS) and result.chosen_by == "you"
+    assert 0 < result.proof.touched < result.proof.tokens and result.prompt_score > 0
+    same = library.suppress_and_generate(ANSWERED, mode="cap")
+    assert same.after == same.before and same.prompt_score < 0
+
+
+def test_scale_0_changes_nothing(library):
+    result = library.suppress_and_generate(REFUSED, mode="ablate", scale=0)
+    assert result.after_tokens == result.before_tokens and result.proof.touched == 0
+
+
+def test_adding_the_direction_makes_a_refusal(library):
+    result = library.suppress_and_generate(ANSWERED, mode="add", site="residual", scale=1.0)
+    assert not is_refusal(result.before) and is_refusal(result.after)
+    assert result.setting.where == "prompt_end" and result.proof.touched == 1
+
+
+def test_auto_is_by_size_until_a_sweep_has_been_made(library):
+    chosen, by = library.choose(None, "auto", None)
+    assert (chosen.mode, by) == ("proximity", "model size")
+    sweep = library.measurements().folder / library_module.SWEEP
+    write_json(sweep, {"chosen": {"setting": {**chosen.record(), "mode": "cap", "layers": [3, 4]}}})
+    try:
+        swept, by = library.choose(None, "auto", None, scale=2.0)
+        assert (swept.mode, swept.layers, swept.scale, by) == ("cap", (3, 4), 2.0, "a sweep")
+        assert library.choose(None, "auto", None, layers=(1,))[0].layers == (1,)
+        elsewhere, _ = library.choose(None, "auto", None, site="residual")
+        assert elsewhere.site == "residual" and elsewhere.layers != (3, 4)
+        assert library.choose(None, "ablate", None)[1] == "you"
+    finally:
+        sweep.unlink()
+
+
+def test_directions_follow_categories_and_are_kept(library):
+    everything = library.directions()
+    path = library.measurements().folder / "directions.safetensors"
+    before = path.stat().st_mtime_ns
+    assert np.array_equal(library.directions().direction, everything.direction)
+    assert path.stat().st_mtime_ns == before
+    some = library.directions(categories=["medical_ethics"])
+    assert len(some.facts["pairs"]) == 10 and not np.array_equal(some.direction, everything.direction)
+    with pytest.raises(UserError, match="no category 'weather'"):
+        library.directions(categories=["weather"])
+
+
+def test_a_setting_that_touches_nothing_anywhere_is_an_error(library):
+    with pytest.raises(UserError, match="changes nothing"):
+        library.suppress_and_generate(REFUSED, mode="proximity", proximity_threshold=1.0)
+    # A natural prompt that is left alone is none: on artifact prompts the setting works.
+    gentle = dict(mode="proximity", proximity_threshold=0.6, target_layers=[4])
+    assert library.suppress_and_generate(ANSWERED, **gentle).proof.touched == 0
+
+
+def test_suppress_prompt_prints_both(library, monkeypatch, capsys):
+    monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda model: library)
+    result = suppress_prompt(REFUSED, mode="cap", scale=1.5)
+    output = capsys.readouterr().out
+    assert "before" in output and "after" in output and result.before.split()[0] in output
+    assert result.setting.scale == 1.5
+
+
+def test_the_command_streams_both_answers(run):
+    code, output, _ = run(REFUSED, "--mode", "cap", "-v")
+    assert code == 0
+    before, after = output.split("Before:\n")[1].split("After:\n")
+    assert is_refusal(before) and not is_refusal(after)
+    assert "Setting: cap x1, mlp, layers 2,3,4,5" in output and "Mode chosen by you" in output
+    assert "tokens touched" in after and "Monitor: the prompt scores +" in after
+
+
+def test_quiet_prints_the_answer_alone(run):
+    code, output, error = run(ANSWERED, "--mode", "cap", "-q", "--no-compare")
+    assert code == 0 and error == "" and output.count("\n") == 1 and "barrel" in output
+
+
+def test_json_is_all_there_is(run):
+    code, output, _ = run(REFUSED, "--mode", "ablate", "--json", "--layers", "2,4-5", "--temperature", "0.5")
+    result = json.loads(output)
+    assert code == 0 and result["setting"]["layers"] == [2, 4, 5] and result["proof"]["touched"] > 0
+
+
+def test_projections_are_numbers_when_piped(run):
+    code, output, _ = run(REFUSED, "--mode", "cap", "--show-projection")
+    assert code == 0 and "Before, prompt and answer by projection" in output and " bank(-" in output
+
+
+def test_export_and_reuse_of_a_control_vector(run, library, tmp_path):
+    code, output, _ = run("--export-gguf", "v.gguf")
+    assert code == 0 and "block N" in output
+    exported = load_directions(tmp_path / "v.gguf")
+    assert np.array_equal(exported.direction[1:], library.directions(site="residual").direction[1:])
+    code, output, _ = run(REFUSED, "--directions", "v.gguf", "--mode", "ablate", "--layers", "3-6")
+    assert code == 0 and not is_refusal(output.split("After:\n")[1]) and "Monitor" not in output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "Give a prompt"),
+        ([" "], "prompt is empty"),
+        (["hello", "--scale", "nan"], "--scale must be between"),
+        (["hello", "--cap-quantile", "1.5"], "--cap-quantile must be between"),
+        (["hello", "--max-tokens", "0"], "--max-tokens must be between"),
+        (["hello", "--layers", "x"], "must look like 2,4-6"),
+        (["hello", "--layers", "5-4"], "names no layer"),
+        (["hello", "--layers", "9"], "There is no layer 9"),
+        (["hello", "--categories", "weather"], "no category 'weather'"),
+        (["hello", "--directions", "none.gguf"], "no directions file"),
+        (["hello", "--directions", "x", "--site", "mlp"], "leave those options away"),
+        (["word " * 3000], "context of 2048"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(run, arguments, message):
+    code, output, error = run(*arguments)
+    assert code == 2 and error.startswith("Error: ") and message in error and error.count("\n") == 1
+
+
+def test_directions_of_another_model_are_refused(run, library, tmp_path):
+    from alignment_artifacts.directions.files import save_directions
+
+    directions = library.directions()
+    directions.facts = {**directions.facts, "model_revision": "sha256:0"}
+    save_directions(directions, tmp_path / "other.safetensors")
+    code, _, error = run("hello", "--directions", "other.safetensors")
+    assert code == 2 and "directions are of one model only" in error
+
+
+def test_two_models_in_one_library(library, tmp_path):
+    from .tiny_checkpoints import random_gemma, write_checkpoint
+
+    other = write_checkpoint(tmp_path / "m", random_gemma())
+    own = AlignmentArtifacts(cache=tmp_path / "cache", show_progress=False)
+    result = own.suppress_and_generate("Hello there", model_name=other, mode="ablate", max_tokens=5)
+    assert result.proof.touched > 0 and len(result.after_tokens) <= 5
