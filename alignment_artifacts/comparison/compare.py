@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 
 from alignment_artifacts.analysis import Settings, is_significant
+from alignment_artifacts.behaviour.answers import KnownAnswer
 from alignment_artifacts.comparison import transfer
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
@@ -53,6 +54,7 @@ def compare(
     site: str,
     settings: Settings,
     progress: Callable[[int], object] = lambda texts: None,
+    known: Sequence[KnownAnswer] = (lambda prompt, max_tokens: None,) * 2,
 ) -> dict:
     """`results/data/model_comparison.json` as a dictionary; models are called "a" (before) and "b" (after) in it.
 
@@ -61,6 +63,7 @@ def compare(
         max_tokens: of the answers.
         site: "mlp" or "residual".
         progress: called with numbers of texts; `texts_to_read` in all.
+        known: of each model the answers that somebody has already.
     Raises:
         UserError: models that cannot be compared, or too few pairs or twins.
     """
@@ -72,7 +75,7 @@ def compare(
     tokenizer = next((m.tokenizer for m in reversed(models) if m.tokenizer.chat_template), models[1].tokenizer)
     sites = layer_sites(models[1].model, site)
     neutral = tokenizer.encode(neutral_text, add_special_tokens=False)
-    read = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress)
+    read = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress, known)
     conditions = {}
     for name, (first, second, known) in read.items():
         layers = compare_layers(first, second, _categories([pairs[i] for i in known]), settings)
