@@ -98,14 +98,14 @@ def test_sites_of_other_architectures(tmp_path):
 
 def test_another_model_is_refused(loaded, vectors, tmp_path):
     found = d.estimate(vectors, facts(loaded))
-    d.check_model(found, loaded)
+    d.fit_to(found, loaded)
     changed = random_gemma()
     changed.model.norm.weight = changed.model.norm.weight + 1
     other = load(write_checkpoint(tmp_path / "other", changed))
     with pytest.raises(UserError, match="model_revision"):
-        d.check_model(found, other)
+        d.fit_to(found, other)
     with pytest.raises(UserError, match="num_layers 9"):
-        d.check_model(d.estimate(vectors, {**facts(loaded), "num_layers": 9}), loaded)
+        d.fit_to(d.estimate(vectors, {**facts(loaded), "num_layers": 9}), loaded)
 
 
 def test_a_file_gives_the_same_back(loaded, vectors, tmp_path):
@@ -149,22 +149,72 @@ def test_gguf_has_the_layout_of_repeng_and_llama_cpp(loaded, vectors, tmp_path):
     assert np.array_equal(again.direction[1:], found.direction[1:])
 
 
-def test_a_vector_made_by_another_program_can_be_used(loaded, tmp_path):
+def control_vector(path, vectors, hint="gemma3", dtype=np.float32):
+    """A file as llama.cpp or repeng would write it."""
     import gguf
 
-    path, values = tmp_path / "theirs.gguf", np.ones(HIDDEN, np.float32)
     writer = gguf.GGUFWriter(path, "controlvector")
-    writer.add_string("controlvector.model_hint", "gemma3")
-    writer.add_uint32("controlvector.layer_count", 1)
-    writer.add_tensor("direction.2", values)
+    writer.add_string("controlvector.model_hint", hint)
+    writer.add_uint32("controlvector.layer_count", len(vectors))
+    for name, values in vectors.items():
+        writer.add_tensor(f"direction.{name}", np.asarray(values, dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = load_directions(path)
-    d.check_model(found, loaded)
-    assert found.available == (2,) and np.array_equal(found.direction[2], values)
-    assert np.isnan(site_direction(found, 2, ModeOptions()).cap)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_vector_made_by_another_program_can_be_used(loaded, tmp_path, layer, dtype):
+    """Layers that it leaves out, the last ones too, have no direction."""
+    path = control_vector(tmp_path / "theirs.gguf", {layer: np.ones(HIDDEN)}, dtype=dtype)
+    found = d.fit_to(load_directions(path), loaded)
+    assert found.direction.shape == (LAYERS, HIDDEN)
+    assert found.available == (layer,) and np.array_equal(found.direction[layer], np.ones(HIDDEN))
+    assert np.isnan(site_direction(found, layer, ModeOptions()).cap)
+
+
+@pytest.mark.parametrize(
+    "vectors, message",
+    [
+        ({1: np.full(HIDDEN, np.nan)}, "direction.1 is NaN or infinite"),
+        ({1: np.ones(HIDDEN), 2: np.full(HIDDEN, np.inf)}, "direction.2 is NaN or infinite"),
+        ({1: np.ones(HIDDEN), 2: np.ones(HIDDEN + 1)}, "different widths"),
+        ({1: np.ones((2, HIDDEN))}, "direction.1 is no vector"),
+        ({"last": np.ones(HIDDEN)}, "the number of a layer"),
+    ],
+)
+def test_control_vectors_that_are_none_are_refused(tmp_path, vectors, message):
+    with pytest.raises(UserError, match=message):
+        load_directions(control_vector(tmp_path / "bad.gguf", vectors))
+
+
+@pytest.mark.parametrize(
+    "vectors, hint, message",
+    [
+        ({1: np.ones(HIDDEN)}, "mistral", "type 'mistral'"),
+        ({1: np.ones(HIDDEN + 4)}, "gemma3_text", f"width {HIDDEN + 4}"),
+        ({LAYERS: np.ones(HIDDEN)}, "gemma3_text", f"{LAYERS + 1} layers"),
+    ],
+)
+def test_control_vectors_of_other_models_are_refused(loaded, tmp_path, vectors, hint, message):
+    directions = load_directions(control_vector(tmp_path / "other.gguf", vectors, hint))
+    with pytest.raises(UserError, match=message):
+        d.fit_to(directions, loaded)
+
+
+@pytest.mark.parametrize("name, spoil", [
+    ("direction", lambda x: x * np.nan), ("spread", lambda x: x[:-1]), ("natural_mean", lambda x: x[:, :3]),
+    ("direction", lambda x: x[0]), ("components", lambda x: x[0]),
+])  # fmt: skip
+def test_spoiled_directions_are_refused(loaded, vectors, tmp_path, name, spoil):
+    found = d.estimate(vectors, facts(loaded))
+    setattr(found, name, spoil(getattr(found, name)))
+    save_directions(found, tmp_path / "spoiled.safetensors")
+    with pytest.raises(UserError, match=name):
+        load_directions(tmp_path / "spoiled.safetensors")
 
 
 def test_mlp_directions_are_no_control_vector(loaded, vectors, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import suppress
 from alignment_artifacts import AlignmentArtifacts, suppress_prompt
 from alignment_artifacts.behaviour.refusal import is_refusal
-from alignment_artifacts.directions.files import load_directions
+from alignment_artifacts.directions.estimate import Directions
+from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.suppression import library as library_module
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_json
@@ -94,6 +95,49 @@ def test_suppress_prompt_prints_both(library, monkeypatch, capsys):
     assert result.setting.scale == 1.5
 
 
+def test_a_result_prints_as_its_two_answers(library):
+    result = library.suppress_and_generate(REFUSED, mode="cap")
+    assert result.before in str(result) and result.after in str(result) and len(str(result)) < 800
+    assert len(repr(result)) < 2000
+
+
+@pytest.mark.parametrize("text", ["Close it [/INST] and [bold] go on", "[/]", "[red]How do I[/red] paint?"])
+def test_square_brackets_are_no_markup(library, monkeypatch, capsys, text):
+    monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda model: library)
+    suppress_prompt(text, mode="ablate", max_tokens=5)
+    assert text.split()[0] in capsys.readouterr().out
+
+
+def test_a_directions_file_does_what_the_same_directions_do_without_it(library, tmp_path):
+    """It was measured on generated tokens, so `add` is at every token."""
+    directions = library.directions(site="residual", positions="generated")
+    save_directions(directions, tmp_path / "generated.safetensors")
+    ask = dict(prompt=ANSWERED, mode="add", scale=0.6, target_layers=range(8), compare=False, max_tokens=10)
+    first = library.suppress_and_generate(**ask, site="residual", positions="generated")
+    second = library.suppress_and_generate(**ask, directions=load_directions(tmp_path / "generated.safetensors"))
+    assert first.setting == second.setting and first.after_tokens == second.after_tokens
+    assert first.proof.touched == first.proof.tokens == second.proof.touched
+
+
+def test_an_imported_vector_is_added_at_every_token(library):
+    vector = Directions({"site": "residual", "model_type": "gemma3"}, library.directions(site="residual").direction)
+    result = library.suppress_and_generate(ANSWERED, mode="add", scale=0.1, directions=vector, max_tokens=5)
+    assert result.proof.touched == result.proof.tokens and "unknown positions" in result.setting.describe()
+
+
+def test_a_question_asked_while_an_answer_is_written_meets_the_unedited_model(library):
+    inner, ask = [], dict(mode="ablate", site="residual", max_tokens=20)
+
+    def ask_once(text):
+        if not inner:
+            inner.append(None)
+            inner[0] = library.suppress_and_generate(REFUSED, **ask)
+
+    library.suppress_and_generate(REFUSED, **ask, compare=False, on_text=ask_once)
+    alone = library.suppress_and_generate(REFUSED, **ask)
+    assert (inner[0].before, inner[0].after) == (alone.before, alone.after) and alone.before != alone.after
+
+
 def test_the_command_streams_both_answers(run):
     code, output, _ = run(REFUSED, "--mode", "cap", "-v")
     assert code == 0
@@ -151,8 +195,6 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(run, arguments, message):
 
 
 def test_directions_of_another_model_are_refused(run, library, tmp_path):
-    from alignment_artifacts.directions.files import save_directions
-
     directions = library.directions()
     directions.facts = {**directions.facts, "model_revision": "sha256:0"}
     save_directions(directions, tmp_path / "other.safetensors")

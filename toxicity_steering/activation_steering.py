@@ -160,6 +160,7 @@ class ActivationSteeringExperiment:
         facts = {name: self.loaded.facts().get(name) for name in MODEL_FACTS}
         facts |= {"model_type": self.loaded.config["model_type"], "site": "residual"}
         facts |= {"positions": f"last {self.config.last_tokens} tokens", "pairs": [pair["id"] for pair in pairs]}
+        facts |= {"ends": ["toxic", "benign"]}
         directions = estimate(vectors, facts)  # benign minus toxic: the second side minus the first
         separation = layer_separation(vectors, ["pair"] * len(vectors))
         norms = np.linalg.norm(directions.direction, axis=-1)

@@ -17,7 +17,8 @@ from gemma_refactored.activation_capture import layer_sites, read
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
 
-COMPONENTS = 8  # kept of the pair differences, at most; `subspace` uses the first few
+SHORT_HASH = 19  # characters of a revision in a message: "sha256:" and twelve digits
+COMPONENTS = 32  # kept of the pair differences, at most; `subspace` uses the first few
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Directions:
     """One direction a layer, with what the modes need to know about it. float32.
 
     Attributes:
-        facts: which model (model, model_revision, num_layers, hidden_size), and "site", "positions", "pairs".
+        facts: which model (model, model_revision, num_layers, hidden_size), and "site", "positions", "pairs", and
+            "ends": what the direction points from and to.
         direction: [layers, hidden] mean artifact minus mean natural activation.
         natural_mean, artifact_mean: [layers, hidden]; None for an imported vector that came without.
         components: [layers, k, hidden] leading right singular vectors of the pair differences, not centred
@@ -127,12 +129,39 @@ def random_like(directions: Directions, seed: int) -> Directions:
     )
 
 
-def check_model(directions: Directions, loaded: LoadedModel) -> None:
-    """Raise UserError if the directions were made on another model."""
+# Names that other programs give to an architecture (llama.cpp's beside those of transformers).
+ALSO_CALLED = {
+    "gemma3_text": ("gemma3",), "gemma3": ("gemma3_text",), "mistral": ("llama",), "mixtral": ("llama",),
+    "phi3": ("phi-3",), "qwen3_moe": ("qwen3moe",), "gpt_neox": ("gptneox",),
+}  # fmt: skip
+
+
+def fit_to(directions: Directions, loaded: LoadedModel) -> Directions:
+    """The directions, if they are of this model; imported ones get zeros at the layers that they leave out.
+
+    Raises:
+        UserError: they were made on another model, or on one of another shape or kind.
+    """
     mine, theirs = loaded.facts(), directions.facts
     for name in ("num_layers", "hidden_size", "model_revision"):
         if theirs.get(name) is not None and theirs[name] != mine[name]:
             raise UserError(
-                f"These directions were made on {theirs.get('model', 'another model')} ({name} {theirs[name]}), not on "
-                f"{loaded.name} ({mine[name]}); directions are of one model only."
+                f"These directions were made on {theirs.get('model', 'another model')} ({name} "
+                f"{str(theirs[name])[:SHORT_HASH]}), not on {loaded.name} ({str(mine[name])[:SHORT_HASH]}); "
+                "directions are of one model only."
             )
+    kind, hint = loaded.config["model_type"], theirs.get("model_type")
+    if hint not in (None, "unknown", kind, *ALSO_CALLED.get(kind, ())):
+        raise UserError(
+            f"This control vector was made for a model of type {hint!r}, and {loaded.name} is of type {kind!r}; "
+            "directions are of one model only."
+        )
+    layers, width = directions.direction.shape
+    if width != loaded.hidden_size or layers > loaded.num_layers:
+        raise UserError(
+            f"These directions have {layers} layers of width {width}, and {loaded.name} has {loaded.num_layers} of "
+            f"{loaded.hidden_size}; directions are of one model only."
+        )
+    if layers == loaded.num_layers:
+        return directions
+    return replace(directions, direction=np.pad(directions.direction, ((0, loaded.num_layers - layers), (0, 0))))

@@ -34,9 +34,36 @@ def load_directions(path: Path) -> Directions:
         return read_gguf(path)
     try:
         arrays, metadata = mx.load(str(path), return_metadata=True)
-        return Directions(json.loads(metadata["facts"]), **{name: np.array(value) for name, value in arrays.items()})
+        parts = {name: np.array(value) for name, value in arrays.items()}
+        directions = Directions(json.loads(metadata["facts"]), **parts)
+        directions.facts["site"], directions.facts["positions"]
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a file of directions ({str(error).splitlines()[0]}).") from None
+    if problem := _problem(directions):
+        raise UserError(f"{path} cannot be used: {problem}.")
+    return directions
+
+
+def _problem(directions: Directions) -> str | None:
+    """What is wrong with the arrays of a file, if anything is."""
+    if directions.direction.ndim != 2:
+        return f"its direction has the shape {directions.direction.shape}, not [layers, hidden]"
+    layers, hidden = directions.direction.shape
+    shapes = {
+        "direction": (layers, hidden), "natural_mean": (layers, hidden), "artifact_mean": (layers, hidden),
+        "components": (layers, None, hidden), "spread": (layers,), "natural_tokens": (layers, None),
+    }  # fmt: skip
+    for name, expected in shapes.items():
+        array = getattr(directions, name)
+        if array is None:
+            continue
+        if len(array.shape) != len(expected) or any(
+            e not in (None, s) for s, e in zip(array.shape, expected, strict=True)
+        ):
+            return f"{name} has the shape {array.shape}, which does not go with {layers} layers of width {hidden}"
+        if not np.isfinite(array).all():
+            return f"{name} holds NaN or infinite values"
+    return None
 
 
 def write_gguf(directions: Directions, path: Path) -> None:
@@ -86,16 +113,29 @@ def read_gguf(path: Path) -> Directions:
 
     if text("general.architecture") != "controlvector":
         raise UserError(f"{path} is a GGUF file of {text('general.architecture')!r}, not a control vector.")
-    found = {int(t.name.split(".")[1]): t.data for t in reader.tensors if t.name.startswith("direction.")}
-    if not found:
-        raise UserError(f"{path} holds no direction.")
-    own = text("alignment_artifacts.facts")
-    facts = json.loads(own) if own else {"model_type": text("controlvector.model_hint"), "site": "residual"}
-    layers = facts.get("num_layers") or max(found) + 1
-    direction = np.zeros((layers, len(next(iter(found.values())))), np.float32)
-    for layer, values in found.items():
-        direction[layer] = values
+    tensors = {t.name.removeprefix("direction."): t for t in reader.tensors if t.name.startswith("direction.")}
+    if not tensors or not all(name.isdecimal() for name in tensors):
+        raise UserError(f"{path} holds no direction.N with N the number of a layer; its tensors are {_names(reader)}.")
+    vectors = {}
+    for name, tensor in tensors.items():
+        vector = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).squeeze()
+        if vector.ndim != 1 or not np.isfinite(vector).all():
+            what = "no vector" if vector.ndim != 1 else "NaN or infinite"
+            raise UserError(f"{path} cannot be used: direction.{name} is {what}.")
+        vectors[int(name)] = vector
+    widths = sorted({len(vector) for vector in vectors.values()})
+    if len(widths) > 1:
+        raise UserError(f"{path} cannot be used: its directions have different widths ({widths[0]} and {widths[-1]}).")
+    exported = text("alignment_artifacts.facts")
+    facts = json.loads(exported) if exported else {"model_type": text("controlvector.model_hint"), "site": "residual"}
+    direction = np.zeros((max(max(vectors) + 1, facts.get("num_layers") or 0), widths[0]), np.float32)
+    for layer, vector in vectors.items():
+        direction[layer] = vector
     return Directions(facts, direction)
+
+
+def _names(reader) -> str:
+    return ", ".join(tensor.name for tensor in reader.tensors[:4]) or "none"
 
 
 def _gguf():

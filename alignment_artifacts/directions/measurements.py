@@ -103,6 +103,7 @@ class Measurements:
             **{name: self.facts[name] for name in MODEL_FACTS},
             "site": site,
             "positions": positions,
+            "ends": list(SIDES),
             "pairs": [f"{self.pairs[i].category}/{self.pairs[i].id}" for i in rows],
         }
         return estimate(self.vectors_at(site, positions)[rows], facts)

@@ -8,13 +8,13 @@ result.before, result.after
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from alignment_artifacts.analysis import Settings, analyse
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.behaviour.answers import write_answer
-from alignment_artifacts.directions.estimate import Directions, check_model, measure_natural_tokens
+from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.directions.measurements import CACHE, Measurements, activation_set, available_sites, measure
 from alignment_artifacts.edits.modes import ModeOptions
@@ -49,14 +49,18 @@ class SuppressionResult:
     prompt: str
     before: str | None
     after: str
-    prompt_tokens: list[int]
-    before_tokens: list[int] | None
-    after_tokens: list[int]
+    prompt_tokens: list[int] = field(repr=False)
+    before_tokens: list[int] | None = field(repr=False)
+    after_tokens: list[int] = field(repr=False)
     setting: Setting
     chosen_by: str
     proof: Proof
     prompt_score: float | None
-    directions: Directions | None
+    directions: Directions | None = field(repr=False)
+
+    def __str__(self) -> str:
+        before = "" if self.before is None else f"Before: {self.before}\n"
+        return f"{before}After: {self.after}\n({self.setting.describe()}; {self.proof.describe()})"
 
 
 class AlignmentArtifacts:
@@ -184,7 +188,6 @@ class AlignmentArtifacts:
         """
         layers = tuple(target_layers) if target_layers is not None else None
         if directions is not None:
-            check_model(directions, self.load(model_name))
             site, layers = directions.facts["site"], layers or directions.available
             positions = directions.facts.get("positions", UNKNOWN)
         setting, by = self.choose(
@@ -227,7 +230,9 @@ class AlignmentArtifacts:
         loaded = self.load(model)
         if directions is None:
             directions = self.directions(model, setting.site, setting.positions, categories)
-        elif setting.mode == "cap" and directions.natural_tokens is None:
+        else:
+            directions = fit_to(directions, loaded)
+        if setting.mode == "cap" and directions.natural_tokens is None:
             measured = self.measurements(model)
             directions = measure_natural_tokens(
                 loaded, directions, measured.natural_sequences(measured.rows(categories))
@@ -285,11 +290,14 @@ def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) 
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     result = AlignmentArtifacts(model).suppress_and_generate(prompt, **settings)
-    table = Table(title=prompt, caption=f"{result.setting.describe()}\n{result.proof.describe()}", expand=True)
+    # Text: square brackets in a prompt or an answer are no markup.
+    caption = Text(f"{result.setting.describe()}\n{result.proof.describe()}")
+    table = Table(title=Text(prompt), caption=caption, expand=True)
     for heading in ("before", "after"):
         table.add_column(heading, ratio=1)
-    table.add_row(result.before or "", result.after)
+    table.add_row(Text(result.before or ""), Text(result.after))
     Console().print(table)
     return result
