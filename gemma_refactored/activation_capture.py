@@ -17,7 +17,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -30,7 +30,9 @@ from .model_architecture import HookPoint
 
 DEFAULT_FILTER = "mlp.output"
 TEXTS_AT_ONCE = 32  # that share a pass in `read`
-SITE_KINDS = ("mlp", "residual")  # that every layer has one of
+# How architectures call the parts of a block.
+MODULE_NAMES = {"mlp": ("mlp",), "attention": ("self_attn", "attention", "attn")}
+SITE_KINDS = (*MODULE_NAMES, "residual")  # that every layer has one of
 
 log = logging.getLogger(__name__)
 
@@ -58,20 +60,23 @@ def block_sites(model: nn.Module) -> list[str]:
 
 
 def layer_sites(model: nn.Module, kind: str) -> list[str]:
-    """The site of each layer: "residual" is the stream after the block, "mlp" the MLP's output.
+    """The site of each layer: "residual" is the stream after the block, "mlp" and "attention" what those put out.
 
     Raises:
-        UserError: another kind, or this architecture's blocks have no MLP of that name.
+        UserError: another kind, or this architecture's blocks have no module of that name.
     """
     blocks = block_sites(model)
     if kind == "residual":
         return blocks
-    if kind != "mlp":
+    if kind not in MODULE_NAMES:
         raise UserError(f"The site must be one of {', '.join(SITE_KINDS)}, not {kind!r}.")
-    names = [block.removesuffix(".output") + ".mlp.output" for block in blocks]
-    if not set(names) <= modules_by_site(model).keys():
-        raise UserError(f"This model has no {names[0]}; use the residual stream (site residual).")
-    return names
+    sites = modules_by_site(model).keys()
+    for name in MODULE_NAMES[kind]:
+        names = [f"{block.removesuffix('.output')}.{name}.output" for block in blocks]
+        if set(names) <= sites:
+            return names
+    wanted = f"{blocks[0].removesuffix('.output')}.{MODULE_NAMES[kind][0]}.output"
+    raise UserError(f"This model has no {wanted}; use the residual stream (site residual).")
 
 
 def site_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -92,8 +97,8 @@ def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[st
     stream after each block, and says so.
 
     Args:
-        site_filter: "all", or comma-separated substrings or globs ("mlp.output",
-            "layers.[0-3].output").
+        site_filter: "all", or comma-separated: "attention" or "residual" for those of every layer, substrings
+            or globs of names ("mlp.output", "layers.[0-3].output").
     Raises:
         UserError: a part of the filter matches nothing.
     """
@@ -108,7 +113,11 @@ def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[st
         return block_sites(model)
     chosen = set()
     for pattern in patterns:
-        matches = {site for site in sites if _matches(site, pattern)}
+        # These words mean a site of every layer; as parts of names they would match norms, if anything.
+        is_kind = pattern in ("attention", "residual")
+        matches = set(layer_sites(model, pattern)) if is_kind else {site for site in sites if _matches(site, pattern)}
+        if matches and all("norm" in site for site in matches) and "norm" not in pattern:
+            log.warning("The activation filter %r matches nothing but norms: %s.", pattern, describe_sites(matches))
         if not matches:
             raise UserError(
                 f"The activation filter {pattern!r} matches no site of this model. "
@@ -126,12 +135,20 @@ def _matches(site: str, pattern: str) -> bool:
     return pattern in site
 
 
-def _examples(sites: Sequence[str]) -> str:
-    """One site of each kind, layer numbers aside."""
-    kinds = {}
-    for site in sites:
-        kinds.setdefault("".join(c for c in site if not c.isdigit()), site)
-    return ", ".join(kinds.values())
+def describe_sites(sites: Iterable[str]) -> str:
+    """How many sites of each kind, layer numbers aside, with one example: "8 like model.layers.0.mlp.output"."""
+    return ", ".join(f"{len(kind)} like {kind[0]}" for kind in _by_kind(sites))
+
+
+def _examples(sites: Iterable[str]) -> str:
+    return ", ".join(kind[0] for kind in _by_kind(sites))
+
+
+def _by_kind(sites: Iterable[str]) -> list[list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for site in sorted(sites, key=_natural_order):
+        kinds.setdefault("".join(c for c in site if not c.isdigit()), []).append(site)
+    return list(kinds.values())
 
 
 class hooks:

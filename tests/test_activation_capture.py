@@ -12,6 +12,7 @@ from gemma_refactored import activation_capture
 from gemma_refactored.activation_capture import (
     block_sites,
     capture,
+    describe_sites,
     edit,
     modules_by_site,
     read,
@@ -226,3 +227,18 @@ def test_reading_texts_gives_every_token_its_own_vectors(model):
     edited = dict(read(model, texts, sites, lambda batch: {sites[1]: double}))
     np.testing.assert_array_equal(edited[3][:, 0], read_together[3][:, 0])
     np.testing.assert_allclose(edited[3][:, 1], 2 * read_together[3][:, 1], rtol=1e-5)
+
+
+def test_words_for_a_site_of_every_layer(caplog):
+    model, _ = load_golden("gemma3")
+    attention = [f"model.layers.{i}.self_attn.output" for i in range(4)]
+    assert select_sites(model, "attention") == attention
+    both = select_sites(model, "mlp.output,attention")
+    assert set(both) == {*attention, *(f"model.layers.{i}.mlp.output" for i in range(4))} and not caplog.text
+    assert select_sites(model, "residual") == [f"model.layers.{i}.output" for i in range(4)]
+    assert describe_sites(both) == "4 like model.layers.0.mlp.output, 4 like model.layers.0.self_attn.output"
+    assert all("norm" in site for site in select_sites(model, "post_attention"))
+    assert "'post_attention' matches nothing but norms: 4 like model.layers.0.post_attention_layernorm" in caplog.text
+    caplog.clear()
+    select_sites(model, "post_attention_layernorm")  # that is what it says
+    assert not caplog.text

@@ -92,8 +92,8 @@ def test_sites_of_other_architectures(tmp_path):
     assert layer_sites(mamba.model, "residual")[0] == "backbone.layers.0.output"
     with pytest.raises(UserError, match="residual"):
         layer_sites(mamba.model, "mlp")
-    with pytest.raises(UserError, match="mlp, residual"):
-        layer_sites(mamba.model, "attention")
+    with pytest.raises(UserError, match="mlp, attention, residual"):
+        layer_sites(mamba.model, "neurons")
 
 
 def test_another_model_is_refused(loaded, vectors, tmp_path):

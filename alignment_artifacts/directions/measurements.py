@@ -27,7 +27,7 @@ from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_first, load_activation_set
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
-from gemma_refactored.activation_capture import SITE_KINDS, layer_sites
+from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import MANIFEST, PROMPT_MARKER, read_json, write_json, write_safetensors
 from gemma_refactored.generation import collect_answers, collect_means, generate, length_sorted_batches
@@ -39,6 +39,7 @@ from gemma_refactored.prompt_processing import Prompt, encode_prompts
 CACHE = "alignment_artifacts_cache"
 COLLECTED_TOKENS = 20  # of each answer, as in collect_activations.sh
 BATCH_SIZE = 100
+MEASURED = ("mlp", "residual")
 MODEL_FACTS = ("model", "model_revision", "model_type", "num_layers", "hidden_size")
 # What a collection must have been made with, to stand for a measurement.
 GREEDY = {
@@ -209,7 +210,7 @@ def measure(
 def available_sites(loaded: LoadedModel) -> tuple[str, ...]:
     """The kinds of sites that every block has: the residual stream, and before it the MLP where it has that name."""
     kinds = []
-    for kind in SITE_KINDS:
+    for kind in MEASURED:
         try:
             layer_sites(loaded.model, kind)
         except UserError:
