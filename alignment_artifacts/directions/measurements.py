@@ -36,7 +36,7 @@ from gemma_refactored.generation import Sampling
 from gemma_refactored.job import Job, answer_prompts, check_context, open_collection, plan_batches
 from gemma_refactored.manifest import new_manifest
 from gemma_refactored.model_loading import LoadedModel
-from gemma_refactored.npz_writer import NpzWriter
+from gemma_refactored.npz_files import NpzWriter
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
 CACHE = "alignment_artifacts_cache"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gemma_refactored.errors import UserError
-from gemma_refactored.npz_writer import NpzWriter, npz
+from gemma_refactored.npz_files import NpzWriter, npz
 
 names = st.text(st.characters(exclude_characters="\0/\\", exclude_categories=["Cs"]), min_size=1, max_size=40)
 arrays = hnp.arrays(st.sampled_from([np.float32, np.float16]), hnp.array_shapes(min_dims=0, max_dims=3, max_side=70))
