@@ -204,8 +204,11 @@ class _Layout:
         arrays = {}
         for name in self.places if names is None else names:
             place = self.places.get(name)
-            data = content[place.data] if place else b""
-            if place is None or any(content[part] != place.checksum(data) for part in place.checksums):
+            if place is None:
+                return None
+            data = content[place.data]
+            first, second = place.checksums
+            if not content[first] == content[second] == place.checksum(data):
                 return None
             arrays[name] = np.ndarray(place.shape, place.dtype, data)
         return arrays
