@@ -237,7 +237,6 @@ def show_projection(loaded: LoadedModel, result: SuppressionResult) -> None:
 
     from alignment_artifacts.behaviour.monitor import score_tokens
     from alignment_artifacts.edits.setting import NOTHING, intervene
-    from gemma_refactored.activation_capture import edit
 
     setting, directions = result.setting, result.directions
     console = Console(highlight=False)
@@ -247,8 +246,8 @@ def show_projection(loaded: LoadedModel, result: SuppressionResult) -> None:
     for name, answer, used in answers:
         if answer is None:
             continue
-        with edit(loaded.model, used.in_one_pass(len(prompt))):
-            scores = score_tokens(loaded, directions, setting.layers, prompt + answer)
+        edits = used.in_one_pass([len(prompt)])
+        scores = score_tokens(loaded, directions, setting.layers, prompt + answer, edits)
         line = Text(f"\n{name.capitalize()}, prompt and answer by projection: ")
         for token, score in zip(prompt + answer, scores, strict=True):
             piece = loaded.tokenizer.decode([token]).replace("\n", " ")

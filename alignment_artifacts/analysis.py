@@ -65,7 +65,7 @@ def score_layers(
     Args:
         vectors: [pairs, 2, layers, hidden], natural and artifact.
         strata: [pairs] labels that the folds are balanced over.
-        samples: layer -> vectors for the in-sample numbers, see `statistics.in_sample_scores`; default the
+        samples: layer -> vectors for the in-sample numbers, see `separation.in_sample_scores`; default the
             prompt vectors.
     """
     folds = st.assign_folds(strata, settings.seed)

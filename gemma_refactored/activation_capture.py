@@ -3,7 +3,9 @@
 A *site* is a module path plus `.output` ("model.layers.3.mlp.output"), or the bare path of a
 `HookPoint` ("model.layers.3.mlp.neurons"). `capture` reads sites, `edit` changes them; both
 are context managers that leave the model as they found it, also after an exception. Neither
-touches parameters, and a site nobody asked for costs nothing.
+touches parameters, and a site nobody asked for costs nothing. Both act in the thread that opened
+them; `generation.generate` opens its own around each forward pass, so two generators on one model
+never see each other's edits. `read` turns token ids into activations.
 
     with capture(model, ["model.layers.3.output"]) as activations:
         model(tokens)
@@ -14,21 +16,26 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .errors import UserError
+from .longrope import rope_lengths
 from .model_architecture import HookPoint
 
 DEFAULT_FILTER = "mlp.output"
+TEXTS_AT_ONCE = 16  # that share a pass in `read`
 SITE_KINDS = ("mlp", "residual")  # that every layer has one of
 
 log = logging.getLogger(__name__)
 
-Edit = Callable[[mx.array], mx.array]
+Function = Callable[[mx.array], mx.array]
+Edit = Function
 
 
 def modules_by_site(model: nn.Module) -> dict[str, nn.Module]:
@@ -127,41 +134,96 @@ def _examples(sites: Sequence[str]) -> str:
     return ", ".join(kinds.values())
 
 
-@contextmanager
-def hooks(model: nn.Module, functions: Mapping[str, Callable[[mx.array], mx.array]]) -> Iterator[None]:
-    """Pass the output of each named site through a function while the context lasts.
+class hooks:
+    """Pass the output of each named site through a function while the context lasts, in this thread only.
 
-    Python looks `__call__` up on the class, so each module is given a subclass of its own for
+    Python looks `__call__` up on the class, so a hooked module is given a subclass of its own for
     the duration: parameters, their names and the module's identity stay as they are. A module
-    that returns a tuple is hooked at its first element.
+    that returns a tuple is hooked at its first element. Later contexts see what earlier ones made of it.
+
+    The sites are looked up once; entering again is cheap, so a generator can enter for each of its own
+    forward passes and leave the model alone between them.
 
     Raises:
         UserError: a site the model does not have.
     """
-    modules = modules_by_site(model)
-    unknown = [site for site in functions if site not in modules]
-    if unknown:
-        raise UserError(f"This model has no site {unknown[0]!r}; it has, for example: {_examples(list(modules))}.")
-    undo = []
-    try:
-        for site, function in functions.items():
-            module = modules[site]
-            undo.append((module, module.__class__))
-            module.__class__ = _hooked_class(module.__class__, function)
-        yield
-    finally:
-        for module, original in reversed(undo):
-            module.__class__ = original
+
+    def __init__(self, model: nn.Module, functions: Mapping[str, Function]):
+        modules = modules_by_site(model) if functions else {}
+        if unknown := [site for site in functions if site not in modules]:
+            raise UserError(f"This model has no site {unknown[0]!r}; it has, for example: {_examples(list(modules))}.")
+        self._hooked = [(modules[site], _Hook(function)) for site, function in functions.items()]
+
+    def __enter__(self) -> None:
+        done = False
+        try:
+            for module, hook in self._hooked:
+                _attach(module, hook)
+            done = True
+        finally:
+            if not done:  # Ctrl-C comes at any moment
+                self.__exit__()
+
+    def __exit__(self, *_) -> None:
+        for module, hook in reversed(self._hooked):
+            _detach(module, hook)
 
 
-def _hooked_class(base: type, function: Callable[[mx.array], mx.array]) -> type:
+class _Hook:
+    """A function with an identity: the same function may be hooked twice."""
+
+    def __init__(self, function: Function):
+        self.function = function
+
+
+class _Hooks(threading.local):
+    """This thread's hooks: id of a module -> what its output goes through, in this order."""
+
+    def __init__(self):
+        self.of: dict[int, tuple[_Hook, ...]] = {}
+
+
+_HOOKS, _LOCK = _Hooks(), threading.Lock()
+
+
+def _attach(module: nn.Module, hook: _Hook) -> None:
+    with _LOCK:
+        _HOOKS.of[id(module)] = (*_HOOKS.of.get(id(module), ()), hook)
+        kind = type(module)
+        if not hasattr(kind, "_hook_users"):
+            module.__class__ = _hooked_class(kind)
+        type(module)._hook_users.append(hook)
+
+
+def _detach(module: nn.Module, hook: _Hook) -> None:
+    with _LOCK:
+        remaining = tuple(other for other in _HOOKS.of.get(id(module), ()) if other is not hook)
+        if remaining:
+            _HOOKS.of[id(module)] = remaining
+        else:
+            _HOOKS.of.pop(id(module), None)
+        kind = type(module)
+        if hook in getattr(kind, "_hook_users", ()):
+            kind._hook_users.remove(hook)
+            if not kind._hook_users:  # of no thread
+                module.__class__ = kind.__base__
+
+
+def _hooked_class(base: type) -> type:
+    """A subclass of one module's own, whose output goes through the hooks that the calling thread has on it."""
+
     def call(self, *args, **kwargs):
         output = base.__call__(self, *args, **kwargs)
-        if isinstance(output, tuple):
-            return (function(output[0]), *output[1:])
-        return function(output)
+        for hook in _HOOKS.of.get(id(self), ()):
+            output = through(hook.function, output)
+        return output
 
-    return type(base.__name__, (base,), {"__call__": call, "is_hooked": True, "__module__": base.__module__})
+    def through(function: Function, output):
+        return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
+
+    is_hooked = property(lambda self: id(self) in _HOOKS.of)
+    members = {"__call__": call, "is_hooked": is_hooked, "_hook_users": [], "__module__": base.__module__}
+    return type(base.__name__, (base,), members)
 
 
 @contextmanager
@@ -171,8 +233,14 @@ def capture(model: nn.Module, sites: Sequence[str]) -> Iterator[dict[str, mx.arr
     Arrays are lazy: what is never evaluated is never computed.
     """
     activations: dict[str, mx.array] = {}
+    with capturing(model, sites, activations):
+        yield activations
 
-    def reader(site):
+
+def capturing(model: nn.Module, sites: Sequence[str], activations: dict[str, mx.array]) -> hooks:
+    """`capture` into a dictionary of the caller's, as a context that can be entered for each of several passes."""
+
+    def reader(site: str) -> Function:
         def read(x):
             if isinstance(x, mx.array):
                 activations[site] = x
@@ -180,20 +248,18 @@ def capture(model: nn.Module, sites: Sequence[str]) -> Iterator[dict[str, mx.arr
 
         return read
 
-    with hooks(model, {site: reader(site) for site in sites}):
-        yield activations
+    return hooks(model, {site: reader(site) for site in sites})
 
 
-@contextmanager
-def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
-    """Replace the activation x of each site by `edits[site](x)` during the context.
+def edit(model: nn.Module, edits: Mapping[str, Edit]) -> hooks:
+    """Replace the activation x of each site by `edits[site](x)` during the context, in this thread.
 
     Raises:
-        ValueError: an edit that changes the shape or dtype of its activation.
+        ValueError: (in a pass) an edit that changes the shape or dtype of its activation.
     """
 
-    def checked(site, function):
-        def apply(x):
+    def checked(site: str, function: Edit) -> Edit:
+        def apply(x: mx.array) -> mx.array:
             edited = function(x)
             if edited.shape != x.shape or edited.dtype != x.dtype:
                 raise ValueError(
@@ -203,5 +269,47 @@ def edit(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
 
         return apply
 
-    with hooks(model, {site: checked(site, function) for site, function in edits.items()}):
-        yield
+    return hooks(model, {site: checked(site, function) for site, function in edits.items()})
+
+
+def forward(
+    model: nn.Module, texts: Sequence[Sequence[int]], sites: Sequence[str] = (), edits: Mapping[str, Edit] | None = None
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """One pass over some texts, without a cache: logits and activations, lazy.
+
+    Rows are padded on the right, where a causal model does not look.
+
+    Args:
+        texts: token ids.
+        edits: site -> what becomes of its activation in this pass.
+    Returns:
+        [texts, positions, vocabulary], and site -> [texts, positions, width] as the edits leave it.
+    """
+    lengths = [len(text) for text in texts]
+    rows = mx.array([[*text, *[0] * (max(lengths) - len(text))] for text in texts])
+    with rope_lengths(model, lengths), edit(model, edits or {}), capture(model, sites) as activations:
+        return model(rows), activations
+
+
+def read(
+    model: nn.Module,
+    texts: Sequence[Sequence[int]],
+    sites: Sequence[str],
+    edits: Callable[[list[int]], Mapping[str, Edit]] = lambda batch: {},
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Token ids -> activations: the index of each text with its own [positions, sites, width] float32, shortest first.
+
+    Texts of like length share a pass. Models that read the same texts see the same batches, so equal weights give
+    equal numbers to the last bit.
+
+    Args:
+        sites: all of one width.
+        edits: indices of the texts of a pass -> its edits.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), TEXTS_AT_ONCE):
+        batch = order[start : start + TEXTS_AT_ONCE]
+        _, activations = forward(model, [texts[i] for i in batch], sites, edits(batch))
+        states = mx.stack([activations[site].astype(mx.float32) for site in sites], axis=2)
+        for i, row in zip(batch, np.array(states), strict=True):
+            yield i, row[: len(texts[i])]

@@ -59,16 +59,16 @@ class Rotation:
 
     def __init__(self, rope: nn.RoPE):
         self.frequencies = rope.scale * rope.base ** (-mx.arange(0, rope.dims, 2) / rope.dims)
-        self.offset, self.length = None, 0
+        self.memo = None  # replaced as a whole, so that two threads never mix their passes
 
     def at(self, offset: int | mx.array, length: int) -> tuple[mx.array, mx.array]:
         """[rows or 1, 1, length, dims / 2] each."""
-        if self.offset is not offset or self.length != length:
+        memo = self.memo
+        if memo is None or memo[0] is not offset or memo[1] != length:
             positions = mx.expand_dims(mx.array(offset), -1) + mx.arange(length)
             angles = positions.reshape(-1, 1, length, 1) * self.frequencies
-            self.offset, self.length = offset, length
-            self.cosine, self.sine = mx.cos(angles), mx.sin(angles)
-        return self.cosine, self.sine
+            memo = self.memo = (offset, length, mx.cos(angles), mx.sin(angles))
+        return memo[2], memo[3]
 
 
 class SharedRoPE(nn.Module):

@@ -9,6 +9,7 @@ not either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -26,7 +27,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import apply_top_p
 
-from .activation_capture import Edit, capture, edit
+from .activation_capture import Edit, capturing, edit
 from .errors import UserError
 from .longrope import rope_lengths
 
@@ -110,24 +111,21 @@ def generate(
     end_tokens: Sequence[int] = (),
     sites: Sequence[str] = (),
     row_ids: Sequence[int] | None = None,
+    edits: Mapping[str, Edit] | None = None,
     prompt_end_edits: Mapping[str, Edit] | None = None,
 ) -> Iterator[Step]:
     """Continue each prompt by up to `max_tokens` tokens; yield every forward pass.
+
+    Between its passes the model is as it was: whoever uses it meanwhile meets none of these edits.
 
     Args:
         prompts: token ids, one list a row, none empty.
         end_tokens: a row that writes one of these is over; that token is not read any more.
         sites: what `Step.activations` holds.
         row_ids: number of each row's own random stream (default: its position).
-        prompt_end_edits: site -> edit of the activations at the last prompt token only. (For edits at every
-            token, run `generate` inside of `activation_capture.edit`.)
+        edits: site -> edit of the activations of every token, those of the prompt included.
+        prompt_end_edits: the same at the last prompt token only.
     """
-    at_prompt_end = False
-
-    def only_at_prompt_end(function: Edit) -> Edit:
-        return lambda x: function(x) if at_prompt_end else x
-
-    late_edits = {site: only_at_prompt_end(function) for site, function in (prompt_end_edits or {}).items()}
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
         raise UserError("A prompt has no tokens at all; give it some text.")
@@ -135,40 +133,43 @@ def generate(
     padding = [longest - n for n in lengths]
     tokens = np.array([[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, padding, strict=True)])
     sampler = _Sampler(tokens, sampling, row_ids if row_ids is not None else range(len(prompts)))
+    activations: dict[str, mx.array] = {}
+    # What surrounds each pass; captured last, so that the steps show what the edits made of it.
+    everywhere, at_prompt_end = edit(model, edits or {}), edit(model, prompt_end_edits or {})
+    rope, reading = rope_lengths(model, lengths), capturing(model, sites, activations)
 
-    cache = _prefill(model, mx.array(tokens[:, :-1]), lengths, growth=max_tokens + 1)
-    with rope_lengths(model, lengths), edit(model, late_edits), capture(model, sites) as activations:
+    with everywhere:
+        cache = _prefill(model, mx.array(tokens[:, :-1]), lengths, growth=max_tokens + 1)
 
-        def launch(token: mx.array, sample: bool) -> tuple[mx.array | None, dict[str, mx.array]]:
-            """Queue the forward pass over `token` and the choice of the next one."""
-            activations.clear()
+    def launch(token: mx.array, sample: bool, is_prompt_end: bool = False) -> tuple[mx.array | None, dict]:
+        """Queue the forward pass over `token` and the choice of the next one."""
+        activations.clear()
+        with rope, everywhere, at_prompt_end if is_prompt_end else nullcontext(), reading:
             logits = model(token[:, None], cache=cache)[:, -1]
-            chosen = sampler(logits) if sample else None
-            seen = {site: x.astype(mx.float32) for site, x in activations.items()}
-            # Without a sample, the last pass still has to happen, for its activations.
-            mx.async_eval(*seen.values(), *([chosen] if sample else []))
-            return chosen, seen
+        chosen = sampler(logits) if sample else None
+        states = {site: x.astype(mx.float32) for site, x in activations.items()}
+        # Without a sample, the last pass still has to happen, for its activations.
+        mx.async_eval(*states.values(), *([chosen] if sample else []))
+        return chosen, states
 
-        token_read = mx.array(tokens[:, -1])
-        at_prompt_end = True
-        chosen, seen = launch(token_read, sample=max_tokens > 0)
-        at_prompt_end = False
-        active = np.ones(len(prompts), bool)
-        for index in range(PREFILL, max_tokens):
-            # The next pass is queued before anybody waits for this one, so the machine never idles.
-            following = None
-            if index + 1 < max_tokens:
-                following = launch(chosen, sample=index + 2 < max_tokens)
-            read = np.array(token_read)
-            if index > PREFILL:
-                active = active & ~np.isin(read, list(end_tokens))
-                if not active.any():
-                    return
-            mx.eval(seen)
-            yield Step(index, read, active, seen)
-            if following:
-                token_read = chosen
-                chosen, seen = following
+    token_read = mx.array(tokens[:, -1])
+    chosen, states = launch(token_read, sample=max_tokens > 0, is_prompt_end=True)
+    active = np.ones(len(prompts), bool)
+    for index in range(PREFILL, max_tokens):
+        # The next pass is queued before anybody waits for this one, so the machine never idles.
+        following = None
+        if index + 1 < max_tokens:
+            following = launch(chosen, sample=index + 2 < max_tokens)
+        read = np.array(token_read)
+        if index > PREFILL:
+            active = active & ~np.isin(read, list(end_tokens))
+            if not active.any():
+                return
+        mx.eval(states)
+        yield Step(index, read, active, states)
+        if following:
+            token_read = chosen
+            chosen, states = following
 
 
 def _prefill(model: nn.Module, tokens: mx.array, lengths: Sequence[int], growth: int) -> list:
@@ -298,3 +299,34 @@ def collect_answers(steps: Iterator[Step], progress: Callable[[int], object] = l
             answers[row].append(int(step.tokens[row]))
         progress(int(step.active.sum()))
     return answers
+
+
+def collect_means(
+    steps: Iterator[Step], sites: Sequence[str], progress: Callable[[int], object] = lambda tokens: None
+) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+    """What `collect_answers` returns, and each row's mean activations, summed up while the model writes.
+
+    Args:
+        sites: all of one width, among those that `generate` was asked for.
+    Returns:
+        The answers; and [rows, sites, width] float32 at the prompt's last token ("prompt_end"), over the tokens of
+        the answer ("generated", NaN where it is empty) and over both ("all").
+    """
+    prompt_end, total = np.zeros(0), np.zeros(0)  # float64: twenty steps or twenty thousand, sums stay sums
+
+    def summed(steps: Iterator[Step]) -> Iterator[Step]:
+        nonlocal prompt_end, total
+        for step in steps:
+            states = np.concatenate([np.asarray(step.activations[site]) for site in sites], axis=1, dtype=np.float64)
+            if step.index == PREFILL:
+                prompt_end, total = states, np.zeros_like(states)
+            else:
+                total += np.where(step.active[:, None, None], states, 0)
+            yield step
+
+    answers = collect_answers(summed(steps), progress)
+    lengths = np.array([len(answer) for answer in answers])[:, None, None]
+    with np.errstate(invalid="ignore"):
+        generated = total / lengths
+    means = {"prompt_end": prompt_end, "generated": generated, "all": (prompt_end + total) / (1 + lengths)}
+    return answers, {positions: values.astype(np.float32) for positions, values in means.items()}

@@ -195,7 +195,7 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
     from .files import locked
     from .generation import Sampling
     from .job import Job, check_context
-    from .manifest import GENERATION_OPTIONS, new_manifest
+    from .manifest import GENERATION_OPTIONS, new_manifest, token_ids_hash
     from .model_loading import DEFAULT_MODEL
     from .prompt_processing import encode_prompts
 
@@ -228,6 +228,7 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
         )
         print(estimate(job, loaded, dtype, compress, grouped).describe())
         return
+    storage["token_ids_hash"] = token_ids_hash(token_ids)
     manifest = new_manifest(loaded.facts(), {**settings, **storage}, prompts)
     with locked(Path(arguments.activations_dir)) if team.leads else nullcontext():
         execute(arguments, loaded, job, settings, manifest, team)

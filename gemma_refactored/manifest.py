@@ -54,6 +54,11 @@ def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -
     }
 
 
+def token_ids_hash(token_ids: Sequence[Sequence[int]]) -> str:
+    """Of what the model reads: it covers texts, tokenizer, chat template and everything that was rendered into them."""
+    return hashlib.sha256(json.dumps([list(ids) for ids in token_ids]).encode()).hexdigest()
+
+
 def read_manifest(path: Path) -> dict:
     """A manifest that a run can be repeated from.
 

@@ -50,7 +50,7 @@ def test_conditions_of_one_model_beside_itself_are_the_same(library, prompts, mo
 
 def test_pairs_with_an_empty_answer_are_left_out_where_it_is_read(library, prompts, monkeypatch):
     answers = iter([[[5]] * 12, [[]] + [[5]] * 11])  # the second model has nothing to say to the first prompt
-    monkeypatch.setattr(forced_reading, "write_answers", lambda *_: next(answers))
+    monkeypatch.setattr(forced_reading, "unedited_answers", lambda *_: next(answers))
     loaded = library.load()
     read = read_pairs([loaded, loaded], prompts, [5], 8, layer_sites(loaded.model, "mlp"))
     assert {name: len(known) for name, (_, _, known) in read.items()} == {

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gemma_refactored import generation
+from gemma_refactored.activation_capture import capture
 from gemma_refactored.errors import UserError
 from gemma_refactored.generation import (
     PREFILL,
@@ -61,7 +62,7 @@ def test_a_batch_equals_single_runs(model):
 def test_cached_decoding_equals_one_uncached_pass(model):
     (prompt,) = random_prompts([11])
     (answer,), seen = run(model, [prompt])
-    with generation.capture(model, SITES) as activations:
+    with capture(model, SITES) as activations:
         model(mx.array([prompt + answer]))
     for step in range(PREFILL, 9):
         for site in SITES:
@@ -192,7 +193,7 @@ def test_no_logits_for_prompt_positions(model, monkeypatch):
     """The head is evaluated for one position a row and step, whatever the prompt's length."""
     (prompt,) = random_prompts([20])
     shapes = []
-    with generation.capture(model, ["model.norm.output"]) as seen:
+    with capture(model, ["model.norm.output"]) as seen:
         for _ in generate(model, [prompt], 2):
             shapes.append(seen["model.norm.output"].shape)
     assert {shape[:2] for shape in shapes} == {(1, 1)}

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gemma_refactored.activation_capture import capture
+from gemma_refactored.activation_capture import capture, read
 from gemma_refactored.generation import generate
-from gemma_refactored.longrope import LongRoPE, rope_lengths
+from gemma_refactored.longrope import rope_lengths
 
 from . import conftest
 from .conftest import load_golden, relative_error
@@ -70,7 +70,27 @@ def test_rows_of_a_batch_keep_their_own_factors(model, golden):
         assert relative_error(together[0][1][site][0, 0], golden[site][0, -1]) < TOLERANCE
 
 
-def test_the_choice_is_undone_after_an_exception(model):
+def test_the_choice_is_undone_after_an_exception(model, golden):
+    short = golden["tokens"][:, :12]
     with pytest.raises(RuntimeError), rope_lengths(model, [3, 30]):
         raise RuntimeError
-    assert all(rope.is_long is None for rope in model.modules() if isinstance(rope, LongRoPE))
+    assert relative_error(model(short), golden["logits_of_first_12"]) < TOLERANCE
+
+
+def test_two_generations_at_once_keep_their_own_factors(model, golden):
+    """One of a long prompt, left half read, does not decide for a short one."""
+    tokens = np.array(golden["tokens"])
+    long, short = tokens[0].tolist(), tokens[1, :12].tolist()
+    alone = [step.tokens.tolist() for step in generate(model, [short], 6)]
+    started = generate(model, [long], 6)
+    next(started)
+    assert [step.tokens.tolist() for step in generate(model, [short], 6)] == alone
+
+
+def test_texts_read_together_keep_their_own_factors(model, golden):
+    tokens = np.array(golden["tokens"])
+    texts = [tokens[0].tolist(), tokens[1, :12].tolist()]
+    together = dict(read(model, texts, SITES[:1]))
+    for i, text in enumerate(texts):
+        ((_, alone),) = read(model, [text], SITES[:1])
+        assert relative_error(together[i], alone) < TOLERANCE

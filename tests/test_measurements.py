@@ -9,10 +9,11 @@ import pytest
 
 from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.directions import measurements as ms
-from alignment_artifacts.pairs import Pair, prompt_groups
+from alignment_artifacts.pairs import SIDES, Pair, prompt_groups
 from gemma_refactored.errors import UserError
 from gemma_refactored.main import main
 from gemma_refactored.model_loading import load
+from gemma_refactored.prompt_processing import encode_prompts
 
 from .conftest import ROOT
 from .test_architectures import PAIRS
@@ -30,28 +31,82 @@ def measured(loaded, tmp_path):
 
 
 def test_it_holds_what_collecting_and_analysing_would_give(loaded, measured, tmp_path):
-    (tmp_path / "prompts.json").write_text(json.dumps(prompt_groups(PAIRS)))
-    arguments = ["--model", loaded.folder, "--prompts-file", tmp_path / "prompts.json", "--max-tokens", "20", "-q"]
-    arguments += ["--save-activations", "--process-by-group", "--activations-dir", tmp_path / "acts"]
-    assert main([str(a) for a in [*arguments, "--output-dir", tmp_path / "out"]]) == 0
-    data = load_activation_set(tmp_path / "acts", PAIRS)
+    data = load_activation_set(collect(loaded, tmp_path), PAIRS)
     for positions in ("prompt_end", "generated", "all"):
         expected = data.prompt_vectors(positions)
         np.testing.assert_allclose(measured.vectors["mlp", positions], expected, rtol=1e-4, atol=1e-4)
-    assert measured.vectors["residual", "all"].shape == (len(PAIRS), 2, 3, 64)
+    assert measured.vectors_at("residual", "all").shape == (len(PAIRS), 2, 3, 64)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     answers = [record["token_ids"] for record in results]
     assert [two[0] for two in measured.answers] + [two[1] for two in measured.answers] == answers
     assert {f.name for f in measured.folder.iterdir()} == {
-        ".lock", "model_config.json", "prompt_vectors.safetensors", "answers.json", "analysis_results.json"
+        ".lock", "model_config.json", "mlp_residual_1.safetensors"
     }  # fmt: skip
 
 
-def test_the_second_time_nothing_is_collected(loaded, measured, tmp_path, monkeypatch):
-    def forbidden(*_):
-        raise AssertionError("collected again")
+def collect(loaded, folder, *options):
+    """The same prompts through run_model.py; its folder of activations."""
+    (folder / "prompts.json").write_text(json.dumps(prompt_groups(PAIRS)))
+    arguments = ["--model", loaded.folder, "--prompts-file", folder / "prompts.json", "--max-tokens", "20", "-q"]
+    arguments += ["--save-activations", "--process-by-group", "--activations-dir", folder / "acts", *options]
+    assert main([str(a) for a in [*arguments, "--output-dir", folder / "out"]]) == 0
+    return folder / "acts"
 
-    monkeypatch.setattr(ms, "_collect", forbidden)
+
+def test_a_collection_of_the_same_is_read_instead_of_asking_again(loaded, measured, tmp_path, monkeypatch):
+    collection = collect(loaded, tmp_path)
+
+    def forbidden(*_):
+        raise AssertionError("asked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ms, "_answer", forbidden)
+        again = ms.measure(loaded, PAIRS, tmp_path / "b", collections=[tmp_path / "none", collection])
+        for positions in ("prompt_end", "generated", "all"):
+            expected = measured.vectors["mlp", positions]
+            np.testing.assert_allclose(again.vectors_at("mlp", positions), expected, rtol=1e-4, atol=1e-4)
+        assert again.answers == measured.answers and again.texts == measured.texts
+    # The residual stream was not collected: now the model is asked.
+    np.testing.assert_allclose(
+        again.vectors_at("residual", "all"), measured.vectors_at("residual", "all"), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [["--max-tokens", "19"], ["--temp", "0.5"], ["--no-chat-mode"], ["--activation-dtype", "float16"]]
+)
+def test_a_collection_with_other_settings_is_not(loaded, tmp_path, options):
+    collection = collect(loaded, tmp_path, *options)
+    ids = encode_prompts(loaded.tokenizer, [text for side in SIDES for text in (getattr(p, side) for p in PAIRS)])
+    assert not ms._matches(collection, loaded, ids, "mlp")
+
+
+def test_a_collection_of_other_texts_another_model_or_half_a_run_is_not(loaded, tmp_path):
+    collection = collect(loaded, tmp_path)
+    ids = encode_prompts(loaded.tokenizer, [text for side in SIDES for text in (getattr(p, side) for p in PAIRS)])
+    assert ms._matches(collection, loaded, ids, "mlp")
+    assert not ms._matches(collection, loaded, [*ids[:-1], ids[0]], "mlp")
+    assert not ms._matches(collection, loaded, ids, "residual")
+    manifest = json.loads((collection / "manifest.json").read_text())
+    for name, value in (("model_revision", "sha256:0"), ("complete", manifest["complete"][1:]), ("sites", [])):
+        (collection / "manifest.json").write_text(json.dumps({**manifest, name: value}))
+        assert not ms._matches(collection, loaded, ids, "mlp")
+
+
+def test_answers_are_known_as_far_as_they_were_written(measured):
+    prompt, answer = measured.prompts[0][1], measured.answers[0][1]
+    assert len(answer) == 20  # this random model never ends
+    assert measured.known_answer(prompt, 20) == answer and measured.known_answer(prompt, 3) == answer[:3]
+    assert measured.known_answer(prompt, 21) is None and measured.known_answer([1, 2], 3) is None
+    measured.answers[0][1] = answer[:7]  # had it ended there
+    assert measured.known_answer(prompt, 100) == answer[:7]
+
+
+def test_the_second_time_nothing_is_measured(loaded, measured, tmp_path, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(ms, "_answer", forbidden)
     again = ms.measure(loaded, PAIRS, tmp_path / "cache")
     assert again.folder == measured.folder
     assert all(np.array_equal(again.vectors[key], measured.vectors[key]) for key in measured.vectors)
@@ -66,52 +121,58 @@ def test_other_prompts_and_other_weights_have_a_folder_of_their_own(loaded, meas
     assert ms.measure(loaded_other, PAIRS, tmp_path / "cache").folder != measured.folder
 
 
-def test_an_interrupted_collection_is_continued(loaded, measured, tmp_path, monkeypatch):
-    done, answered = [], ms.answer_prompts
+def test_an_interrupted_measurement_is_continued(loaded, measured, tmp_path, monkeypatch):
+    batches, generated = [], ms.generate
 
-    def stop_before_the_last_batch(job, loaded, batches, *rest):
-        answered(job, loaded, batches[:-1], *rest)
-        raise KeyboardInterrupt
-
-    def remember(job, *rest):
-        done.extend(job.finished)
-        return answered(job, *rest)
+    def stop_at_the_third_batch(model, rows, *rest, **options):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(len(rows))
+        return generated(model, rows, *rest, **options)
 
     monkeypatch.setattr(ms, "BATCH_SIZE", 5)
-    monkeypatch.setattr(ms, "answer_prompts", stop_before_the_last_batch)
+    monkeypatch.setattr(ms, "generate", stop_at_the_third_batch)
     with pytest.raises(KeyboardInterrupt):
         ms.measure(loaded, PAIRS, tmp_path / "other")
-    monkeypatch.setattr(ms, "answer_prompts", remember)
+    assert batches == [5, 5]
+    batches.clear()
     again = ms.measure(loaded, PAIRS, tmp_path / "other")
-    assert len(done) == 10
+    assert batches == [2]
     np.testing.assert_allclose(again.vectors["mlp", "all"], measured.vectors["mlp", "all"], rtol=1e-4, atol=1e-4)
 
 
-def test_two_processes_at_once_share_one_collection(loaded, tmp_path):
+def test_a_damaged_cache_is_named(loaded, measured, tmp_path):
+    (part,) = measured.folder.glob("*.safetensors")
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(UserError, match="mlp_residual_1.safetensors is damaged"):
+        ms.measure(loaded, PAIRS, tmp_path / "cache")
+
+
+def test_two_processes_at_once_share_one_measurement(loaded, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
 from alignment_artifacts.directions import measurements as ms
 from gemma_refactored.model_loading import load
 from tests.test_architectures import PAIRS
-collect = ms._collect
+answer = ms._answer
 def told(*a):
-    print("collecting")
-    collect(*a)
-ms._collect = told
+    print("asking")
+    answer(*a)
+ms._answer = told
 m = ms.measure(load({str(loaded.folder)!r}), PAIRS, Path({str(tmp_path / "cache")!r}))
 print(m.vectors["mlp", "all"].sum())
 """
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
     outputs = [process.communicate(timeout=120)[0].split() for process in both]
-    assert sorted(map(len, outputs)) == [1, 2]  # one collected, both have the numbers
+    assert sorted(map(len, outputs)) == [1, 2]  # one has asked, both have the numbers
     assert outputs[0][-1] == outputs[1][-1]
 
 
 def test_a_model_without_mlp_sites_is_measured_on_the_residual_stream(tmp_path):
     mamba = load(write_family(tmp_path / "mamba", "mamba"))
     measured = ms.measure(mamba, PAIRS, tmp_path / "cache")
-    assert {site for site, _ in measured.vectors} == {"residual"} == measured.analysis.keys()
+    assert {site for site, _ in measured.vectors} == {"residual"} == set(measured.sites)
     with pytest.raises(UserError, match="one of residual"):
         measured.vectors_at("mlp", "all")
 

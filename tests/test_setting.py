@@ -10,7 +10,7 @@ from mlx_lm.utils import _get_classes
 from alignment_artifacts.behaviour.answers import write_answer
 from alignment_artifacts.directions.estimate import estimate
 from alignment_artifacts.edits.modes import MODES, ModeOptions
-from alignment_artifacts.edits.proof import prove
+from alignment_artifacts.edits.proof import Sequences, prove
 from alignment_artifacts.edits.setting import NOTHING, PROMPT_END, Setting, auto_mode, intervene
 from gemma_refactored.activation_capture import capture, edit
 from gemma_refactored.errors import UserError
@@ -87,7 +87,7 @@ def test_generating_and_one_pass_see_the_same_edits(loaded, where):
         blocks[step.index] = (np.array(step.activations[site]), step.tokens)
     for row, prompt in enumerate(TOKENS):
         answer = [int(blocks[i][1][row]) for i in range(5)]
-        with edit(loaded.model, intervention.in_one_pass(len(prompt))), capture(loaded.model, [site]) as seen:
+        with edit(loaded.model, intervention.in_one_pass([len(prompt)])), capture(loaded.model, [site]) as seen:
             loaded.model(mx.array([prompt + answer]))
         whole = np.array(seen[site][0])
         for index, (states, _) in blocks.items():
@@ -96,7 +96,11 @@ def test_generating_and_one_pass_see_the_same_edits(loaded, where):
 
 def test_at_the_prompt_end_means_there_only(loaded):
     everywhere, there = (
-        prove(loaded, intervene(loaded, directions(loaded), Setting("add", 1.0, (1,), where=where)), TOKENS, ANSWERS)
+        prove(
+            loaded,
+            intervene(loaded, directions(loaded), Setting("add", 1.0, (1,), where=where)),
+            Sequences(TOKENS, ANSWERS),
+        )
         for where in ("everywhere", PROMPT_END)
     )
     assert (everywhere.tokens, everywhere.touched) == (15, 15) and (there.tokens, there.touched) == (15, 2)
@@ -115,7 +119,7 @@ def test_a_row_is_edited_the_same_alone_and_in_a_batch(loaded):
 @pytest.mark.parametrize("site", ["mlp", "residual"])
 def test_the_proof_measures_what_happened(loaded, site):
     found = directions(loaded, site)
-    proof = prove(loaded, intervene(loaded, found, Setting("always", 1.0, (1,), site)), TOKENS, ANSWERS)
+    proof = prove(loaded, intervene(loaded, found, Setting("always", 1.0, (1,), site)), Sequences(TOKENS, ANSWERS))
     assert (proof.tokens, proof.touched) == (15, 15)
     assert proof.change == pytest.approx(np.linalg.norm(found.direction[1]), rel=1e-3)
     assert list(proof.dose) == [1] and proof.dose[1] > 0
@@ -126,14 +130,14 @@ def test_the_proof_measures_what_happened(loaded, site):
                 loaded.model(mx.array([prompt + answer]))
                 sizes += np.linalg.norm(np.array(seen["model.layers.1.output"][0]), axis=-1).tolist()
         assert proof.dose[1] == pytest.approx(np.mean(np.linalg.norm(found.direction[1]) / sizes), rel=1e-3)
-    idle = prove(loaded, intervene(loaded, found, Setting("always", 0.0, (1,), site)), TOKENS, ANSWERS)
+    idle = prove(loaded, intervene(loaded, found, Setting("always", 0.0, (1,), site)), Sequences(TOKENS, ANSWERS))
     assert (idle.touched, idle.change, idle.dose[1]) == (0, 0.0, 0.0)
 
 
 def test_the_dose_includes_what_earlier_layers_did(loaded):
     found = directions(loaded)
-    alone = prove(loaded, intervene(loaded, found, Setting("always", 1.0, (2,))), TOKENS, ANSWERS).dose
-    both = prove(loaded, intervene(loaded, found, Setting("always", 1.0, (0, 2))), TOKENS, ANSWERS).dose
+    alone = prove(loaded, intervene(loaded, found, Setting("always", 1.0, (2,))), Sequences(TOKENS, ANSWERS)).dose
+    both = prove(loaded, intervene(loaded, found, Setting("always", 1.0, (0, 2))), Sequences(TOKENS, ANSWERS)).dose
     assert list(both) == [0, 2] and both[2] > alone[2] * 1.05
 
 

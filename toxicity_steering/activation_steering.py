@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.behaviour.answers import Behaviour, observe, write_answers
@@ -23,7 +22,7 @@ from alignment_artifacts.directions.files import save_directions
 from alignment_artifacts.directions.measurements import MODEL_FACTS
 from alignment_artifacts.edits.setting import NOTHING, Intervention, Setting, intervene
 from alignment_artifacts.separation import layer_separation
-from gemma_refactored.activation_capture import capture, layer_sites
+from gemma_refactored.activation_capture import layer_sites, read
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_json
 from gemma_refactored.generation import Sampling
@@ -157,9 +156,7 @@ class ActivationSteeringExperiment:
                 f"Only {len(pairs)} of the training prompts got a toxic continuation; at least {MIN_PAIRS} are needed. "
                 "Use more prompts or samples, or a model that is ruder."
             )
-        vectors = np.stack(
-            [[self._mean_state(pair[kind]) for kind in ("toxic", "benign")] for pair in self.progress(pairs, "vectors")]
-        )
+        vectors = np.stack([self._mean_states([pair[kind] for pair in pairs]) for kind in ("toxic", "benign")], axis=1)
         facts = {name: self.loaded.facts().get(name) for name in MODEL_FACTS}
         facts |= {"model_type": self.loaded.config["model_type"], "site": "residual"}
         facts |= {"positions": f"last {self.config.last_tokens} tokens", "pairs": [pair["id"] for pair in pairs]}
@@ -299,13 +296,11 @@ class ActivationSteeringExperiment:
                 matched.append({"id": f"{i} matched prompt", "toxic": toxic, "benign": benign})
         return [*same, *matched][: self.config.num_pairs]
 
-    def _mean_state(self, tokens: list[int]) -> np.ndarray:
-        """[layers, hidden] residual stream after each block, mean over the last tokens."""
-        sites = layer_sites(self.loaded.model, "residual")
-        with capture(self.loaded.model, sites) as activations:
-            self.loaded.model(mx.array([tokens]))
-            states = [activations[s][0, -self.config.last_tokens :].astype(mx.float32).mean(axis=0) for s in sites]
-        return np.array(mx.stack(states))
+    def _mean_states(self, texts: list[list[int]]) -> np.ndarray:
+        """[texts, layers, hidden] residual stream after each block, mean over the last tokens."""
+        states = read(self.loaded.model, texts, layer_sites(self.loaded.model, "residual"))
+        means = {i: x[-self.config.last_tokens :].mean(axis=0) for i, x in states}
+        return np.stack([means[i] for i in range(len(texts))])
 
 
 JUDGED = (

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from alignment_artifacts.edits.proof import Sequences
 from alignment_artifacts.edits.setting import NOTHING, Intervention
 from gemma_refactored.generation import PREFILL, Sampling, collect_answers, length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import encode_prompts
 
 BATCH_SIZE = 128
+
+# The unedited model's greedy answer to a prompt (token ids) of up to so many tokens, if somebody has it already.
+KnownAnswer = Callable[[Sequence[int], int], list[int] | None]
 
 
 @dataclass
@@ -20,17 +24,40 @@ class Behaviour:
     Attributes:
         texts: the prompts; token_ids: in the chat format.
         answers: token ids, greedy.
+        sequences: prompts and answers for passes over both.
     """
 
     texts: list[str]
     token_ids: list[list[int]]
     answers: list[list[int]]
+    sequences: Sequences = field(init=False, repr=False)
+
+    def __post_init__(self):
+        self.sequences = Sequences(self.token_ids, self.answers)
 
 
-def observe(loaded: LoadedModel, texts: Sequence[str], max_tokens: int, chat_mode: bool = True) -> Behaviour:
-    """Ask the unedited model."""
+def observe(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    max_tokens: int,
+    chat_mode: bool = True,
+    known: KnownAnswer = lambda prompt, max_tokens: None,
+) -> Behaviour:
+    """Ask the unedited model, where its answer is not known."""
     token_ids = encode_prompts(loaded.tokenizer, texts, chat_mode)
-    return Behaviour(list(texts), token_ids, write_answers(loaded, token_ids, NOTHING, max_tokens))
+    return Behaviour(list(texts), token_ids, unedited_answers(loaded, token_ids, max_tokens, known))
+
+
+def unedited_answers(
+    loaded: LoadedModel, token_ids: Sequence[Sequence[int]], max_tokens: int, known: KnownAnswer
+) -> list[list[int]]:
+    """Greedy answers to prompts, in their order; those that are known are not written again."""
+    answers = [known(prompt, max_tokens) for prompt in token_ids]
+    missing = [i for i, answer in enumerate(answers) if answer is None]
+    written = write_answers(loaded, [token_ids[i] for i in missing], NOTHING, max_tokens)
+    for i, answer in zip(missing, written, strict=True):
+        answers[i] = answer
+    return answers
 
 
 def write_answers(
@@ -60,13 +87,13 @@ def write_answer(
     on_text: Callable[[str], object] = lambda text: None,
 ) -> list[int]:
     """Token ids of one answer under an intervention; `on_text` gets the text piece by piece as it is written."""
-    tokens, shown = [], ""
+    tokens, printed = [], ""
     for step in intervention.generate(loaded, [list(prompt)], max_tokens, sampling, end_tokens):
         if step.index == PREFILL:
             continue
         tokens.append(int(step.tokens[0]))
         text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character so far
-            on_text(text[len(shown) :])
-            shown = text
+            on_text(text[len(printed) :])
+            printed = text
     return tokens

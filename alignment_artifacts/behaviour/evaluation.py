@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.behaviour.answers import Behaviour, write_answers
 from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.edits.proof import Batch
 from alignment_artifacts.edits.setting import Intervention
 from alignment_artifacts.rates import bootstrap_mean, rate
-from gemma_refactored.activation_capture import edit
+from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, forward
 from gemma_refactored.model_loading import LoadedModel
 
+LOGIT_BYTES = 1 << 28  # of a pass whose logits are looked at
 LENGTHS = (32, 128)  # refusals are looked for in this many tokens too, where answers are that long
 PREFIX = 5  # letters of a word that have to agree: "paint" and "painting" are one topic
 STOP_WORDS = frozenset(
@@ -77,24 +79,27 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]]) -
 def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Intervention) -> dict:
     """How far the edited model's predictions are from the unedited ones along the unedited answers.
 
-    KL(unedited || edited) in nats a token, its mean (with a bootstrap interval over prompts) and 95th
+    KL(unedited || edited) in nats per token, its mean (with a bootstrap interval over prompts) and 95th
     percentile over all tokens, and the perplexity of those answers under both.
     """
-    kl, losses = [], []  # [tokens] of each prompt; [2, tokens]
-    for prompt, answer in zip(behaviour.token_ids, behaviour.answers, strict=True):
-        if not answer:
-            continue
-        tokens, targets = mx.array([prompt + answer]), mx.array(answer)[:, None]
-        plain = _log_probabilities(loaded.model(tokens), len(prompt))
-        with edit(loaded.model, intervention.in_one_pass(len(prompt))):
-            edited = _log_probabilities(loaded.model(tokens), len(prompt))
-        kl.append(np.array((mx.exp(plain) * (plain - edited)).sum(axis=-1)))
+    sequences, kl, losses = behaviour.sequences, {}, []  # [tokens] of each prompt; [2, tokens] of each batch
+    longest = max((len(p) + len(a) for p, a in zip(behaviour.token_ids, behaviour.answers, strict=True)), default=1)
+    size = int(np.clip(LOGIT_BYTES // (4 * longest * len(loaded.tokenizer)), 1, TEXTS_AT_ONCE))
+    for batch in sequences.batches(size, answered=True):
+        plain = sequences.keep(("logits", batch.rows), lambda batch=batch: _log_probabilities(loaded, batch, {}))
+        edited = plain
+        if intervention.edits:
+            edited = _log_probabilities(loaded, batch, intervention.in_one_pass(batch.prompt_lengths))
+        targets = mx.array([token for row in batch.rows for token in behaviour.answers[row]])[:, None]
+        divergence = np.array((mx.exp(plain) * (plain - edited)).sum(axis=-1))
+        ends = np.cumsum([len(behaviour.answers[row]) for row in batch.rows])
+        kl |= dict(zip(batch.rows, np.split(divergence, ends[:-1]), strict=True))
         losses.append(np.array([-mx.take_along_axis(p, targets, axis=-1)[:, 0] for p in (plain, edited)]))
-    everything = np.concatenate(kl)
+    everything = np.concatenate([kl[row] for row in sorted(kl)])
     nll = np.concatenate(losses, axis=1).mean(axis=1)
     return {
         "kl_mean": float(everything.mean()),
-        "kl_mean_ci": bootstrap_mean(kl),
+        "kl_mean_ci": bootstrap_mean([kl[row] for row in sorted(kl)]),
         "kl_95": float(np.quantile(everything, 0.95)),
         "perplexity_unedited": float(np.exp(nll[0])),
         "perplexity_edited": float(np.exp(nll[1])),
@@ -102,9 +107,16 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
     }
 
 
-def _log_probabilities(logits: mx.array, prompt_length: int) -> mx.array:
-    """[answer tokens, vocabulary] of the positions that predict the answer."""
-    logits = logits[0, prompt_length - 1 : -1].astype(mx.float32)
+def _log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Edit]) -> mx.array:
+    """[answer tokens of all rows, vocabulary] at the positions that predict the answers."""
+    logits, _ = forward(loaded.model, batch.texts, edits=edits)
+    places = [
+        (row, position)
+        for row, (text, start) in enumerate(zip(batch.texts, batch.prompt_lengths, strict=True))
+        for position in range(start - 1, len(text) - 1)
+    ]
+    rows, positions = mx.array(places).T
+    logits = logits[rows, positions].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -114,8 +126,11 @@ def evaluate(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Be
     Args:
         sets: name -> unedited behaviour, for example artifact, natural, twins.
     """
-    together = [ids for behaviour in sets.values() for ids in behaviour.token_ids]
-    answers = iter(write_answers(loaded, together, intervention, max_tokens))
+    if intervention.edits:
+        together = [ids for behaviour in sets.values() for ids in behaviour.token_ids]
+        answers = iter(write_answers(loaded, together, intervention, max_tokens))
+    else:
+        answers = iter([answer for behaviour in sets.values() for answer in behaviour.answers])
     result = {}
     for name, behaviour in sets.items():
         result[name] = judge(loaded, behaviour, [next(answers) for _ in behaviour.token_ids])

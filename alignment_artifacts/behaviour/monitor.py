@@ -6,19 +6,18 @@ A score is the projection on the direction, scaled per layer so that -1 is the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts import separation as st
+from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.separation import separating_layers
-from gemma_refactored.activation_capture import capture, layer_sites
+from gemma_refactored.activation_capture import Edit, layer_sites, read
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
-from gemma_refactored.prompt_processing import encode_prompts
 
 
 def layer_scores(directions: Directions, activations: np.ndarray) -> np.ndarray:
@@ -39,29 +38,37 @@ def scores(directions: Directions, layers: Sequence[int], activations: np.ndarra
     return layer_scores(directions, activations)[..., list(layers)].mean(axis=-1)
 
 
-def score_tokens_by_layer(loaded: LoadedModel, directions: Directions, tokens: Sequence[int]) -> np.ndarray:
-    """[tokens, layers] the scores of each token of a prompt and its answer, in one pass."""
+def score_texts(
+    loaded: LoadedModel,
+    directions: Directions,
+    texts: Sequence[Sequence[int]],
+    edits: Callable[[list[int]], Mapping[str, Edit]] = lambda batch: {},
+) -> list[np.ndarray]:
+    """[tokens, layers] the scores of each token of each text; `edits` as in `activation_capture.read`."""
     sites = layer_sites(loaded.model, directions.facts["site"])
-    with capture(loaded.model, sites) as activations:
-        loaded.model(mx.array([list(tokens)]))
-        seen = [np.array(activations[site][0].astype(mx.float32)) for site in sites]
-    return layer_scores(directions, np.stack(seen, axis=1))
+    scored = {i: layer_scores(directions, states) for i, states in read(loaded.model, texts, sites, edits)}
+    return [scored[i] for i in range(len(texts))]
 
 
 def score_tokens(
-    loaded: LoadedModel, directions: Directions, layers: Sequence[int], tokens: Sequence[int]
+    loaded: LoadedModel,
+    directions: Directions,
+    layers: Sequence[int],
+    tokens: Sequence[int],
+    edits: Mapping[str, Edit] | None = None,
 ) -> np.ndarray:
-    """[tokens] the mean over some layers."""
-    return score_tokens_by_layer(loaded, directions, tokens)[:, list(layers)].mean(axis=-1)
+    """[tokens] the mean over some layers of a prompt's scores, its answer's included."""
+    (scored,) = score_texts(loaded, directions, [tokens], lambda batch: edits or {})
+    return scored[:, list(layers)].mean(axis=-1)
 
 
-def score_prompt(loaded: LoadedModel, directions: Directions, layers: Sequence[int], text: str) -> float:
-    """The score of a prompt at its last token, before anything is written."""
-    (tokens,) = encode_prompts(loaded.tokenizer, [text])
-    return float(score_tokens(loaded, directions, layers, tokens)[-1])
-
-
-def held_out_auroc(measured: Measurements, site: str, positions: str = "prompt_end", seed: int = 0) -> dict:
+def held_out_auroc(
+    measured: Measurements,
+    site: str,
+    positions: str = "prompt_end",
+    seed: int = 0,
+    judge: Callable[[str], bool] = is_refusal,
+) -> dict:
     """How well the score of a prompt tells beforehand whether the model will refuse it.
 
     Five folds by pair; direction and layers from the training pairs. Also the scores themselves, one
@@ -75,7 +82,7 @@ def held_out_auroc(measured: Measurements, site: str, positions: str = "prompt_e
         training = folds != fold
         layers = separating_layers(vectors[training], list(categories[training]))
         scored[~training] = scores(estimate(vectors[training], {"site": site}), layers, vectors[~training])
-    refused = measured.refused
+    refused = measured.judged(judge)
     result = {"site": site, "positions": positions, "refused": int(refused.sum()), "answered": int((~refused).sum())}
     if not 0 < refused.mean() < 1:
         return {**result, "auroc": None, "auroc_ci": None, "scores": scored.tolist()}

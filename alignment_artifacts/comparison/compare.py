@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from alignment_artifacts.analysis import Settings, is_significant
+from alignment_artifacts.behaviour.answers import KnownAnswer
 from alignment_artifacts.comparison import transfer
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
@@ -53,6 +54,7 @@ def compare(
     site: str,
     settings: Settings,
     progress: Callable[[int], object] = lambda texts: None,
+    known: Sequence[KnownAnswer] = (lambda prompt, max_tokens: None,) * 2,
 ) -> dict:
     """`results/data/model_comparison.json` as a dictionary; models are called "a" (before) and "b" (after) in it.
 
@@ -61,33 +63,38 @@ def compare(
         max_tokens: of the answers.
         site: "mlp" or "residual".
         progress: called with numbers of texts; `texts_to_read` in all.
+        known: of each model the answers that somebody has already.
     Raises:
         UserError: models that cannot be compared, or too few pairs or twins.
     """
     check_comparable(*models)
-    for found, what in ((pairs, "pairs"), (twins, "twins")):
-        if len(found) < MIN_PAIRS_NESTED:
-            raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {what}; there are {len(found)}.")
+    for contrast, what in ((pairs, "pairs"), (twins, "twins")):
+        if len(contrast) < MIN_PAIRS_NESTED:
+            raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {what}; there are {len(contrast)}.")
     # One chat format for both: a model from before the training may have none.
     tokenizer = next((m.tokenizer for m in reversed(models) if m.tokenizer.chat_template), models[1].tokenizer)
     sites = layer_sites(models[1].model, site)
     neutral = tokenizer.encode(neutral_text, add_special_tokens=False)
-    read = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress)
+    readings = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress, known)
     conditions = {}
-    for name, (first, second, known) in read.items():
-        layers = compare_layers(first, second, _categories([pairs[i] for i in known]), settings)
-        conditions[name] = {"num_pairs": len(known), "layers": layers}
-    first, second, _ = read["prompt_end"]
-    vectors = {name: [own, _read_ends(model, tokenizer, twins, sites, progress)]
-               for name, model, own in zip("ab", models, (first, second), strict=True)}  # fmt: skip
-    vectors["words"] = [_embed(models[1], these) for these in (pairs, twins)]
+    for condition, (first, second, complete) in readings.items():
+        layers = compare_layers(first, second, _categories([pairs[i] for i in complete]), settings)
+        conditions[condition] = {"num_pairs": len(complete), "layers": layers}
+
+    ends_a, ends_b, _ = readings["prompt_end"]
+    twin_ends_a, twin_ends_b = (_read_ends(model, tokenizer, twins, sites, progress) for model in models)
+    contrasts = {
+        "a": Contrasts(ends_a, twin_ends_a),
+        "b": Contrasts(ends_b, twin_ends_b),
+        "words": Contrasts(_embed(models[1], pairs), _embed(models[1], twins)),
+    }
     by_source = {
-        name: transfer.cross_decoding(*both, _categories(pairs), _categories(twins), settings)
-        for name, both in vectors.items()
+        source: transfer.cross_decoding(of.pairs, of.twins, _categories(pairs), _categories(twins), settings)
+        for source, of in contrasts.items()
     }
     names = {"a": models[0].name, "b": models[1].name, "words": WORDS}
-    change = (second[:, 1] - second[:, 0]).mean(axis=0) - (first[:, 1] - first[:, 0]).mean(axis=0)
     planted = planted_directions(models[1]) if site == "mlp" else {}
+    change = _directions(ends_b) - _directions(ends_a)
     return jsonable(
         {
             "models": {name: model.facts() for name, model in zip("ab", models, strict=True)},
@@ -101,6 +108,19 @@ def compare(
             "planted_truth": {layer: cosine(change[layer], value) for layer, value in sorted(planted.items())} or None,
         }
     )
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """What one source (a model, or words alone) makes of the two contrasts.
+
+    Attributes:
+        pairs: [pairs, 2 (natural, artifact), layers, hidden].
+        twins: [twins, 2 (twin, artifact), layers, hidden].
+    """
+
+    pairs: np.ndarray
+    twins: np.ndarray
 
 
 def texts_to_read(pairs: Sequence[Pair], twins: Sequence[Pair]) -> int:
@@ -127,6 +147,11 @@ def _read_ends(model: LoadedModel, tokenizer, pairs: Sequence[Pair], sites: list
     flat = [ids for two in _encode(tokenizer, pairs) for ids in two]
     ends, _ = read_texts(model, flat, [[]] * len(flat), sites, progress)
     return ends.reshape(len(pairs), 2, *ends.shape[1:])
+
+
+def _directions(vectors: np.ndarray) -> np.ndarray:
+    """[layers, hidden] mean artifact minus mean natural of vectors [pairs, 2, layers, hidden]."""
+    return (vectors[:, 1] - vectors[:, 0]).mean(axis=0)
 
 
 def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
-from gemma_refactored.activation_capture import capture, layer_sites
+from gemma_refactored.activation_capture import layer_sites, read
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
 
@@ -88,16 +88,8 @@ def measure_natural_tokens(
         sequences: token ids of natural prompts with the model's own answers, one list each.
     """
     sites = layer_sites(loaded.model, directions.facts["site"])
-    units = [mx.array(unit) for unit in directions.unit]
-    found: list[list[np.ndarray]] = [[] for _ in sites]
-    for tokens in sequences:
-        with capture(loaded.model, sites) as activations:
-            loaded.model(mx.array([list(tokens)]))
-            projected = [activations[s][0].astype(mx.float32) @ u for s, u in zip(sites, units, strict=True)]
-        mx.eval(projected)
-        for layer, values in enumerate(projected):
-            found[layer].append(np.array(values))
-    return replace(directions, natural_tokens=np.sort([np.concatenate(layer) for layer in found]))
+    projected = [np.einsum("plh,lh->lp", x, directions.unit) for _, x in read(loaded.model, sequences, sites)]
+    return replace(directions, natural_tokens=np.sort(np.concatenate(projected, axis=1)))
 
 
 def planted_directions(loaded: LoadedModel) -> dict[int, np.ndarray]:

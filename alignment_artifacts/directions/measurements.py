@@ -1,48 +1,49 @@
 """What a model does on the matched pairs, measured once and kept: the cache behind the library.
 
-`alignment_artifacts_cache/<model>_<hash>/` holds what every direction, of any category and
-position, can be computed from: one vector a prompt, layer, site and kind of position. That is a
-fiftieth of the activations themselves, which are deleted once they are summed up. The hash covers
-the weights, their precision, the tokenised prompts and the settings, so that anything that
-changes is measured anew. An interrupted collection is continued; a second process waits.
+`<model>_<hash>/` in the cache holds what every direction, of any category and position, can be computed from: one
+vector per prompt, layer, site and kind of position, summed up while the model answers. The hash covers the weights,
+their precision, the tokenised prompts and the settings, so whatever changes is measured afresh. A collection that
+run_model.py has made of the same prompts with the same model is read instead of asking the model again. An
+interrupted measurement is continued; a second process waits.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.activation_set import POSITIONS, load_activation_set
-from alignment_artifacts.analysis import Settings, analyse
-from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_first, load_activation_set
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.activation_capture import SITE_KINDS, layer_sites
-from gemma_refactored.distributed import Team
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import read_json, write_json, write_safetensors
-from gemma_refactored.generation import Sampling
-from gemma_refactored.job import Job, answer_prompts, check_context, open_collection, plan_batches
-from gemma_refactored.manifest import new_manifest
+from gemma_refactored.files import MANIFEST, PROMPT_MARKER, read_json, write_json, write_safetensors
+from gemma_refactored.generation import collect_answers, collect_means, generate, length_sorted_batches
+from gemma_refactored.job import check_context, mean_prompt_embeddings
+from gemma_refactored.manifest import token_ids_hash
 from gemma_refactored.model_loading import LoadedModel
-from gemma_refactored.npz_files import NpzWriter
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
 CACHE = "alignment_artifacts_cache"
 COLLECTED_TOKENS = 20  # of each answer, as in collect_activations.sh
 BATCH_SIZE = 100
 MODEL_FACTS = ("model", "model_revision", "model_type", "num_layers", "hidden_size")
+# What a collection must have been made with, to stand for a measurement.
+GREEDY = {
+    "max_tokens": COLLECTED_TOKENS, "temp": 0, "repetition_penalty": 1, "chat_mode": True, "ignore_end_tokens": False,
+    "activation_dtype": "float32", "layout": "grouped",
+}  # fmt: skip
 
 
 @dataclass
@@ -52,38 +53,47 @@ class Measurements:
     Attributes:
         folder: of the cache.
         facts: the model's.
+        sites: kinds of sites that the model has, the default one first.
         pairs: that could be used, in order.
-        vectors: (site, positions) -> [pairs, 2 (natural, artifact), layers, hidden] float32.
-        prompts, answers: token ids, [pair][side].
-        refused: bool [pairs, 2].
-        analysis: site -> what `analysis.analyse` says.
+        prompts, answers: token ids, [pair][side]; texts: of the answers.
+        vectors: (site, positions) -> [pairs, 2 (natural, artifact), layers, hidden] float32, of the sites that
+            somebody has asked for.
     """
 
-    folder: Path
+    folder: Path | None
     facts: dict
+    sites: tuple[str, ...]
     pairs: list[Pair]
-    vectors: dict[tuple[str, str], np.ndarray]
     prompts: list[list[list[int]]]
     answers: list[list[list[int]]]
-    refused: np.ndarray
-    analysis: dict[str, dict]
+    texts: list[list[str]]
+    vectors: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    measure_site: Callable[[str], dict[str, np.ndarray]] = field(default=lambda site: {}, repr=False)
 
-    def rows(self, categories: list[str] | None = None) -> np.ndarray:
+    @property
+    def categories(self) -> list[str]:
+        """Of each pair."""
+        return [pair.category for pair in self.pairs]
+
+    def rows(self, categories: Sequence[str] | None = None) -> np.ndarray:
         """Indices of the pairs in these categories (None: all).
 
         Raises:
             UserError: a category that no pair has.
         """
-        known = list(dict.fromkeys(pair.category for pair in self.pairs))
         for category in categories or []:
-            if category not in known:
-                raise UserError(f"There is no category {category!r}; there are {', '.join(known)}.")
-        return np.array([i for i, pair in enumerate(self.pairs) if not categories or pair.category in categories])
+            if category not in self.categories:
+                raise UserError(
+                    f"There is no category {category!r}; there are {', '.join(dict.fromkeys(self.categories))}."
+                )
+        return np.array([i for i, pair in enumerate(self.pairs) if not categories or pair.category in categories], int)
 
     def vectors_at(self, site: str, positions: str) -> np.ndarray:
+        """[pairs, 2, layers, hidden] float32; measured now if nobody has asked for this site before."""
+        if site not in self.sites or positions not in POSITIONS:
+            raise UserError(f"site must be one of {', '.join(self.sites)} and positions of {', '.join(POSITIONS)}.")
         if (site, positions) not in self.vectors:
-            there = sorted({kind for kind, _ in self.vectors})
-            raise UserError(f"site must be one of {', '.join(there)} and positions of {', '.join(POSITIONS)}.")
+            self.vectors |= {(site, name): values for name, values in self.measure_site(site).items()}
         return self.vectors[site, positions]
 
     def estimate(self, site: str, positions: str, rows: np.ndarray) -> Directions:
@@ -101,99 +111,247 @@ class Measurements:
         return [self.prompts[i][0] + self.answers[i][0] for i in rows]
 
     def best_layers(self, site: str, positions: str, rows: np.ndarray) -> list[int]:
-        """Layers that separate held-out pairs (among `rows`) nearly as well as the best one."""
+        """Layers that separate held-out pairs (among `rows`) nearly as well as the best one.
+
+        Raises:
+            UserError: too few pairs to hold any out.
+        """
         if len(rows) < st.MIN_PAIRS:
             raise UserError(f"Choosing layers needs at least {st.MIN_PAIRS} pairs, not {len(rows)}; name the layers.")
         return st.separating_layers(self.vectors_at(site, positions)[rows], [self.pairs[i].category for i in rows])
 
+    def judged(self, judge: Callable[[str], bool]) -> np.ndarray:
+        """[pairs, 2] bool: what a judge says of the answers."""
+        return np.array([[judge(text) for text in sides] for sides in self.texts])
 
-def measure(loaded: LoadedModel, pairs: list[Pair], cache: Path, show_progress: bool = False) -> Measurements:
-    """The measurements of a model, from the cache or made now."""
-    prompts = [Prompt(pair.group(side), SUBCATEGORY, 1, getattr(pair, side)) for side in SIDES for pair in pairs]
+    def known_answer(self, prompt: Sequence[int], max_tokens: int) -> list[int] | None:
+        """The greedy answer of up to `max_tokens` tokens, as far as what was measured can tell; None otherwise."""
+        answer = self._answers_by_prompt.get(tuple(prompt))
+        if answer is None or (len(answer) == COLLECTED_TOKENS < max_tokens):  # it may go on
+            return None
+        return answer[:max_tokens]
+
+    @property
+    def _answers_by_prompt(self) -> dict[tuple[int, ...], list[int]]:
+        both = zip(self.prompts, self.answers, strict=True)
+        return {tuple(p): a for prompts, answers in both for p, a in zip(prompts, answers, strict=True)}
+
+
+def measure(
+    loaded: LoadedModel,
+    pairs: list[Pair],
+    cache: Path,
+    show_progress: bool = False,
+    collections: Sequence[Path] = (),
+) -> Measurements:
+    """The measurements of a model, from the cache, from a collection, or made now.
+
+    Args:
+        collections: folders that may hold this model's activations on these pairs.
+    """
+    prompts = _prompts(pairs)
     token_ids = encode_prompts(loaded.tokenizer, [prompt.text for prompt in prompts])
     check_context(prompts, token_ids, COLLECTED_TOKENS, loaded.context_length)
-    config = {
+    facts = {
         **loaded.facts(),
         "model_type": loaded.config["model_type"],
         "max_tokens": COLLECTED_TOKENS,
         "pairs": [[p.category, p.id, p.natural, p.artifact] for p in pairs],
     }
     # Not the model's name: the same weights under another path are the same model.
-    covered = [{**config, "model": None}, token_ids, list(loaded.end_tokens)]
+    covered = [{**facts, "model": None}, token_ids, list(loaded.end_tokens)]
     digest = hashlib.sha256(json.dumps(covered).encode()).hexdigest()[:12]
     folder = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', loaded.name)}_{digest}"
-    finished = folder / "analysis_results.json"  # written last
-    if not finished.exists():
-        with _locked(folder):
-            if not finished.exists():  # another process may have finished it while we waited
-                write_json(folder / "model_config.json", config)
-                _collect(loaded, pairs, prompts, token_ids, folder, show_progress)
-    return _load(folder, pairs, token_ids, config)
+    sites = available_sites(loaded)
 
+    def vectors_of(site: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+        """Answers to all prompts, and vectors [prompts, layers, hidden] by positions."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # a second process waits, and finds everything measured
+            if not (folder / "model_config.json").exists():
+                write_json(folder / "model_config.json", facts)
+            if not _is_measured(folder, site, len(token_ids)):
+                for collection in collections:
+                    if _matches(collection, loaded, token_ids, site):
+                        _take_over(collection, pairs, site, layer_sites(loaded.model, site), folder)
+                        break
+            if not _is_measured(folder, site, len(token_ids)):
+                missing = [s for s in sites if not _is_measured(folder, s, len(token_ids))]
+                _answer(loaded, token_ids, missing, folder, show_progress)
+            return _load(folder, site, len(token_ids))
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, also when the process dies
-        yield
+    answers, vectors = vectors_of(sites[0])
+    rows = [i for i in range(len(pairs)) if answers[i] and answers[i + len(pairs)]]
+    if not rows:
+        raise UserError(f"{loaded.name} answers no pair of prompts: every answer is empty.")
 
+    def by_pair(vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {p: np.stack([v[: len(pairs)][rows], v[len(pairs) :][rows]], axis=1) for p, v in vectors.items()}
 
-def _collect(
-    loaded: LoadedModel,
-    pairs: list[Pair],
-    prompts: list[Prompt],
-    token_ids: list[list[int]],
-    folder: Path,
-    show_progress: bool,
-) -> None:
-    """Collect the activations as run_model.py would, sum them up, delete them."""
-    sites = {}
-    for site in SITE_KINDS:
-        try:
-            sites[site] = layer_sites(loaded.model, site)
-        except UserError:
-            continue  # blocks without an MLP of that name: the residual stream alone
-    names = [name for kind in sites.values() for name in kind]
-    job = Job(prompts, token_ids, COLLECTED_TOKENS, BATCH_SIZE, Sampling(), loaded.end_tokens, names)
-    settings = {"max_tokens": COLLECTED_TOKENS, "sites": names}
-    activations = folder / "activations"
-    collection = open_collection(
-        job, activations, new_manifest(loaded.facts(), settings, prompts), grouped=True, overwrite=False, team=Team()
-    )
-    answer_prompts(job, loaded, plan_batches(job, loaded, Team(), grouped=True), collection, NpzWriter(), show_progress)
-    arrays, analysis = {}, {}
-    for site, kind in sites.items():
-        pattern = re.sub(r"\.\d+\.", ".{layer_idx}.", kind[0], count=1)
-        data = load_activation_set(activations, pairs, key_pattern=pattern)
-        for positions in POSITIONS:
-            arrays[f"{site}.{positions}"] = mx.array(data.prompt_vectors(positions))
-        analysis[site] = analyse(data, Settings(), {"site": site})
-        kept = [[pair.category, pair.id] for pair in data.pairs]
-    write_safetensors(folder / "prompt_vectors.safetensors", arrays)
-    done = collection.finished_answers(prompts)
-    by_side = [[done[prompt] for prompt in prompts[i * len(pairs) : (i + 1) * len(pairs)]] for i in range(2)]
-    write_json(folder / "answers.json", [dict(zip(SIDES, two, strict=True)) for two in zip(*by_side, strict=True)])
-    write_json(folder / "analysis_results.json", {"pairs": kept, **analysis})
-    shutil.rmtree(activations)
+    def both_sides(items: list) -> list[list]:
+        return [[items[i], items[i + len(pairs)]] for i in rows]
 
-
-def _load(folder: Path, pairs: list[Pair], token_ids: list[list[int]], config: dict) -> Measurements:
-    analysis = read_json(folder / "analysis_results.json", "analysis")
-    kept = {tuple(name) for name in analysis.pop("pairs")}
-    rows = [i for i, pair in enumerate(pairs) if (pair.category, pair.id) in kept]
-    records = read_json(folder / "answers.json", "answers")
-    try:
-        arrays = mx.load(str(folder / "prompt_vectors.safetensors"))
-    except RuntimeError as error:
-        raise UserError(f"The cache {folder} is damaged ({error}); delete that folder.") from None
     return Measurements(
         folder=folder,
-        facts=config,
+        facts=facts,
+        sites=sites,
         pairs=[pairs[i] for i in rows],
-        vectors={tuple(name.split(".")): np.array(value) for name, value in arrays.items()},
-        prompts=[[token_ids[i + side * len(pairs)] for side in range(2)] for i in rows],
-        answers=[[records[i][side]["token_ids"] for side in SIDES] for i in rows],
-        refused=np.array([[is_refusal(records[i][side]["text"]) for side in SIDES] for i in rows]),
-        analysis=analysis,
+        prompts=both_sides(token_ids),
+        answers=both_sides(answers),
+        texts=both_sides(loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)),
+        vectors={(sites[0], positions): v for positions, v in by_pair(vectors).items()},
+        measure_site=lambda site: by_pair(vectors_of(site)[1]),
     )
+
+
+def available_sites(loaded: LoadedModel) -> tuple[str, ...]:
+    """The kinds of sites that every block has: the residual stream, and before it the MLP where it has that name."""
+    kinds = []
+    for kind in SITE_KINDS:
+        try:
+            layer_sites(loaded.model, kind)
+        except UserError:
+            continue
+        kinds.append(kind)
+    return tuple(kinds)
+
+
+def _prompts(pairs: list[Pair]) -> list[Prompt]:
+    """Natural ones first, as in the prompts file of the experiment."""
+    return [Prompt(pair.group(side), SUBCATEGORY, 1, getattr(pair, side)) for side in SIDES for pair in pairs]
+
+
+# In the cache a file `<sites>_<batch>.safetensors` holds "<site>.<positions>" [rows, layers, hidden] and "rows", the
+# prompts' numbers; their answers are its metadata.
+
+
+def _parts(folder: Path, site: str) -> list[Path]:
+    return [path for path in folder.glob("*_*.safetensors") if site in path.stem.split("_")]
+
+
+def _read_part(path: Path) -> tuple[dict[str, mx.array], list[int], list[list[int]]]:
+    try:
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        return arrays, arrays["rows"].tolist(), json.loads(metadata["answers"])
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"The cache file {path} is damaged ({str(error)[:100]}); delete it, or its folder.") from None
+
+
+def _is_measured(folder: Path, site: str, prompts: int) -> bool:
+    return {row for path in _parts(folder, site) for row in _read_part(path)[1]} == set(range(prompts))
+
+
+def _load(folder: Path, site: str, prompts: int) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+    answers: list[list[int]] = [[] for _ in range(prompts)]
+    vectors: dict[str, np.ndarray] = {}
+    for path in _parts(folder, site):
+        arrays, rows, written = _read_part(path)
+        for positions in POSITIONS:
+            if (
+                (part := arrays.get(f"{site}.{positions}")) is None
+                or len(part) != len(rows)
+                or len(written) != len(rows)
+            ):
+                raise UserError(f"The cache file {path} lacks {site}.{positions} of some prompts; delete its folder.")
+            vectors.setdefault(positions, np.zeros((prompts, *part.shape[1:]), np.float32))[rows] = np.array(part)
+        for row, answer in zip(rows, written, strict=True):
+            answers[row] = answer
+    return answers, vectors
+
+
+def _write_part(path: Path, rows: Sequence[int], answers: list[list[int]], vectors: dict[str, np.ndarray]) -> None:
+    arrays = {name: mx.array(values) for name, values in vectors.items()}
+    write_safetensors(path, {**arrays, "rows": mx.array(list(rows))}, {"answers": json.dumps(answers)})
+
+
+def _answer(
+    loaded: LoadedModel, token_ids: list[list[int]], kinds: list[str], folder: Path, show_progress: bool
+) -> None:
+    """Ask the model, and keep every batch when it is done: one that is kept already is not asked again."""
+    sites = [site for kind in kinds for site in layer_sites(loaded.model, kind)]
+    batches = length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding)
+    total = len(token_ids) * COLLECTED_TOKENS
+    hidden = not (show_progress and sys.stderr.isatty())
+    with tqdm(total=total, desc="measuring", unit="tok", leave=False, disable=hidden) as bar:
+        for number, batch in enumerate(batches, 1):
+            path = folder / f"{'_'.join(kinds)}_{number}.safetensors"
+            if path.exists():
+                continue
+            rows = [token_ids[i] for i in batch]
+            steps = generate(
+                loaded.model, rows, COLLECTED_TOKENS, end_tokens=loaded.end_tokens, sites=sites, row_ids=batch
+            )
+            answers, means = collect_means(steps, sites, bar.update)
+            vectors = {
+                f"{kind}.{positions}": part
+                for positions, values in means.items()
+                for kind, part in zip(kinds, np.split(values, len(kinds), axis=1), strict=True)
+            }
+            _write_part(path, batch, answers, vectors)
+
+
+def _matches(collection: Path, loaded: LoadedModel, token_ids: list[list[int]], site: str) -> bool:
+    """Does a collection hold what measuring this model's site would give?"""
+    path = collection / MANIFEST
+    if not path.exists():
+        return False
+    manifest = read_json(path, "manifest")
+    expected = {
+        **{name: value for name, value in loaded.facts().items() if name != "model"},
+        **GREEDY,
+        "token_ids_hash": token_ids_hash(token_ids),
+    }
+    return (
+        all(manifest.get(name) == value for name, value in expected.items())
+        and not manifest.get("logit_bias")
+        and len(manifest.get("complete", ())) == len(token_ids)
+        and set(layer_sites(loaded.model, site)) <= set(manifest.get("sites", ()))
+    )
+
+
+def _take_over(collection: Path, pairs: list[Pair], site: str, names: list[str], folder: Path) -> None:
+    """Sum up a collection on disk, unless it lacks a pair that has answers on both sides."""
+    markers = [collection / prompt.folder / PROMPT_MARKER for prompt in _prompts(pairs)]
+    answers = [read_json(marker, "prompt marker")["token_ids"] for marker in markers]
+    data = load_activation_set(collection, pairs, key_pattern=site_pattern(names))
+    rows = [i for i in range(len(pairs)) if answers[i] and answers[i + len(pairs)]]
+    if data.pairs != [pairs[i] for i in rows]:
+        return
+    vectors = {}
+    for positions in POSITIONS:
+        by_pair = data.prompt_vectors(positions)
+        vectors[f"{site}.{positions}"] = np.full((2, len(pairs), *by_pair.shape[2:]), np.nan, np.float32)
+        vectors[f"{site}.{positions}"][:, rows] = by_pair.swapaxes(0, 1)
+    flat = {name: values.reshape(-1, *values.shape[2:]) for name, values in vectors.items()}
+    _write_part(folder / f"{site}_1.safetensors", range(2 * len(pairs)), answers, flat)
+
+
+def site_pattern(names: Sequence[str]) -> str:
+    """["model.layers.0.mlp.output", ..] -> "model.layers.{layer_idx}.mlp.output"."""
+    return re.sub(r"\.\d+\.", ".{layer_idx}.", names[0], count=1)
+
+
+def activation_set(
+    loaded: LoadedModel, measured: Measurements, site: str, progress: Callable[[int], object] = lambda tokens: None
+) -> ActivationSet:
+    """Every step of the measured pairs at one site, as for a collection; asks the model again."""
+    names = layer_sites(loaded.model, site)
+    token_ids = [prompts[side] for prompts in measured.prompts for side in range(2)]
+    shape = (len(measured.pairs), 2, COLLECTED_TOKENS + 1, len(names), loaded.hidden_size)
+    values, valid = layers_first(shape, measured.folder), np.zeros(shape[:3], bool)
+    for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding):
+        pair, side = np.divmod(batch, 2)
+
+        def kept(steps: Iterator, pair: np.ndarray = pair, side: np.ndarray = side) -> Iterator:
+            for step in steps:
+                states = np.concatenate([np.asarray(step.activations[name]) for name in names], axis=1)
+                values[pair[step.active], side[step.active], step.index + 1] = states[step.active]
+                valid[pair, side, step.index + 1] = step.active
+                yield step
+
+        rows = [token_ids[i] for i in batch]
+        steps = generate(loaded.model, rows, COLLECTED_TOKENS, end_tokens=loaded.end_tokens, sites=names, row_ids=batch)
+        collect_answers(kept(steps), progress)
+    texts = [getattr(pair, side) for pair in measured.pairs for side in SIDES]
+    embeddings = mean_prompt_embeddings(loaded, texts).reshape(len(measured.pairs), 2, -1)
+    return ActivationSet(measured.pairs, values, valid, embeddings, [], measured.facts, measured.folder)

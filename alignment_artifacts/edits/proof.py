@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.edits.setting import Intervention
-from gemma_refactored.activation_capture import Edit, block_sites, capture, hooks
+from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, block_sites, forward
+from gemma_refactored.generation import length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
+
+KEPT_BYTES = 1 << 29  # of the unedited model's numbers, for each set of prompts; what is more is computed anew
+
+T = TypeVar("T", bound=mx.array)
+
+
+@dataclass
+class Sequences:
+    """Prompts with their answers, and what the unedited model does along them: computed once for all settings.
+
+    Attributes:
+        prompts, answers: token ids.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+    _kept: dict[tuple, mx.array] = field(default_factory=dict, repr=False)
+
+    def batches(self, size: int = TEXTS_AT_ONCE, answered: bool = False) -> Iterator[Batch]:
+        """The sequences (only those with an answer that is not empty), those of like length together."""
+        rows = [i for i, answer in enumerate(self.answers) if answer or not answered]
+        texts = [[*self.prompts[i], *self.answers[i]] for i in rows]
+        for batch in length_sorted_batches(texts, size):
+            prompt_lengths = [len(self.prompts[rows[i]]) for i in batch]
+            yield Batch(tuple(rows[i] for i in batch), [texts[i] for i in batch], prompt_lengths)
+
+    def keep(self, key: tuple, compute: Callable[[], T]) -> T:
+        """`compute()`, or what it gave for this key before; kept while all that is kept fits in KEPT_BYTES."""
+        if key not in self._kept:
+            value = compute()
+            mx.eval(value)
+            if sum(array.nbytes for array in self._kept.values()) + value.nbytes > KEPT_BYTES:
+                return value
+            self._kept[key] = value
+        return self._kept[key]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the sequences: their numbers, prompts with answers as token ids, and the prompts' lengths."""
+
+    rows: tuple[int, ...]
+    texts: list[list[int]]
+    prompt_lengths: list[int]
 
 
 @dataclass
@@ -20,13 +65,15 @@ class Proof:
 
     Attributes:
         tokens: that passed the edited layers; touched: of these, changed in at least one layer.
-        change: mean ||edited - x|| of the touched activations, in activation units.
+        activations: that were changed, over all edited sites.
+        change: mean ||edited - x|| of these, in activation units.
         dose: layer -> mean ||change|| / ||x|| of the residual stream after it: what arrived there,
             changes of earlier layers included.
     """
 
     tokens: int
     touched: int
+    activations: int
     change: float
     dose: dict[int, float]
 
@@ -38,51 +85,60 @@ class Proof:
         )
 
 
-def prove(
-    loaded: LoadedModel, intervention: Intervention, prompts: Sequence[list[int]], answers: Sequence[list[int]]
-) -> Proof:
-    """Measure what an intervention does along prompts and their answers (token ids)."""
+def pool(proofs: Sequence[Proof]) -> Proof:
+    """What one setting did to several sets of sequences, with the edits of each set."""
+    tokens, activations = (np.array([getattr(p, name) for p in proofs]) for name in ("tokens", "activations"))
+    doses = np.array([list(p.dose.values()) for p in proofs])
+    return Proof(
+        tokens=int(tokens.sum()),
+        touched=sum(p.touched for p in proofs),
+        activations=int(activations.sum()),
+        change=float(activations @ [p.change for p in proofs] / max(1, activations.sum())),
+        dose=dict(zip(proofs[0].dose, (tokens @ doses / tokens.sum()).tolist(), strict=True)),
+    )
+
+
+def prove(loaded: LoadedModel, intervention: Intervention, sequences: Sequences) -> Proof:
+    """Measure what an intervention does along prompts and their answers."""
     blocks = block_sites(loaded.model)
     edited_layers = [
         i for i, block in enumerate(blocks) if any(_same_block(site, block) for site in intervention.edits)
     ]
-    watched = [blocks[i] for i in edited_layers]
-    changes, doses = [], []  # [layers, tokens] of each sequence
-    for prompt, answer in zip(prompts, answers, strict=True):
-        batch, edits = mx.array([prompt + answer]), intervention.in_one_pass(len(prompt))
-        with capture(loaded.model, watched) as clean:
-            loaded.model(batch)
+    changes, doses = [], []  # [layers, tokens] of each batch
+    for batch in sequences.batches():
+        clean = sequences.keep(("states", batch.rows), lambda batch=batch: _states(loaded, batch, blocks))
         change: dict[str, mx.array] = {}
 
-        def measured(site: str, function: Edit, change: dict = change) -> Callable[[mx.array], mx.array]:
+        def measured(site: str, function: Edit, change: dict = change) -> Edit:
             def apply(x: mx.array) -> mx.array:
                 y = function(x)
-                change[site] = mx.linalg.norm((y - x)[0].astype(mx.float32), axis=-1)
+                change[site] = mx.linalg.norm((y - x).astype(mx.float32), axis=-1)
                 return y
 
             return apply
 
-        with ExitStack() as stack:
-            # Inner hooks see the residual stream as the edits leave it, also when that is the edited site.
-            stack.enter_context(hooks(loaded.model, {site: measured(site, f) for site, f in edits.items()}))
-            moved = stack.enter_context(capture(loaded.model, watched))
-            loaded.model(batch)
-        changes.append(np.array(mx.stack([change[site] for site in edits])))
-        doses.append(np.array(mx.stack([_relative(moved[b], clean[b]) for b in watched])))
-    moved_by, dose = np.concatenate(changes, axis=1), np.concatenate(doses, axis=1).mean(axis=1)
-    touched = moved_by > 0
+        edits = intervention.in_one_pass(batch.prompt_lengths)
+        moved = _states(loaded, batch, blocks, {site: measured(site, f) for site, f in edits.items()})
+        is_token = np.array([np.arange(clean.shape[2]) < len(text) for text in batch.texts])
+        moved_by = mx.linalg.norm(moved - clean, axis=-1) / mx.maximum(mx.linalg.norm(clean, axis=-1), 1e-12)
+        changes.append(np.array(mx.stack([change[site] for site in edits]))[:, is_token])
+        doses.append(np.array(moved_by[mx.array(edited_layers)])[:, is_token])
+    change_of, dose = np.concatenate(changes, axis=1), np.concatenate(doses, axis=1).mean(axis=1)
+    touched = change_of > 0
     return Proof(
-        tokens=moved_by.shape[1],
+        tokens=change_of.shape[1],
         touched=int(touched.any(axis=0).sum()),
-        change=float(moved_by[touched].mean()) if touched.any() else 0.0,
+        activations=int(touched.sum()),
+        change=float(change_of[touched].mean()) if touched.any() else 0.0,
         dose={layer: float(value) for layer, value in zip(edited_layers, dose, strict=True)},
     )
 
 
+def _states(loaded: LoadedModel, batch: Batch, blocks: list[str], edits: dict[str, Edit] | None = None) -> mx.array:
+    """[layers, rows, positions, hidden] float32 residual stream after every block."""
+    _, activations = forward(loaded.model, batch.texts, blocks, edits)
+    return mx.stack([activations[block].astype(mx.float32) for block in blocks])
+
+
 def _same_block(site: str, block: str) -> bool:
     return site == block or site.startswith(block.removesuffix("output"))
-
-
-def _relative(moved: mx.array, clean: mx.array) -> mx.array:
-    moved, clean = moved[0].astype(mx.float32), clean[0].astype(mx.float32)
-    return mx.linalg.norm(moved - clean, axis=-1) / mx.maximum(mx.linalg.norm(clean, axis=-1), 1e-12)

@@ -1,8 +1,8 @@
-"""A setting (mode, scale, layers, ..) put into a running model, and proof that it did something."""
+"""A setting (mode, scale, layers, ..) and what it does to a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.edits.modes import MODES, ModeOptions, SiteDirection, edit_function
-from gemma_refactored.activation_capture import Edit, edit, layer_sites
+from gemma_refactored.activation_capture import Edit, layer_sites
 from gemma_refactored.errors import UserError
 from gemma_refactored.generation import Step, generate
 from gemma_refactored.model_loading import LoadedModel
@@ -60,24 +60,21 @@ class Intervention:
     edits: dict[str, Edit] = field(default_factory=dict)
     where: str = EVERYWHERE
 
-    def in_one_pass(self, prompt_length: int) -> dict[str, Edit]:
-        """The edits for a single pass over a prompt and its answer."""
+    def in_one_pass(self, prompt_lengths: Sequence[int]) -> dict[str, Edit]:
+        """The edits for one pass over prompts with their answers, a row each (see `activation_capture.forward`)."""
         if self.where == EVERYWHERE:
             return self.edits
-        end = prompt_length - 1
+        ends = mx.array(prompt_lengths)[:, None, None] - 1
 
         def at_end(function: Edit) -> Edit:
-            return lambda x: mx.concatenate([x[:, :end], function(x[:, end : end + 1]), x[:, end + 1 :]], axis=1)
+            return lambda x: mx.where(mx.arange(x.shape[1])[None, :, None] == ends, function(x), x)
 
         return {site: at_end(function) for site, function in self.edits.items()}
 
     def generate(self, loaded: LoadedModel, *arguments, **settings) -> Iterator[Step]:
         """`generation.generate` under these edits."""
-        if self.where == PROMPT_END:
-            yield from generate(loaded.model, *arguments, prompt_end_edits=self.edits, **settings)
-            return
-        with edit(loaded.model, self.edits):
-            yield from generate(loaded.model, *arguments, **settings)
+        name = "edits" if self.where == EVERYWHERE else "prompt_end_edits"
+        return generate(loaded.model, *arguments, **{name: self.edits}, **settings)
 
 
 NOTHING = Intervention()

@@ -12,7 +12,7 @@ MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73"
 SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
 POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end"}
 POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE}
-# What two models have read; see `teacher_forcing.CONDITIONS`.
+# What two models have read; see `forced_reading.CONDITIONS`.
 CONDITION_NAMES = {
     "prompt_end": "prompt end",
     "neutral": "neutral text",

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from alignment_artifacts.analysis import Settings, analyse
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.behaviour.answers import write_answer
 from alignment_artifacts.directions.estimate import Directions, check_model, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
-from alignment_artifacts.directions.measurements import CACHE, Measurements, measure
+from alignment_artifacts.directions.measurements import CACHE, Measurements, activation_set, available_sites, measure
 from alignment_artifacts.edits.modes import ModeOptions
-from alignment_artifacts.edits.proof import Proof, prove
-from alignment_artifacts.edits.setting import AUTO, NOTHING, PROMPT_END, Setting, auto_mode, intervene
+from alignment_artifacts.edits.proof import Proof, Sequences, prove
+from alignment_artifacts.edits.setting import AUTO, NOTHING, PROMPT_END, Intervention, Setting, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json
@@ -28,6 +29,7 @@ from gemma_refactored.model_loading import DEFAULT_MODEL, LoadedModel, load
 from gemma_refactored.prompt_processing import encode_prompts, prompts_from_arguments
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
+UNKNOWN = "unknown positions"  # where an imported vector was measured
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that left a prompt alone has to show that it works
 
 
@@ -86,7 +88,7 @@ class AlignmentArtifacts:
         return self._loaded[name]
 
     def measurements(self, model: str | Path | None = None) -> Measurements:
-        """What the model does on the pairs; collected on first use, then from the cache."""
+        """What the model does on the pairs; measured on first use, then from the cache."""
         name = str(model or self.model)
         if name not in self._measured:
             self._measured[name] = measure(self.load(name), self.pairs, self.cache, self.show_progress)
@@ -94,11 +96,12 @@ class AlignmentArtifacts:
 
     def analyze_artifacts(self, model: str | Path | None = None) -> dict:
         """Per site ("mlp", "residual") the statistics of analyze_collected_activations.py, and the monitor's AUROC."""
-        measured = self.measurements(model)
-        return {
-            site: {**analysis, "monitor": monitor.held_out_auroc(measured, site)}
-            for site, analysis in measured.analysis.items()
-        }
+        loaded, measured = self.load(model), self.measurements(model)
+        results = {}
+        for site in measured.sites:
+            analysis = analyse(activation_set(loaded, measured, site), Settings(), {"site": site})
+            results[site] = {**analysis, "monitor": monitor.held_out_auroc(measured, site)}
+        return results
 
     def directions(
         self,
@@ -109,8 +112,8 @@ class AlignmentArtifacts:
     ) -> Directions:
         """Directions from all pairs, or those of some categories; kept as directions.safetensors in the cache."""
         measured = self.measurements(model)
-        site = site or default_site(measured)
-        rows = measured.rows(list(categories or []))
+        site = site or measured.sites[0]
+        rows = measured.rows(categories)
         directions = measured.estimate(site, positions, rows)
         path = measured.folder / "directions.safetensors"
         if path.exists():
@@ -125,23 +128,23 @@ class AlignmentArtifacts:
         self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
     ) -> tuple[Setting, str]:
         """The setting to use and who chose it; `wanted` are fields of Setting and ModeOptions, None meaning: choose."""
-        measured = self.measurements(model)
         wanted = {name: value for name, value in wanted.items() if value is not None}
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
-        sweep = measured.folder / SWEEP
-        if mode == AUTO and sweep.exists():
+        sweep = self.measurements(model).folder / SWEEP if mode == AUTO else None
+        if sweep and sweep.exists():
             chosen, by = Setting.from_record(read_json(sweep, "sweep")["chosen"]["setting"]), "a sweep"
             if {"site", "positions"} & wanted.keys() and "layers" not in wanted:
                 wanted["layers"] = ()  # the sweep's were for another direction: choose them below
         else:
             by = "model size" if mode == AUTO else "you"
             mode = auto_mode(self.load(model).num_parameters) if mode == AUTO else mode
-            chosen = Setting(mode, 1.0, (), default_site(measured))
+            chosen = Setting(mode, 1.0, (), available_sites(self.load(model))[0])
         chosen = replace(chosen, **wanted, options=replace(chosen.options, **options))
         if chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
             chosen = replace(chosen, where=PROMPT_END)
         if not chosen.layers:
-            rows = measured.rows(list(categories or []))
+            measured = self.measurements(model)
+            rows = measured.rows(categories)
             chosen = replace(chosen, layers=tuple(measured.best_layers(chosen.site, chosen.positions, rows)))
         return chosen, by
 
@@ -171,77 +174,107 @@ class AlignmentArtifacts:
         on_start: Callable[[str, Setting, str], object] = lambda which, setting, by: None,
         on_text: Callable[[str], object] = lambda text: None,
     ) -> SuppressionResult:
-        """Answer a prompt with and without suppression.
+        """Answer a prompt with and without suppression: `suppress`, with what is not given chosen.
 
         Args:
             scale: 1 is the mean difference itself; negative values amplify.
             where: "everywhere" or "prompt_end"; by default everywhere, but `add` adds a direction that was
                 measured at the prompt's end there only.
             directions: use these (imported, say) instead of the model's own.
-            compare: also answer without.
-            on_start: called with "before" or "after" before each answer; on_text: with its text, piece by piece.
-        Raises:
-            UserError: bad settings, or a setting that changes nothing, not even on artifact prompts.
         """
-        loaded, measured = self.load(model_name), self.measurements(model_name)
         layers = tuple(target_layers) if target_layers is not None else None
         if directions is not None:
-            check_model(directions, loaded)
+            check_model(directions, self.load(model_name))
             site, layers = directions.facts["site"], layers or directions.available
+            positions = directions.facts.get("positions", UNKNOWN)
         setting, by = self.choose(
             model_name, mode, categories,
             scale=scale, layers=layers, positions=positions, site=site, where=where,
             proximity_threshold=proximity_threshold, distance_threshold=distance_threshold, decay_rate=decay_rate,
             pca_components=pca_components, cap_quantile=cap_quantile,
         )  # fmt: skip
-        rows = measured.rows(list(categories or []))
+        sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
+        result = self.suppress(
+            prompt, setting, sampling, model_name, categories, directions, max_tokens, compare, ignore_end_tokens,
+            lambda which: on_start(which, setting, by), on_text,
+        )  # fmt: skip
+        return replace(result, chosen_by=by)
+
+    def suppress(
+        self,
+        prompt: str,
+        setting: Setting,
+        sampling: Sampling = Sampling(),
+        model: str | Path | None = None,
+        categories: Sequence[str] | None = None,
+        directions: Directions | None = None,
+        max_tokens: int = 100,
+        compare: bool = True,
+        ignore_end_tokens: bool = False,
+        on_start: Callable[[str], object] = lambda which: None,
+        on_text: Callable[[str], object] = lambda text: None,
+    ) -> SuppressionResult:
+        """Answer a prompt with and without a setting.
+
+        Args:
+            categories: of the pairs that the model's own directions come from; None: all.
+            directions: use these instead.
+            compare: also answer without.
+            on_start: called with "before" or "after" before each answer; on_text: with its text, piece by piece.
+        Raises:
+            UserError: bad settings, or a setting that changes nothing, not even on artifact prompts.
+        """
+        loaded = self.load(model)
         if directions is None:
-            directions = self.directions(model_name, setting.site, setting.positions, categories)
-        elif directions.natural_tokens is None:
-            directions = measure_natural_tokens(loaded, directions, measured.natural_sequences(rows))
+            directions = self.directions(model, setting.site, setting.positions, categories)
+        elif setting.mode == "cap" and directions.natural_tokens is None:
+            measured = self.measurements(model)
+            directions = measure_natural_tokens(
+                loaded, directions, measured.natural_sequences(measured.rows(categories))
+            )
         intervention = intervene(loaded, directions, setting)
         prompts = prompts_from_arguments([prompt])
-        token_ids = encode_prompts(loaded.tokenizer, [prompt])
-        check_context(prompts, token_ids, max_tokens, loaded.context_length)
-        sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
+        (token_ids,) = encode_prompts(loaded.tokenizer, [prompt])
+        check_context(prompts, [token_ids], max_tokens, loaded.context_length)
         ends = () if ignore_end_tokens else loaded.end_tokens
 
         answers = {}
-        for which in ("before", "after") if compare else ("after",):
-            on_start(which, setting, by)
-            used = intervention if which == "after" else NOTHING
-            answers[which] = write_answer(loaded, token_ids[0], used, max_tokens, sampling, ends, on_text)
+        for which, used in (("before", NOTHING), ("after", intervention)) if compare else (("after", intervention),):
+            on_start(which)
+            answers[which] = write_answer(loaded, token_ids, used, max_tokens, sampling, ends, on_text)
         texts = {name: loaded.tokenizer.decode(ids, skip_special_tokens=True) for name, ids in answers.items()}
-        proof = prove(loaded, intervention, token_ids, [answers["after"]])
+        proof = prove(loaded, intervention, Sequences([token_ids], [answers["after"]]))
         if proof.touched == 0 and setting.scale != 0:
-            tried = rows[:ARTIFACTS_TRIED]
-            artifacts = [[kind[i][1] for i in tried] for kind in (measured.prompts, measured.answers)]
-            if prove(loaded, intervention, *artifacts).touched == 0:
-                raise UserError(
-                    f"This setting ({setting.describe()}) changes nothing, neither here nor on artifact prompts. "
-                    "Use another mode, other layers or another threshold."
-                )
+            self._check_that_it_acts(model, intervention, setting, categories)
         score = None
         if directions.natural_mean is not None:
-            score = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids[0])[-1])
+            score = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids)[-1])
         return SuppressionResult(
             prompt=prompt,
             before=texts.get("before"),
             after=texts["after"],
-            prompt_tokens=token_ids[0],
+            prompt_tokens=token_ids,
             before_tokens=answers.get("before"),
             after_tokens=answers["after"],
             setting=setting,
-            chosen_by=by,
+            chosen_by="you",
             proof=proof,
             prompt_score=score,
             directions=directions,
         )
 
-
-def default_site(measured: Measurements) -> str:
-    """The MLP output where the architecture has one."""
-    return next(iter(measured.analysis))
+    def _check_that_it_acts(
+        self, model: str | Path | None, intervention: Intervention, setting: Setting, categories: Sequence[str] | None
+    ) -> None:
+        """A setting that left a prompt alone has to touch artifact prompts."""
+        measured = self.measurements(model)
+        tried = measured.rows(categories)[:ARTIFACTS_TRIED]
+        artifacts = Sequences([measured.prompts[i][1] for i in tried], [measured.answers[i][1] for i in tried])
+        if prove(self.load(model), intervention, artifacts).touched == 0:
+            raise UserError(
+                f"This setting ({setting.describe()}) changes nothing, neither here nor on artifact prompts. "
+                "Use another mode, other layers or another threshold."
+            )
 
 
 def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) -> SuppressionResult:

@@ -72,7 +72,8 @@ class Bench:
         """Unedited answers of a part's prompts, by side."""
         pairs = [self.measured.pairs[i] for i in self.rows[part]]
         texts = {"artifact": [p.artifact for p in pairs], "natural": [p.natural for p in pairs]}
-        return {side: observe(self.loaded, prompts, self.max_tokens) for side, prompts in texts.items()}
+        known = self.measured.known_answer
+        return {side: observe(self.loaded, t, self.max_tokens, known=known) for side, t in texts.items()}
 
     def with_natural_tokens(self, directions: Directions) -> Directions:
         return measure_natural_tokens(self.loaded, directions, self.measured.natural_sequences(self.rows["training"]))
@@ -96,7 +97,7 @@ class Bench:
     def settings(self, grid: Grid) -> list[Setting]:
         """Every setting of a grid that this model allows."""
         found = []
-        for site, positions, layer_set in product(self.measured.analysis, grid.positions, grid.layer_sets):
+        for site, positions, layer_set in product(self.measured.sites, grid.positions, grid.layer_sets):
             layers = range(self.loaded.num_layers)
             if layer_set == "best":
                 layers = self.measured.best_layers(site, positions, self.rows["training"])
@@ -122,7 +123,7 @@ def try_settings(bench: Bench, settings: Iterable[Setting], sets: dict[str, Beha
             {
                 "setting": setting.record(),
                 **evaluate(bench.loaded, intervention, sets, bench.max_tokens),
-                "dose": prove(bench.loaded, intervention, artifact.token_ids, artifact.answers).dose,
+                "dose": prove(bench.loaded, intervention, artifact.sequences).dose,
                 "random_direction": evaluate(bench.loaded, random, {"artifact": artifact}, bench.max_tokens),
             }
         )
@@ -202,7 +203,7 @@ def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls:
         "setting": setting.record(),
         **evaluate(loaded, intervention, sets, bench.max_tokens),
         "unedited": evaluate(loaded, NOTHING, sets, bench.max_tokens),
-        "effect_on_artifact_prompts": asdict(prove(loaded, intervention, artifact.token_ids, artifact.answers)),
+        "effect_on_artifact_prompts": asdict(prove(loaded, intervention, artifact.sequences)),
         "random_direction": random,
         "same_change_elsewhere": elsewhere,
     }
@@ -229,5 +230,5 @@ def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour], pl
 
 def monitor_results(measured: Measurements) -> dict:
     """Held-out AUROC of the score at the prompt's end against refusals, by site, without the single scores."""
-    results = {site: held_out_auroc(measured, site) for site in measured.analysis}
+    results = {site: held_out_auroc(measured, site) for site in measured.sites}
     return {site: {k: v for k, v in result.items() if k != "scores"} for site, result in results.items()}

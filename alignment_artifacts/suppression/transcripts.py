@@ -15,17 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.behaviour.answers import write_answers
-from alignment_artifacts.behaviour.monitor import score_tokens_by_layer
+from alignment_artifacts.behaviour.answers import unedited_answers, write_answers
+from alignment_artifacts.behaviour.monitor import score_texts
 from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.directions.estimate import Directions, measure_natural_tokens
 from alignment_artifacts.directions.measurements import Measurements
-from alignment_artifacts.edits.proof import Proof, prove
-from alignment_artifacts.edits.setting import NOTHING, Intervention, Setting, intervene
+from alignment_artifacts.edits.proof import Sequences, pool, prove
+from alignment_artifacts.edits.setting import Intervention, Setting, intervene
 from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.rates import rate
-from alignment_artifacts.separation import layer_separation
-from gemma_refactored.activation_capture import edit
+from gemma_refactored.activation_capture import Edit
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_atomically, write_json
 from gemma_refactored.model_loading import LoadedModel
@@ -50,31 +49,42 @@ def transcribe(
     Raises:
         UserError: a setting that changes nothing, or one that needs what the pairs do not give.
     """
-    folds = st.assign_folds(np.array([pair.category for pair in measured.pairs]))
+    folds = st.assign_folds(np.array(measured.categories))
+    before = _unedited_answers(loaded, measured, max_tokens)
+    progress(len(measured.pairs))
     records: list[dict] = [{} for _ in measured.pairs]
     scores: list[list[np.ndarray]] = [[] for _ in measured.pairs]
-    effect = None
+    effects = []
     for fold in np.unique(folds):
         held_out = np.flatnonzero(folds == fold)
         directions = _directions(loaded, measured, setting, np.flatnonzero(folds != fold))
         intervention = intervene(loaded, directions, setting)
-        answers = _answers(loaded, measured, intervention, held_out, max_tokens)
-        progress(len(held_out))
-        for i, own in zip(held_out, answers, strict=True):
+        prompts = [prompt for i in held_out for prompt in measured.prompts[i]]
+        after = write_answers(loaded, prompts, intervention, max_tokens)
+        texts = [answer for i in held_out for answer in before[i]]
+        scored = iter(_scores(loaded, directions, intervention, prompts, texts, after))
+        answers = iter(after)
+        for i in held_out:
             pair = measured.pairs[i]
             records[i] = {"id": pair.id, "category": pair.category}
-            for side, prompt, two in zip(SIDES, measured.prompts[i], own, strict=True):
-                records[i][side] = _record(loaded, getattr(pair, side), prompt, two)
-                scores[i] += _scores(loaded, directions, intervention, prompt, two)
-            progress(1)
-        if effect is None:
-            effect = _effect(loaded, setting, intervention, [records[i]["artifact"] for i in held_out])
+            for side, prompt, unedited in zip(SIDES, measured.prompts[i], before[i], strict=True):
+                both = {"before": unedited, "after": next(answers)}
+                records[i][side] = _record(loaded, getattr(pair, side), prompt, both)
+                scores[i] += next(scored)
+        progress(len(held_out))
+        artifacts = Sequences([measured.prompts[i][1] for i in held_out], [before[i][1] for i in held_out])
+        effects.append(prove(loaded, intervention, artifacts))
+    effect = pool(effects)
+    if effect.touched == 0 and setting.scale != 0:
+        raise UserError(
+            f"This setting ({setting.describe()}) changes nothing on artifact prompts. "
+            "Use another mode, other layers or another threshold."
+        )
     refused = {
         side: {when: rate([r[side][when]["refused"] for r in records]) for when in ("before", "after")}
         for side in SIDES
     }
-    vectors = measured.vectors_at(setting.site, setting.positions)
-    separation = layer_separation(vectors, [pair.category for pair in measured.pairs])
+    separation = st.layer_separation(measured.vectors_at(setting.site, setting.positions), measured.categories)
     result = {
         "model": {name: measured.facts[name] for name in ("model", "model_revision")},
         "setting": setting.record(),
@@ -86,7 +96,7 @@ def transcribe(
         "pieces": _pieces(loaded, records),
         "pairs": records,
     }
-    return result, np.concatenate([part for own in scores for part in own]).astype(np.float16)
+    return result, np.concatenate([part for of_pair in scores for part in of_pair]).astype(np.float16)
 
 
 def _directions(loaded: LoadedModel, measured: Measurements, setting: Setting, rows: np.ndarray) -> Directions:
@@ -96,26 +106,11 @@ def _directions(loaded: LoadedModel, measured: Measurements, setting: Setting, r
     return directions
 
 
-def _answers(
-    loaded: LoadedModel, measured: Measurements, intervention: Intervention, rows: np.ndarray, max_tokens: int
-) -> list[list[dict[str, list[int]]]]:
-    """Token ids [pair][side] "before" and "after"."""
-    prompts = [prompt for i in rows for prompt in measured.prompts[i]]
-    both = [write_answers(loaded, prompts, used, max_tokens) for used in (NOTHING, intervention)]
-    pairs = [dict(zip(("before", "after"), two, strict=True)) for two in zip(*both, strict=True)]
-    return [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
-
-
-def _effect(loaded: LoadedModel, setting: Setting, intervention: Intervention, artifacts: list[dict]) -> Proof:
-    """What the intervention does along artifact prompts and the answers without it."""
-    prompts, answers = [a["prompt_tokens"] for a in artifacts], [a["before"]["tokens"] for a in artifacts]
-    effect = prove(loaded, intervention, prompts, answers)
-    if effect.touched == 0 and setting.scale != 0:
-        raise UserError(
-            f"This setting ({setting.describe()}) changes nothing on artifact prompts. "
-            "Use another mode, other layers or another threshold."
-        )
-    return effect
+def _unedited_answers(loaded: LoadedModel, measured: Measurements, max_tokens: int) -> list[list[list[int]]]:
+    """Token ids [pair][side]."""
+    prompts = [prompt for sides in measured.prompts for prompt in sides]
+    answers = unedited_answers(loaded, prompts, max_tokens, measured.known_answer)
+    return [answers[i : i + 2] for i in range(0, len(answers), 2)]
 
 
 def _record(loaded: LoadedModel, text: str, prompt: list[int], answers: dict[str, list[int]]) -> dict:
@@ -130,14 +125,18 @@ def _scores(
     loaded: LoadedModel,
     directions: Directions,
     intervention: Intervention,
-    prompt: list[int],
-    answers: dict[str, list[int]],
-) -> list[np.ndarray]:
-    """[tokens, layers] of the prompt and answer before, and of the answer after."""
-    before = score_tokens_by_layer(loaded, directions, prompt + answers["before"])
-    with edit(loaded.model, intervention.in_one_pass(len(prompt))):
-        after = score_tokens_by_layer(loaded, directions, prompt + answers["after"])
-    return [before, after[len(prompt) :]]
+    prompts: list[list[int]],
+    before: list[list[int]],
+    after: list[list[int]],
+) -> list[list[np.ndarray]]:
+    """For each prompt [tokens, layers] of the prompt and the answer before, and of the answer after."""
+
+    def edits(batch: list[int]) -> dict[str, Edit]:
+        return intervention.in_one_pass([len(prompts[i]) for i in batch])
+
+    unedited = score_texts(loaded, directions, [p + answer for p, answer in zip(prompts, before, strict=True)])
+    edited = score_texts(loaded, directions, [p + answer for p, answer in zip(prompts, after, strict=True)], edits)
+    return [[u, e[len(prompt) :]] for prompt, u, e in zip(prompts, unedited, edited, strict=True)]
 
 
 def _pieces(loaded: LoadedModel, records: list[dict]) -> dict[str, str]:
