@@ -13,6 +13,7 @@ from alignment_artifacts.comparison import transfer
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
 from alignment_artifacts.directions.estimate import planted_directions
+from alignment_artifacts.formatting import interval, number, p_value
 from alignment_artifacts.pairs import Pair
 from alignment_artifacts.separation import MIN_PAIRS_NESTED
 from gemma_refactored.activation_capture import layer_sites
@@ -168,21 +169,21 @@ def summarise(records: list[dict], names: tuple[str, str]) -> str:
         return f"{names[1]} separates the prompts no better or worse than {names[0]} at any layer.{identical}"
     best = max(found, key=lambda i: abs(records[i]["difference"]))
     r = records[best]
-    low, high = r["difference_ci"]
     return (
         f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at {named_layers(found)}, "
-        f"most at layer {best}: d = {r['d_b']:.1f} instead of {r['d_a']:.1f}, a difference of {r['difference']:+.1f} "
-        f"[{low:.1f}, {high:.1f}] (p = {r['p_value']:.2g} over all layers).{identical}"
+        f"most at layer {best}: d = {number(r['d_b'], 1)} instead of {number(r['d_a'], 1)}, "
+        f"a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
+        f"(p = {p_value(r['p_value'])} over all layers).{identical}"
     )
 
 
 def named_layers(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> "layers 0-2, 5"."""
     parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
+    for layer in numbers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
         else:
-            parts.append([number])
+            parts.append([layer])
     listed = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
     return f"layer{'s' if len(numbers) > 1 else ''} {listed}"

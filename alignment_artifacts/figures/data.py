@@ -74,6 +74,11 @@ def sweep_modes(result: dict) -> dict[str, str]:
     return dict(zip(dict.fromkeys(r["setting"]["mode"] for r in result["tried"]), MODE_COLOURS, strict=False))
 
 
+def description(setting: dict) -> str:
+    """Of the record of a suppression setting; of an earlier version's, which has none, the mode."""
+    return setting.get("description", setting["mode"])
+
+
 def random_controls(result: dict) -> dict[str, list[tuple[float, float]]]:
     """Points of the chosen setting's controls, measured on test pairs."""
     names = {"random_direction": "random direction", "same_change_elsewhere": "same change, random direction"}

@@ -14,7 +14,6 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from alignment_artifacts.edits.setting import Setting
 from alignment_artifacts.figures.data import (
     BLUE,
     CONDITION_NAMES,
@@ -28,6 +27,7 @@ from alignment_artifacts.figures.data import (
     category_grids,
     colour_limit,
     column,
+    description,
     layer_panels,
     on_their_side,
     random_controls,
@@ -90,7 +90,7 @@ def categories(by_category: dict) -> go.Figure:
     """Layers x categories heat map of held-out d; significant cells carry a star."""
     names, d, p = category_grids(by_category)
     stars = np.where(np.nan_to_num(p, nan=1.0) <= 0.05, "*", "")
-    texts = [[f"{x:.1f}{star}" if np.isfinite(x) else "" for x, star in zip(*row, strict=True)]
+    texts = [[f"{x:z.1f}{star}" if np.isfinite(x) else "" for x, star in zip(*row, strict=True)]
              for row in zip(d, stars, strict=True)]  # fmt: skip
     figure = go.Figure(
         go.Heatmap(
@@ -217,7 +217,7 @@ def sweep(result: dict) -> go.Figure:
                 [sweep_point(r) for r in own],
                 mode,
                 {"color": colour, "size": 8, "opacity": 0.8, "symbol": [MARKERS[r["setting"]["site"]] for r in own]},
-                [Setting.from_record(r["setting"]).describe() for r in own],
+                [description(r["setting"]) for r in own],
             )
         )
     front = np.array([sweep_point(result["tried"][i]) for i in result["pareto_front"]])
@@ -229,7 +229,7 @@ def sweep(result: dict) -> go.Figure:
         if points:
             marker = {"symbol": symbol, "size": 10, "line": {"width": 2, "color": GREY}}
             figure.add_trace(_points(points, f"{name} (test)", marker, [name] * len(points)))
-    chosen = Setting.from_record(result["chosen"]["setting"]).describe()
+    chosen = description(result["chosen"]["setting"])
     ring = {"symbol": "circle-open", "size": 18, "color": ORANGE, "line": {"width": 3}}
     for name, record, marker in (
         ("chosen", result["chosen"]["development"], ring),

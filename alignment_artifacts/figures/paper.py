@@ -79,7 +79,7 @@ def plot_categories(by_category: dict, path: Path) -> None:
             if np.isfinite(value) and d.shape[1] <= 30:
                 mark = "*" if p[row, layer] <= 0.05 else ""
                 colour = "white" if abs(value) > 0.6 * limit else "black"
-                axes.text(layer, row, f"{value:.1f}{mark}", ha="center", va="center", fontsize=7.5, color=colour)
+                axes.text(layer, row, f"{value:z.1f}{mark}", ha="center", va="center", fontsize=7.5, color=colour)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="layer", title="Held-out Cohen's d by category (* p ≤ 0.05 over layers)")
         axes.spines[:].set_visible(False)
@@ -186,7 +186,7 @@ def plot_comparison(result: dict, path: Path) -> None:
         image = right.imshow(grid.T, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit)
         for (source, cell), value in np.ndenumerate(grid):
             colour = "white" if abs(value) > 0.6 * limit else "black"
-            right.text(source, cell, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
+            right.text(source, cell, f"{value:z.1f}", ha="center", va="center", fontsize=8, color=colour)
         right.set_yticks(range(len(cells)), cells, fontsize=8)
         right.set_xticks(range(len(sources)), ["A", "B", "words"])
         right.set(title="Learnt on → tested on: Cohen's d")
