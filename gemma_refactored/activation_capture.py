@@ -29,7 +29,7 @@ from .longrope import rope_lengths
 from .model_architecture import HookPoint
 
 DEFAULT_FILTER = "mlp.output"
-TEXTS_AT_ONCE = 16  # that share a pass in `read`
+TEXTS_AT_ONCE = 32  # that share a pass in `read`
 SITE_KINDS = ("mlp", "residual")  # that every layer has one of
 
 log = logging.getLogger(__name__)

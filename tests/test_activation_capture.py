@@ -1,13 +1,25 @@
 """Capture and edit by name, and filters."""
 
+import threading
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from gemma_refactored.activation_capture import capture, edit, modules_by_site, select_sites, site_shapes
+from gemma_refactored import activation_capture
+from gemma_refactored.activation_capture import (
+    block_sites,
+    capture,
+    edit,
+    modules_by_site,
+    read,
+    select_sites,
+    site_shapes,
+)
 from gemma_refactored.errors import UserError
+from gemma_refactored.generation import collect_answers, generate
 
 from .conftest import load_golden
 from .test_model_architecture import same_weights_in_mlx_lm
@@ -116,3 +128,101 @@ def test_filters():
         select_sites(model, "mlp.output,mpl")
     with pytest.raises(UserError, match="empty"):
         select_sites(model, " , ")
+
+
+def double(x):
+    return x * 2
+
+
+def test_a_generation_left_half_read_leaves_no_edit_behind_and_meets_none(model):
+    site, before, logits = block_sites(model)[-1], state(model), np.array(model(TOKENS))
+    prompt = TOKENS.tolist()
+    plain, edited = (collect_answers(generate(model, prompt, 6, edits=e)) for e in ({}, {site: mx.negative}))
+    assert plain != edited
+    left = generate(model, prompt, 6, edits={site: mx.negative}, sites=[site])
+    next(left)
+    assert state(model) == before and np.array_equal(model(TOKENS), logits)
+    assert collect_answers(generate(model, prompt, 6)) == plain
+    # Two that take turns keep to their own, too, and the first is not disturbed by what came in between.
+    turns = [list(pair) for pair in zip(left, generate(model, prompt, 6), strict=False)]
+    assert [int(first.tokens[0]) for first, _ in turns] == edited[0]
+    assert [int(second.tokens[0]) for _, second in turns[1:]] == plain[0][:-1]
+
+
+def test_an_exception_or_ctrl_c_in_an_edit_leaves_nothing_behind(model):
+    before, logits = state(model), np.array(model(TOKENS))
+    for error in (RuntimeError, KeyboardInterrupt):
+
+        def fails(x, error=error):
+            raise error
+
+        with pytest.raises(error):
+            list(generate(model, TOKENS.tolist(), 3, edits={"model.layers.2.output": fails}))
+        assert state(model) == before and np.array_equal(model(TOKENS), logits)
+
+
+def test_ctrl_c_while_hooks_are_put_in_place_takes_them_out_again(model, monkeypatch):
+    before, attach, calls = state(model), activation_capture._attach, []
+
+    def interrupted(module, hook):
+        attach(module, hook)
+        calls.append(hook)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(activation_capture, "_attach", interrupted)
+    sites = [f"model.layers.{i}.output" for i in range(3)]
+    with pytest.raises(KeyboardInterrupt), edit(model, dict.fromkeys(sites, double)):
+        raise AssertionError("never gets here")
+    assert state(model) == before and not activation_capture._HOOKS.of
+
+
+def test_another_thread_meets_no_edit_and_leaves_none(model):
+    """The class of a hooked module is shared by all threads, what happens in it is not."""
+    site, before = "model.layers.0.output", state(model)
+    module = modules_by_site(model)[site]
+    is_hooked = {}
+
+    def other_thread():
+        is_hooked["without its own"] = getattr(module, "is_hooked", False)
+        with edit(model, {site: double}):
+            is_hooked["with its own"] = [hook.function for hook in activation_capture._HOOKS.of[id(module)]]
+
+    with edit(model, {site: lambda x: x + 1}):
+        thread = threading.Thread(target=other_thread)
+        thread.start()
+        thread.join()
+        assert len(activation_capture._HOOKS.of[id(module)]) == 1 and module.is_hooked
+    assert not is_hooked["without its own"] and len(is_hooked["with its own"]) == 1
+    assert state(model) == before
+
+
+def test_contexts_may_end_in_any_order(model):
+    site, before, logits = "model.layers.0.output", state(model), np.array(model(TOKENS))
+    first, second = edit(model, {site: double}), edit(model, {site: lambda x: x + 1})
+    with first:
+        once = np.array(model(TOKENS))
+    first.__enter__()
+    second.__enter__()
+    second_only = first.__exit__()
+    second.__exit__()
+    assert second_only is None and state(model) == before and np.array_equal(model(TOKENS), logits)
+    with second, first:
+        both = np.array(model(TOKENS))
+    assert not np.allclose(once, both)
+
+
+def test_reading_texts_gives_every_token_its_own_vectors(model):
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(3, 97, n).tolist() for n in rng.integers(1, 30, 40)]
+    sites = [f"model.layers.{i}.output" for i in range(3)]
+    read_together = dict(read(model, texts, sites))
+    assert sorted(read_together) == list(range(40))
+    for i in (0, 7, 39):
+        with capture(model, sites) as activations:
+            model(mx.array([texts[i]]))
+            alone = np.stack([activations[site][0] for site in sites], axis=1)
+        np.testing.assert_allclose(read_together[i], alone, atol=1e-4, rtol=1e-4)
+    edited = dict(read(model, texts, sites, lambda batch: {sites[1]: double}))
+    np.testing.assert_array_equal(edited[3][:, 0], read_together[3][:, 0])
+    np.testing.assert_allclose(edited[3][:, 1], 2 * read_together[3][:, 1], rtol=1e-5)

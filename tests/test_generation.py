@@ -11,6 +11,7 @@ from gemma_refactored.generation import (
     PREFILL,
     Sampling,
     collect_answers,
+    collect_means,
     generate,
     length_sorted_batches,
     padding_is_harmless,
@@ -197,3 +198,36 @@ def test_no_logits_for_prompt_positions(model, monkeypatch):
         for _ in generate(model, [prompt], 2):
             shapes.append(seen["model.norm.output"].shape)
     assert {shape[:2] for shape in shapes} == {(1, 1)}
+
+
+def test_running_means_are_those_of_the_steps(model):
+    prompts = random_prompts()
+    free, _ = run(model, prompts)
+    end = free[2][4]
+    sites = SITES[::3]  # the residual stream, of one width
+    answers, states = run(model, prompts, end_tokens=[end])
+    written, means = collect_means(generate(model, prompts, 9, end_tokens=[end], sites=SITES), sites)
+    assert written == answers
+    for row, answer in enumerate(answers):
+        steps = np.stack([[states[row, k][site][0] for site in sites] for k in range(PREFILL, len(answer))])
+        np.testing.assert_allclose(means["prompt_end"][row], steps[0], rtol=1e-6)
+        np.testing.assert_allclose(means["all"][row], steps.mean(axis=0), rtol=1e-4, atol=1e-5)
+        if answer:
+            np.testing.assert_allclose(means["generated"][row], steps[1:].mean(axis=0), rtol=1e-4, atol=1e-5)
+        else:
+            assert np.isnan(means["generated"][row]).all()
+
+
+def test_an_edit_at_the_prompts_end_is_made_there_only(model):
+    (prompt,) = random_prompts([5])
+    where = []
+    for edits in ("edits", "prompt_end_edits"):
+        lengths = []
+
+        def note(x, lengths=lengths):
+            lengths.append(x.shape[1])
+            return x
+
+        list(generate(model, [prompt], 3, **{edits: {SITES[0]: note}}))
+        where.append(lengths)
+    assert where == [[4, 1, 1, 1, 1], [1]]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,8 +99,8 @@ def test_answers_are_known_as_far_as_they_were_written(measured):
     assert len(answer) == 20  # this random model never ends
     assert measured.known_answer(prompt, 20) == answer and measured.known_answer(prompt, 3) == answer[:3]
     assert measured.known_answer(prompt, 21) is None and measured.known_answer([1, 2], 3) is None
-    measured.answers[0][1] = answer[:7]  # had it ended there
-    assert measured.known_answer(prompt, 100) == answer[:7]
+    ended = replace(measured, answers=[[measured.answers[0][0], answer[:7]], *measured.answers[1:]])
+    assert ended.known_answer(prompt, 100) == answer[:7]
 
 
 def test_the_second_time_nothing_is_measured(loaded, measured, tmp_path, monkeypatch):
@@ -151,6 +152,7 @@ def test_a_damaged_cache_is_named(loaded, measured, tmp_path):
 def test_two_processes_at_once_share_one_measurement(loaded, tmp_path):
     code = f"""
 import sys
+from dataclasses import replace
 from pathlib import Path
 from alignment_artifacts.directions import measurements as ms
 from gemma_refactored.model_loading import load

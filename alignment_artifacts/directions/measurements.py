@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -131,7 +132,7 @@ class Measurements:
             return None
         return answer[:max_tokens]
 
-    @property
+    @cached_property
     def _answers_by_prompt(self) -> dict[tuple[int, ...], list[int]]:
         both = zip(self.prompts, self.answers, strict=True)
         return {tuple(p): a for prompts, answers in both for p, a in zip(prompts, answers, strict=True)}

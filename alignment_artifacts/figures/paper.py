@@ -198,6 +198,8 @@ def plot_comparison(result: dict, path: Path) -> None:
 
 def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is made once, for both files
     for ending in (".png", ".pdf"):
         figure.savefig(path.with_suffix(ending), dpi=150)
     plt.close(figure)

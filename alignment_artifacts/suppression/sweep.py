@@ -130,22 +130,37 @@ def try_settings(bench: Bench, settings: Iterable[Setting], sets: dict[str, Beha
     return records
 
 
-def choose(records: Sequence[dict], limits: Limits = Limits()) -> int:
-    """The setting that leaves fewest artifact prompts refused or broken, at a bearable cost; of equals, the mildest.
+@dataclass(frozen=True, order=True)
+class Drawbacks:
+    """Of a setting; settings are compared by the first in which they differ.
 
-    Costs that agree to a hundredth of what is bearable are equal (rounding should not decide), and of those the
-    setting with the fewest layers is taken. Where none is bearable, costs count like refusals.
+    Attributes:
+        over_budget: it costs more than the limits allow.
+        left: share of artifact prompts refused or broken; over budget, costs count like refusals.
+        kl: in hundredths of the limit: rounding should not decide.
+        layers: that are edited.
+        exact_kl: nats per token.
     """
 
-    def key(record: dict) -> tuple:
-        kl, changed = record["damage"]["kl_mean"], 1 - record["natural"]["unchanged"]["rate"]
-        left = record["artifact"]["refused_or_broken"]["rate"]
-        mildness = (round(kl / limits.kl, 2), len(record["setting"]["layers"]), kl)
-        if kl <= limits.kl and changed <= limits.changed:
-            return (0, left, *mildness)
-        return (1, left + changed + min(1.0, kl / limits.kl), *mildness)
+    over_budget: bool
+    left: float
+    kl: int
+    layers: int
+    exact_kl: float
 
-    return min(range(len(records)), key=lambda i: key(records[i]))
+
+def drawbacks(record: dict, limits: Limits) -> Drawbacks:
+    kl, changed = record["damage"]["kl_mean"], 1 - record["natural"]["unchanged"]["rate"]
+    left, over_budget = record["artifact"]["refused_or_broken"]["rate"], kl > limits.kl or changed > limits.changed
+    if over_budget:
+        left += changed + min(1.0, kl / limits.kl)
+    return Drawbacks(over_budget, left, round(100 * kl / limits.kl), len(record["setting"]["layers"]), kl)
+
+
+def choose(records: Sequence[dict], limits: Limits = Limits()) -> int:
+    """The setting that leaves fewest artifact prompts refused or broken within the limits; of equals, the least
+    intrusive."""
+    return min(range(len(records)), key=lambda i: drawbacks(records[i], limits))
 
 
 def choose_amplification(records: Sequence[dict]) -> int:
