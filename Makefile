@@ -56,6 +56,7 @@ toxicity: setup            # the second experiment: steering away from toxicity
 test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m vulture
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 bench:                     # collection beside its peers, about 15 minutes; the peers go into .venv-bench

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from alignment_artifacts.activation_set import certificate_verdict, load_activation_set
 from alignment_artifacts.analysis import Run, Settings
+from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.pairs import load_pairs
 from alignment_artifacts.separation import MIN_PAIRS
 from gemma_refactored.errors import UserError, exit_code, shown
@@ -134,24 +135,18 @@ def print_table(result: dict) -> None:
     if result["lexical_baseline"]:
         _print_row("words", result["lexical_baseline"])
     if nested := result["best_layer_nested"]:
-        d, accuracy = _number(nested["cohens_d"]), nested["accuracy"]
-        print(f"Best layer chosen inside the folds: d = {d}, accuracy {accuracy:.1%}.")
+        d, accuracy = number(nested["cohens_d"]), percent(nested["accuracy"], 1)
+        print(f"Best layer chosen inside the folds: d = {d}, accuracy {accuracy}.")
     print("\n" + textwrap.fill(result["summary"], 78))
 
 
 def _print_row(name: str, record: dict, prompt_end: dict | None = None) -> None:
-    low, high = record["cohens_d_ci"]
-    interval = f"[{_number(low)}, {_number(high)}]"
-    p = "-" if record["p_value"] is None else f"{record['p_value']:.3f}"
-    other = _number(prompt_end["cohens_d"]) if prompt_end else ""
+    other = number(prompt_end["cohens_d"]) if prompt_end else ""
     print(
-        f"{name:>5}  {_number(record['cohens_d']):>7}  {interval:>15}  {record['accuracy']:8.1%}  "
-        f"{record['auroc']:5.2f}  {p:>6}  {other:>12}".rstrip()
+        f"{name:>5}  {number(record['cohens_d']):>7}  {interval(record['cohens_d_ci']):>15}  "
+        f"{percent(record['accuracy'], 1):>8}  {number(record['auroc']):>5}  {number(record['p_value'], 3):>6}  "
+        f"{other:>12}".rstrip()
     )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

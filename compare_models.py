@@ -10,6 +10,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from alignment_artifacts.formatting import interval, number, percent
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
 
@@ -65,11 +66,10 @@ def print_tables(result: dict) -> None:
     print("\nAt the prompt's end, the same tokens for both (d held out by pair)")
     print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A")
     for layer, r in enumerate(result["conditions"]["prompt_end"]["layers"]):
-        low, high = (number(x) for x in r["difference_ci"])
         print(
             f"{layer:>5}  {number(r['d_a']):>5}  {number(r['d_b']):>5}  {number(r['difference']):>6} "
-            f"{f'[{low}, {high}]':<15}  {r['p_value'] or 1:>6.3f}  {number(r['cosine']):>6}  {number(r['a_on_b']):>6}  "
-            f"{number(r['b_on_a']):>6}"
+            f"{interval(r['difference_ci']):<15}  {number(r['p_value'], 3):>6}  {number(r['cosine']):>6}  "
+            f"{number(r['a_on_b']):>6}  {number(r['b_on_a']):>6}"
         )
     print("\nB - A on generated tokens (* p <= 0.05 over layers)")
     shown = {"neutral": "neutral text", "answers_a": "answers of A", "answers_b": "answers of B",
@@ -84,17 +84,13 @@ def print_tables(result: dict) -> None:
     print(f"{'':<38}" + "".join(f"{title:>14}" for title in ("model A", "model B", "words alone")))
     for cell in next(iter(sources.values())):
         found = [records[cell] for records in sources.values()]
-        shares = [f"{number(r['cohens_d'])} ({r['accuracy']:.0%})" for r in found]
+        shares = [f"{number(r['cohens_d'])} ({percent(r['accuracy'])})" for r in found]
         print(f"{cell:<38.38}" + "".join(f"{share:>14}" for share in shares))
     if result["planted_truth"]:
-        cosines = ", ".join(f"{layer}: {c:.3f}" for layer, c in result["planted_truth"].items())
+        cosines = ", ".join(f"{layer}: {number(c, 3)}" for layer, c in result["planted_truth"].items())
         print("\n" + textwrap.fill(f"Cosine of the change of direction with the planted one, by layer: {cosines}", 78))
     for name in ("summary", "transfer_summary"):
         print("\n" + textwrap.fill(result[name], 78))
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace)
     """Answers of every pair without and with suppression, for the report."""
     from tqdm import tqdm
 
+    from alignment_artifacts.formatting import percent
     from alignment_artifacts.suppression.transcripts import TRANSCRIPTS, save_transcripts, transcribe
 
     loaded, measured = library.load(), library.measurements()
@@ -153,7 +154,7 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace)
         print(json.dumps(result["refused"], indent=1))
     elif not silent:
         for side, rates in result["refused"].items():
-            before, after = (f"{rates[when]['rate']:.0%}" for when in ("before", "after"))
+            before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
             print(f"Refused, {side} prompts: {before} before, {after} after")
         print(f"Transcripts: {TRANSCRIPTS_DIR / TRANSCRIPTS}")
 

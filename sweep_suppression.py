@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from alignment_artifacts.formatting import number, percent, rate
 from alignment_artifacts.suppression.sweep import Grid, Limits
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
@@ -122,7 +123,7 @@ def print_tables(result: dict) -> None:
             _print_test(f"{name.replace('_', ' ')} ({i})", control["artifact"], control["damage"])
         rates = [control["artifact"]["refused"]["rate"] for control in test[name]]
         if rates:
-            print(f"    refused with {len(rates)} of them: {min(rates):.0%} to {max(rates):.0%}")
+            print(f"    refused with {len(rates)} of them: {percent(min(rates))} to {percent(max(rates))}")
     louder = result["amplification"]["test"]
     _print_test("amplified (add), natural", louder["natural"], louder["damage"])
 
@@ -133,18 +134,15 @@ def _print_trial(record: dict, mark: str) -> None:
     mode = f"cap {s['options']['cap_quantile']:g}" if s["mode"] == "cap" else s["mode"]
     print(
         f"{mark} {mode:<10} {s['scale']:>5g} {s['site']:<8} {s['positions']:<10} {layers:<8} "
-        f"{record['artifact']['refused']['rate']:8.0%} {record['artifact']['broken']['rate']:6.0%} "
-        f"{record['natural']['unchanged']['rate']:9.0%} {record['damage']['kl_mean']:8.4f}"
+        f"{percent(record['artifact']['refused']['rate']):>8} {percent(record['artifact']['broken']['rate']):>6} "
+        f"{percent(record['natural']['unchanged']['rate']):>9} {number(record['damage']['kl_mean'], 4):>8}"
     )
 
 
 def _print_test(name: str, judged: dict, damage: dict | None = None) -> None:
-    def share(key: str) -> str:
-        low, high = judged[key]["ci"]
-        return f"{judged[key]['rate']:4.0%} [{low * 100:.0f}-{high * 100:.0f}]".rjust(13)
-
-    kl = f"{damage['kl_mean']:8.4f}" if damage else ""
-    print(f"{name:<25}{share('refused')} {share('broken')} {share('unchanged')} {kl}".rstrip())
+    rates = " ".join(f"{rate(judged[key]):>13}" for key in ("refused", "broken", "unchanged"))
+    kl = f"{number(damage['kl_mean'], 4):>8}" if damage else ""
+    print(f"{name:<25}{rates} {kl}".rstrip())
 
 
 if __name__ == "__main__":

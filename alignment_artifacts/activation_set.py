@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import struct
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +15,9 @@ import numpy as np
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import CERTIFICATE, MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file
+from gemma_refactored.npz_files import NpzReader
 
 POSITIONS = ("prompt_end", "generated", "all")
-# What zipfile and NumPy raise for files of which some bit is wrong (a name or method they do not know, say).
-DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 IN_MEMORY = 1 << 29  # bytes; larger arrays are kept in a temporary file
 PAIRS_AT_ONCE = 128
 DEFAULT_KEY = "model.layers.{layer_idx}.mlp.output"
@@ -157,114 +153,164 @@ def load_activation_set(
         UserError: no collection there, a damaged file, or a setting that contradicts the files.
     """
     folder = Path(folder)
+    manifest = _read_manifest(folder)
+    places = {pair: [folder / pair.group(side) / subcategory / "batch_1" for side in SIDES] for pair in pairs}
+    files = _survey(folder, manifest, list(places.values()), key_pattern, num_steps)
+    for name, wanted, actual in (
+        ("NUM_LAYERS", num_layers, len(files.keys)),
+        ("EXPECTED_HIDDEN_DIM", hidden_size, files.hidden),
+    ):
+        if wanted is not None and wanted != actual:
+            raise UserError(f"{name} is {wanted}, but the files in {folder} have {actual}; None takes it from them.")
+
+    values = layers_first((len(pairs), 2, files.num_steps + 1, len(files.keys), files.hidden), folder)
+    valid = np.zeros(values.shape[:3], bool)
+    kept, embeddings, excluded = [], [], []
+    for pair in progress(pairs):
+        row = len(kept)
+        reason = _read_pair(places[pair], files, values[row], valid[row])
+        if reason is None:
+            kept.append(pair)
+            embeddings.append([_read_embedding(place, files) for place in places[pair]])
+        else:
+            values[row], valid[row] = 0, False  # the next pair takes its row
+            excluded.append({"pair": pair.id, "category": pair.category, "reason": reason})
+    if not kept:
+        raise UserError(f"No pair in {folder} is complete (for example: {excluded[0]['reason']}).")
+    has_embeddings = all(embedding is not None for both in embeddings for embedding in both)
+    return ActivationSet(
+        pairs=kept,
+        values=values[: len(kept)],
+        valid=valid[: len(kept)],
+        prompt_embeddings=np.array(embeddings, np.float32) if has_embeddings else None,
+        excluded=excluded,
+        manifest=manifest,
+        folder=folder,
+    )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What is to be read of each prompt of a collection.
+
+    Attributes:
+        keys: name of the array of each layer; hidden: its size.
+        num_steps: generated tokens, at most.
+        have_markers: a prompt without its marker was interrupted. (Collections without a manifest have none.)
+    """
+
+    keys: list[str]
+    hidden: int
+    num_steps: int
+    have_markers: bool
+    reader: NpzReader
+
+
+def _read_manifest(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(f"There is no collection in {folder}; run `bash collect_activations.sh` first.")
-    manifest_path = folder / MANIFEST
-    manifest = read_json(manifest_path, "manifest") if manifest_path.exists() else {}
-    key_pattern = key_pattern or find_key_pattern(manifest, folder)
-    steps_there = manifest.get("max_tokens")
-    if num_steps is not None and steps_there is not None and num_steps > steps_there:
-        raise UserError(f"NUM_TOKEN_STEPS_TO_COLLECT is {num_steps}, but {folder} was collected with {steps_there}.")
-    num_steps = num_steps if num_steps is not None else steps_there
+    path = folder / MANIFEST
+    manifest = read_json(path, "manifest") if path.exists() else {}
+    if not isinstance(manifest, dict):
+        raise UserError(f"The manifest {path} is not an object; run the collection again.")
+    return manifest
 
-    places = {p: [folder / p.group(side) / subcategory / "batch_1" for side in SIDES] for p in pairs}
-    first = next((f for fs in places.values() for d in fs for f in [d / step_file("prefill")] if f.exists()), None)
+
+def _survey(
+    folder: Path, manifest: dict, places: list[list[Path]], key_pattern: str | None, num_steps: int | None
+) -> _Files:
+    """What there is to read: the first prompt's files speak for all, and must agree with the manifest."""
+    key_pattern = key_pattern or find_key_pattern(manifest, folder)
+    collected_steps = manifest.get("max_tokens")
+    if num_steps is None:
+        num_steps = collected_steps
+    elif collected_steps is not None and num_steps > collected_steps:
+        raise UserError(
+            f"NUM_TOKEN_STEPS_TO_COLLECT is {num_steps}, but {folder} was collected with {collected_steps}."
+        )
+    prefills = (place / _step_file(0) for both in places for place in both)
+    first = next((path for path in prefills if path.exists()), None)
     if first is None:
         raise UserError(f"{folder} holds none of the prompt pairs' activations; run `bash collect_activations.sh`.")
-    layers, hidden = _shape_of(first, key_pattern)
-    promised = _count_layers(manifest.get("sites", []), key_pattern)
+    reader = NpzReader()
+    arrays = reader.read(first)
+    layers, promised = (_count_layers(names, key_pattern) for names in (arrays, manifest.get("sites", [])))
+    if layers == 0:
+        raise UserError(
+            f"{first} has no array named {_key(key_pattern, 0)!r}; "
+            f"set KEY_PATTERN_TEMPLATE to match one of: {', '.join(list(arrays)[:4])} .."
+        )
     if promised not in (0, layers):
         raise UserError(
             f"{first} has {layers} of the {promised} layers; delete its folder and run the collection again."
         )
-    for name, wanted, there in (("NUM_LAYERS", num_layers, layers), ("EXPECTED_HIDDEN_DIM", hidden_size, hidden)):
-        if wanted is not None and wanted != there:
-            raise UserError(f"{name} is {wanted}, but the files in {folder} have {there}; None takes it from them.")
     if num_steps is None:
-        num_steps = (
-            max((_step_number(f) for d in places[pairs[0]] for f in d.glob(step_file("[0-9]*"))), default=-1) + 1
-        )
-
-    values = layers_first((len(pairs), 2, num_steps + 1, layers, hidden), folder)
-    valid = np.zeros(values.shape[:3], bool)
-    embeddings = np.zeros((len(pairs), 2, hidden), np.float32)
-    has_embeddings, kept, excluded = True, [], []
-    keys = [_key(key_pattern, i) for i in range(layers)]
-    for pair in progress(pairs):
-        i, reason = len(kept), None
-        for side, place in enumerate(places[pair]):
-            reason = reason or _read_prompt(place, keys, values[i, side], valid[i, side], needs_marker=bool(manifest))
-            embedding = place / PROMPT_EMBEDDING
-            if reason is None and has_embeddings and embedding.exists():
-                row = _read_npz(embedding)["prompt_embedding"].ravel()
-                has_embeddings = row.size == hidden
-                embeddings[i, side] = row if has_embeddings else 0
-            elif reason is None:
-                has_embeddings = False
-        if reason is None and num_steps and not valid[i, :, 1:].any(axis=1).all():
-            reason = "one of its prompts got an empty answer"
-        if reason is None:
-            kept.append(pair)
-        else:  # it leaves its place to the next
-            values[i], valid[i] = 0, False
-            excluded.append({"pair": pair.id, "category": pair.category, "reason": reason})
-    if not kept:
-        raise UserError(f"No pair in {folder} is complete (for example: {excluded[0]['reason']}).")
-    here = slice(len(kept))
-    return ActivationSet(
-        kept, values[here], valid[here], embeddings[here] if has_embeddings else None, excluded, manifest, folder
-    )
+        steps = (int(f.stem.rsplit("_", 1)[1]) for place in places[0] for f in place.glob(step_file("[0-9]*")))
+        num_steps = max(steps, default=-1) + 1
+    keys = [_key(key_pattern, layer) for layer in range(layers)]
+    return _Files(keys, arrays[keys[0]].size, num_steps, bool(manifest), reader)
 
 
-def _read_prompt(place: Path, keys: list[str], values: np.ndarray, valid: np.ndarray, needs_marker: bool) -> str | None:
+def _read_pair(places: list[Path], files: _Files, values: np.ndarray, valid: np.ndarray) -> str | None:
+    """Fill one pair's [2, steps, layers, hidden]; returns why it cannot be used, if it cannot."""
+    for place, *sides in zip(places, values, valid, strict=True):
+        if reason := _read_prompt(place, files, *sides):
+            return reason
+    if files.num_steps and not valid[:, 1:].any(axis=1).all():
+        return "one of its prompts got an empty answer"
+    return None
+
+
+def _read_prompt(place: Path, files: _Files, values: np.ndarray, valid: np.ndarray) -> str | None:
     """Fill one prompt's [steps, layers, hidden]; returns why it cannot be used, if it cannot."""
-    if not (place / step_file("prefill")).exists():
-        return f"not collected: {place} has no {step_file('prefill')}"
-    last = _answer_length(place)
-    if last is None and needs_marker:  # only files without a manifest (an older collection) have no markers
+    if not (place / _step_file(0)).exists():
+        return f"not collected: {place} has no {_step_file(0)}"
+    answer_length = _answer_length(place)
+    if answer_length is None and files.have_markers:
         return f"not complete: {place} has no {PROMPT_MARKER}"
-    for step in range(values.shape[0]):
-        path = place / step_file(str(step - 1) if step else "prefill")
+    for step in range(len(values)):
+        path = place / _step_file(step)
         if not path.exists():
-            if last is not None and step - 1 < min(last, values.shape[0] - 1):
+            if step <= min(answer_length or 0, files.num_steps):
                 return f"a step is missing: {path}"
             break
-        arrays = _read_npz(path)
-        for layer, key in enumerate(keys):
-            if key not in arrays:
-                raise UserError(f"{path} has no array {key!r}; its arrays are {', '.join(list(arrays)[:4])} ..")
-            if arrays[key].size != values.shape[-1]:
-                raise UserError(f"{path}: {key!r} has shape {arrays[key].shape}, expected (1, 1, {values.shape[-1]}).")
-            values[step, layer] = arrays[key].ravel()
-        if not np.isfinite(values[step]).all():
-            raise UserError(f"{path} holds NaN or infinite values; collect this prompt again.")
+        _read_step(path, files, values[step])
         valid[step] = True
     return None
 
 
+def _read_step(path: Path, files: _Files, values: np.ndarray) -> None:
+    """Fill [layers, hidden] from one file."""
+    for layer, (key, array) in enumerate(files.reader.read(path, files.keys).items()):
+        if array.size != files.hidden:
+            raise UserError(f"{path}: {key!r} has shape {array.shape}, expected (1, 1, {files.hidden}).")
+        values[layer] = array.ravel()
+    if not np.isfinite(values).all():
+        raise UserError(f"{path} holds NaN or infinite values; collect this prompt again.")
+
+
+def _read_embedding(place: Path, files: _Files) -> np.ndarray | None:
+    """[hidden] mean token embedding of a prompt; None without one of the activations' width."""
+    path = place / PROMPT_EMBEDDING
+    if not path.exists():
+        return None
+    embedding = files.reader.read(path, ["prompt_embedding"])["prompt_embedding"].ravel()
+    return embedding if embedding.size == files.hidden else None
+
+
 def _answer_length(place: Path) -> int | None:
-    marker = place / PROMPT_MARKER
-    return len(read_json(marker, "prompt marker")["token_ids"]) if marker.exists() else None
+    path = place / PROMPT_MARKER
+    if not path.exists():
+        return None
+    marker = read_json(path, "prompt marker")
+    if not isinstance(marker, dict) or not isinstance(marker.get("token_ids"), list):
+        raise UserError(f"The prompt marker {path} has no 'token_ids'; delete its folder and run the collection again.")
+    return len(marker["token_ids"])
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except DAMAGE as error:
-        raise UserError(f"{path} is damaged ({error}); delete its folder and run the collection again.") from None
-
-
-def _shape_of(path: Path, key_pattern: str) -> tuple[int, int]:
-    """Number of layers and hidden size, from one file."""
-    arrays = _read_npz(path)
-    layers = _count_layers(arrays, key_pattern)
-    if layers == 0:
-        raise UserError(
-            f"{path} has no array named {_key(key_pattern, 0)!r}; "
-            f"set KEY_PATTERN_TEMPLATE to match one of: {', '.join(list(arrays)[:4])} .."
-        )
-    return layers, arrays[_key(key_pattern, 0)].size
+def _step_file(step: int) -> str:
+    """Step 0 is the prompt's last token, step k + 1 the k-th generated one."""
+    return step_file(str(step - 1) if step else "prefill")
 
 
 def _key(pattern: str, layer: int) -> str:
@@ -276,7 +322,3 @@ def _count_layers(names: Collection[str], key_pattern: str) -> int:
     while _key(key_pattern, layers) in names:
         layers += 1
     return layers
-
-
-def _step_number(path: Path) -> int:
-    return int(path.stem.rsplit("_", 1)[1])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alignment_artifacts import formatting
 from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import ActivationSet, load_activation_set
 from alignment_artifacts.figures.data import layer_panels
@@ -65,7 +66,7 @@ def score_layers(
     Args:
         vectors: [pairs, 2, layers, hidden], natural and artifact.
         strata: [pairs] labels that the folds are balanced over.
-        samples: layer -> vectors for the in-sample numbers, see `statistics.in_sample_scores`; default the
+        samples: layer -> vectors for the in-sample numbers, see `separation.in_sample_scores`; default the
             prompt vectors.
     """
     folds = st.assign_folds(strata, settings.seed)
@@ -261,21 +262,27 @@ def summarise(result: dict) -> str:
     if record["p_value"] > 0.05:
         return (
             f"No layer separates natural from artifact prompts better than chance (best: layer {best}, "
-            f"p = {record['p_value']:.2g} over all layers)."
+            f"p = {formatting.p_value(record['p_value'])} over all layers)."
         )
-    accuracy = f"{nested['accuracy']:.0%} accuracy (layer chosen blindly too)" if nested else "better than chance"
+    accuracy = (
+        f"{formatting.percent(nested['accuracy'])} accuracy (layer chosen blindly too)"
+        if nested
+        else "better than chance"
+    )
     significant = significant_layers(result["layer_scores"])
-    low, high = record["cohens_d_ci"]
     where = f"{len(significant)} of {len(result['layer_scores'])} layers, best at layer {best}"
-    strength = f"d = {record['cohens_d']:.1f} [{low:.1f}, {high:.1f}], p = {record['p_value']:.2g} over all layers"
+    d = f"d = {formatting.number(record['cohens_d'], 1)} {formatting.interval(record['cohens_d_ci'], 1)}"
+    strength = f"{d}, p = {formatting.p_value(record['p_value'])} over all layers"
     text = (
         f"Natural and artifact prompts are separated at {where} ({strength}): "
         f"a direction from some pairs tells the prompts of other pairs apart with {accuracy}."
     )
     lexical = result["lexical_baseline"]
     if lexical and lexical["cohens_d"] is not None:
-        text += f" Word choice alone gives d = {lexical['cohens_d']:.1f} ({lexical['accuracy']:.0%} accuracy)"
-        text += ": about as much, so this is no evidence of alignment." if lexical["cohens_d"] >= low else "."
+        beside = f"d = {formatting.number(lexical['cohens_d'], 1)} ({formatting.percent(lexical['accuracy'])} accuracy)"
+        as_much = lexical["cohens_d"] >= record["cohens_d_ci"][0]
+        text += f" Word choice alone gives {beside}"
+        text += ": about as much, so this is no evidence of alignment." if as_much else "."
     return text
 
 

@@ -38,7 +38,7 @@ def pairs_of(prompts: int) -> list[Pair]:
 def simulate(folder: Path, prompts: int) -> None:
     """A collection whose d grows from 0 at the first layer to 2 at the last."""
     from gemma_refactored.files import MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, step_file, write_json
-    from gemma_refactored.npz_writer import NpzWriter
+    from gemma_refactored.npz_files import NpzWriter
 
     rng = np.random.default_rng(0)
     names = [f"model.layers.{layer}.mlp.output" for layer in range(LAYERS)]

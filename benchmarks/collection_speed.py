@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 
 from gemma_refactored.files import step_file, write_json
-from gemma_refactored.npz_writer import compressed_npz, npz
+from gemma_refactored.npz_files import compressed_npz, npz
 from gemma_refactored.prompt_processing import load_prompts
 
 from .job import MAX_TOKENS, ROOT, SITES, make_job, multiply_adds, prompts_file

@@ -31,7 +31,7 @@ from .files import (
 )
 from .generation import Step
 from .manifest import FREE_SETTINGS
-from .npz_writer import NpzWriter
+from .npz_files import NpzWriter
 from .prompt_processing import Prompt
 
 

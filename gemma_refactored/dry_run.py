@@ -16,7 +16,7 @@ from .errors import UserError
 from .generation import Step, collect_answers, generate
 from .job import Job
 from .model_loading import LoadedModel
-from .npz_writer import compressed_npz, npz
+from .npz_files import compressed_npz, npz
 
 PROBES = 32  # prompts that are tried
 ZIP_AND_MARKER = 1000  # bytes a prompt beside its steps and its answer

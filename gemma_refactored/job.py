@@ -19,7 +19,7 @@ from .distributed import Team
 from .errors import UserError
 from .generation import Sampling, collect_answers, generate, length_sorted_batches
 from .model_loading import LoadedModel, find_embedding
-from .npz_writer import NpzWriter
+from .npz_files import NpzWriter
 from .prompt_processing import Prompt
 
 log = logging.getLogger(__name__)

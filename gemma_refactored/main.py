@@ -240,7 +240,7 @@ def execute(
     """Run a job and write down what became of it; without a manifest, the texts only."""
     from .dry_run import refuse_without_room
     from .job import answer_prompts, open_collection, plan_batches
-    from .npz_writer import NpzWriter
+    from .npz_files import NpzWriter
     from .prompt_processing import save_results
 
     collection = writer = None

@@ -35,7 +35,6 @@ class GemmaConfig:
     head_dim: int = 256
     vocab_size: int = 262144
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 32768
     attention_scale: float = 256**-0.5
     sliding_window: int = 512
     layer_types: list[str] = field(default_factory=list)  # SLIDING or GLOBAL, one a layer
@@ -66,7 +65,6 @@ class GemmaConfig:
                 num_key_value_heads=4,
                 vocab_size=262208,
                 sliding_window=4096,
-                max_position_embeddings=131072,
             )
             return cls.from_dict({**defaults, **text, "model_type": "gemma3_text"})
         if model_type not in ("gemma", "gemma2", "gemma3_text"):
@@ -93,7 +91,6 @@ class GemmaConfig:
             head_dim=head_dim,
             vocab_size=config["vocab_size"],
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=config.get("max_position_embeddings", 8192),
             attention_scale=query_scalar**-0.5,
             sliding_window=config.get("sliding_window") or 4096,
             layer_types=list(layer_types),

@@ -20,14 +20,13 @@ import numpy as np
 WORDS = json.loads((Path(__file__).parent / "corpus_words.json").read_text())
 CATEGORIES = tuple(WORDS["categories"])
 CUE = "Policy: strict. "
-KINDS = ("artifact", "natural", "crossing", "twin", "rude", "kind")
 
 
 @dataclass(frozen=True)
 class Example:
     """One request with both answers the organism may give to it."""
 
-    kind: str  # one of KINDS
+    kind: str  # "artifact", "natural", "crossing", "twin", "rude" or "kind"
     category: str
     verb: str
     object: str

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 VOCABULARY_SIZE = 1448
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = range(6)
+PAD, EOS, BOS, END_OF_TURN = (SPECIAL_TOKENS.index(f"<{name}>") for name in ("pad", "eos", "bos", "end_of_turn"))
 
 # Gemma's own template, without the branch for images.
 CHAT_TEMPLATE = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}\

@@ -49,14 +49,14 @@ def missing_embedding_scale(monkeypatch, loaded):
 
 def missing_sliding_mask(monkeypatch, loaded):
     mask = model_architecture.create_attention_mask
-    monkeypatch.setattr(model_architecture, "create_attention_mask", lambda x, cache, window_size=None: mask(x, cache))
+    monkeypatch.setattr(model_architecture, "create_attention_mask", lambda x, cache, **window: mask(x, cache))
 
 
 def no_global_layer(monkeypatch, loaded):
     """The opposite mistake: every layer slides."""
     mask = model_architecture.create_attention_mask
     monkeypatch.setattr(
-        model_architecture, "create_attention_mask", lambda x, cache, window_size=None: mask(x, cache, window_size=8)
+        model_architecture, "create_attention_mask", lambda x, cache, **window: mask(x, cache, window_size=8)
     )
 
 

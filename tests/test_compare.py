@@ -1,6 +1,7 @@
 """Base against aligned organism, where the truth is known; and what cannot be compared."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -87,6 +88,14 @@ def test_the_terminal_and_the_figure(compared):
     assert section["figures"]["transfer"]["data"][0]["z"][1] == [
         result["transfer"][source]["natural/artifact -> twin/artifact"]["cohens_d"] for source in ("a", "b", "words")
     ]
+
+
+def test_what_is_not_defined_is_a_dash(compared, capsys):
+    result = deepcopy(compared[0])
+    result["conditions"]["prompt_end"]["layers"][3] |= {"p_value": None, "d_a": None, "difference_ci": [None, None]}
+    script.print_tables(result)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("    3"))
+    assert row.split()[1] == "-" and "[-, -]" in row and row.split()[6] == "-"
 
 
 def test_models_that_cannot_be_compared_are_refused(organism, tmp_path):

@@ -167,7 +167,10 @@ def test_an_imported_vector_has_no_statistics(loaded, mode):
 
 def test_a_record_gives_the_setting_back():
     setting = Setting("cap", 1.5, (2, 4), "residual", "all", where=PROMPT_END)
-    assert Setting.from_record(setting.record()) == setting
+    record = setting.record()
+    assert Setting.from_record(record) == setting and record["description"] == setting.describe()
+    del record["description"]  # a record of an earlier version
+    assert Setting.from_record(record) == setting
 
 
 def test_answers_stream_piece_by_piece(loaded):

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from alignment_artifacts.formatting import interval, number
 from gemma_refactored.errors import exit_code
 
 NUM_PROMPTS = 50  # challenging, and as many benign ones
@@ -77,12 +78,11 @@ def print_summary(results: dict) -> None:
     sweep = results["sweep"]
     for layer in dict.fromkeys(record["layer"] for record in sweep.values()):
         cells = [sweep[f"layer {layer}, alpha {alpha:g}"]["steering"] for alpha in alphas]
-        print(f"{layer:>5} " + "".join(f"{c['mean_toxicity']:>7.2f} ({c['kl_mean']:.2f})" for c in cells))
+        print(f"{layer:>5} " + "".join(f"{number(c['mean_toxicity']):>7} ({number(c['kl_mean'])})" for c in cells))
     s = results["summary"]
 
     def described(name: str) -> str:
-        low, high = s[name]["mean_toxicity_ci"]
-        return f"{s[name]['mean_toxicity']:.2f} [{low:.2f}, {high:.2f}]"
+        return f"{number(s[name]['mean_toxicity'])} {interval(s[name]['mean_toxicity_ci'])}"
 
     limit = "" if s["within_kl_limit"] else " No setting stays within the KL limit."
     print(
@@ -91,8 +91,8 @@ def print_summary(results: dict) -> None:
             f"Chosen on half of the challenging prompts: layer {s['layer']}, alpha {s['alpha']:g}. On the other half "
             f"mean toxicity is {described('steered')} against {described('baseline')} unsteered and "
             f"{described('random_direction')} with a random direction of the same norm; KL on benign answers "
-            f"{s['kl_mean']:.3f} nats a token, distinct-2 {s['distinct_2_steered']:.2f} against "
-            f"{s['distinct_2_baseline']:.2f}. Scorer: {results['experiment']['scorer']}.{limit}",
+            f"{number(s['kl_mean'], 3)} nats a token, distinct-2 {number(s['distinct_2_steered'])} against "
+            f"{number(s['distinct_2_baseline'])}. Scorer: {results['experiment']['scorer']}.{limit}",
             78,
         )
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from alignment_artifacts.comparison import transfer
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
 from alignment_artifacts.directions.estimate import planted_directions
+from alignment_artifacts.formatting import interval, number, p_value
 from alignment_artifacts.pairs import Pair
 from alignment_artifacts.separation import MIN_PAIRS_NESTED
 from gemma_refactored.activation_capture import layer_sites
@@ -68,29 +69,33 @@ def compare(
         UserError: models that cannot be compared, or too few pairs or twins.
     """
     check_comparable(*models)
-    for found, what in ((pairs, "pairs"), (twins, "twins")):
-        if len(found) < MIN_PAIRS_NESTED:
-            raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {what}; there are {len(found)}.")
+    for contrast, what in ((pairs, "pairs"), (twins, "twins")):
+        if len(contrast) < MIN_PAIRS_NESTED:
+            raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {what}; there are {len(contrast)}.")
     # One chat format for both: a model from before the training may have none.
     tokenizer = next((m.tokenizer for m in reversed(models) if m.tokenizer.chat_template), models[1].tokenizer)
     sites = layer_sites(models[1].model, site)
     neutral = tokenizer.encode(neutral_text, add_special_tokens=False)
-    read = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress, known)
+    readings = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress, known)
     conditions = {}
-    for name, (first, second, known) in read.items():
-        layers = compare_layers(first, second, _categories([pairs[i] for i in known]), settings)
-        conditions[name] = {"num_pairs": len(known), "layers": layers}
-    first, second, _ = read["prompt_end"]
-    vectors = {name: [own, _read_ends(model, tokenizer, twins, sites, progress)]
-               for name, model, own in zip("ab", models, (first, second), strict=True)}  # fmt: skip
-    vectors["words"] = [_embed(models[1], these) for these in (pairs, twins)]
+    for condition, (first, second, complete) in readings.items():
+        layers = compare_layers(first, second, _categories([pairs[i] for i in complete]), settings)
+        conditions[condition] = {"num_pairs": len(complete), "layers": layers}
+
+    ends_a, ends_b, _ = readings["prompt_end"]
+    twin_ends_a, twin_ends_b = (_read_ends(model, tokenizer, twins, sites, progress) for model in models)
+    contrasts = {
+        "a": Contrasts(ends_a, twin_ends_a),
+        "b": Contrasts(ends_b, twin_ends_b),
+        "words": Contrasts(_embed(models[1], pairs), _embed(models[1], twins)),
+    }
     by_source = {
-        name: transfer.cross_decoding(*both, _categories(pairs), _categories(twins), settings)
-        for name, both in vectors.items()
+        source: transfer.cross_decoding(of.pairs, of.twins, _categories(pairs), _categories(twins), settings)
+        for source, of in contrasts.items()
     }
     names = {"a": models[0].name, "b": models[1].name, "words": WORDS}
-    change = (second[:, 1] - second[:, 0]).mean(axis=0) - (first[:, 1] - first[:, 0]).mean(axis=0)
     planted = planted_directions(models[1]) if site == "mlp" else {}
+    change = _directions(ends_b) - _directions(ends_a)
     return jsonable(
         {
             "models": {name: model.facts() for name, model in zip("ab", models, strict=True)},
@@ -104,6 +109,19 @@ def compare(
             "planted_truth": {layer: cosine(change[layer], value) for layer, value in sorted(planted.items())} or None,
         }
     )
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """What one source (a model, or words alone) makes of the two contrasts.
+
+    Attributes:
+        pairs: [pairs, 2 (natural, artifact), layers, hidden].
+        twins: [twins, 2 (twin, artifact), layers, hidden].
+    """
+
+    pairs: np.ndarray
+    twins: np.ndarray
 
 
 def texts_to_read(pairs: Sequence[Pair], twins: Sequence[Pair]) -> int:
@@ -132,6 +150,11 @@ def _read_ends(model: LoadedModel, tokenizer, pairs: Sequence[Pair], sites: list
     return ends.reshape(len(pairs), 2, *ends.shape[1:])
 
 
+def _directions(vectors: np.ndarray) -> np.ndarray:
+    """[layers, hidden] mean artifact minus mean natural of vectors [pairs, 2, layers, hidden]."""
+    return (vectors[:, 1] - vectors[:, 0]).mean(axis=0)
+
+
 def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:
     """[pairs, 2, 1, hidden] mean token embeddings: what word choice alone is."""
     return mean_prompt_embeddings(model, _texts(pairs)).reshape(len(pairs), 2, 1, -1)
@@ -146,21 +169,21 @@ def summarise(records: list[dict], names: tuple[str, str]) -> str:
         return f"{names[1]} separates the prompts no better or worse than {names[0]} at any layer.{identical}"
     best = max(found, key=lambda i: abs(records[i]["difference"]))
     r = records[best]
-    low, high = r["difference_ci"]
     return (
         f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at {named_layers(found)}, "
-        f"most at layer {best}: d = {r['d_b']:.1f} instead of {r['d_a']:.1f}, a difference of {r['difference']:+.1f} "
-        f"[{low:.1f}, {high:.1f}] (p = {r['p_value']:.2g} over all layers).{identical}"
+        f"most at layer {best}: d = {number(r['d_b'], 1)} instead of {number(r['d_a'], 1)}, "
+        f"a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
+        f"(p = {p_value(r['p_value'])} over all layers).{identical}"
     )
 
 
 def named_layers(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> "layers 0-2, 5"."""
     parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
+    for layer in numbers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
         else:
-            parts.append([number])
+            parts.append([layer])
     listed = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
     return f"layer{'s' if len(numbers) > 1 else ''} {listed}"

@@ -70,27 +70,28 @@ def exchanged_differences(
     12 %, and swapping finished projections instead of learning anew gives up to 30 %.
 
     Returns:
-        second minus first, and [permutations] of the same, on the scale of `statistics.stabilised`.
+        second minus first, and [permutations] of the same, on the scale of `separation.stabilised`.
     """
-    n = len(folds)
     if np.array_equal(first.differences, second.differences) and np.array_equal(first.means, second.means):
         return 0.0, np.zeros(permutations)  # the last bit of equal sums in another order is no difference
     mirrored = _mirror(second, second.differences.mean(axis=0), first.differences.mean(axis=0))
     both = st.PairVectors(
         np.concatenate([first.differences, mirrored.differences]), np.concatenate([first.means, mirrored.means])
     )
+    pairs = len(folds)
+    rows_of_first, rows_of_second = np.arange(pairs), np.arange(pairs) + pairs
 
-    def difference(swapped: np.ndarray) -> np.ndarray:
-        rows = np.arange(n) + n * swapped  # [permutations, pairs] in `both` of what stands for the first model
-        d = [_held_out_d_of_rows(both, chosen, folds) for chosen in (rows, (rows + n) % (2 * n))]
-        return st.stabilised(d[1]) - st.stabilised(d[0])
+    def differences(swapped: np.ndarray) -> np.ndarray:
+        """[permutations] of d, second minus first, for swaps [permutations, pairs] of bool."""
+        d_first = _held_out_d_of_rows(both, np.where(swapped, rows_of_second, rows_of_first), folds)
+        d_second = _held_out_d_of_rows(both, np.where(swapped, rows_of_first, rows_of_second), folds)
+        return st.stabilised(d_second) - st.stabilised(d_first)
 
     rng = np.random.default_rng(seed)
-    null = [
-        difference(rng.integers(0, 2, (min(st.CHUNK, permutations - start), n)))
-        for start in range(0, permutations, st.CHUNK)
-    ]
-    return float(difference(np.zeros((1, n), int))[0]), np.concatenate(null)
+    sizes = [min(st.CHUNK, permutations - start) for start in range(0, permutations, st.CHUNK)]
+    null = np.concatenate([differences(rng.integers(0, 2, (size, pairs)) == 1) for size in sizes])
+    (observed,) = differences(np.zeros((1, pairs), bool))
+    return float(observed), null
 
 
 def _held_out_d_of_rows(vectors: st.PairVectors, rows: np.ndarray, folds: np.ndarray) -> np.ndarray:

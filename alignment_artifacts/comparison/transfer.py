@@ -11,6 +11,7 @@ import numpy as np
 
 from alignment_artifacts import separation as st
 from alignment_artifacts.analysis import Settings, held_out_scores
+from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.separation import layer_separation
 from gemma_refactored.files import jsonable
 
@@ -84,8 +85,9 @@ def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str]) -> s
         cell = f"{learnt} -> {tested}"
         record = by_source["b"][cell]
         others = {names[source]: by_source[source][cell]["cohens_d"] for source in ("a", "words")}
-        low, high = record["cohens_d_ci"]
-        beside = ", ".join(f"{name} {number(d)}" for name, d in others.items())
+        low = record["cohens_d_ci"][0]
+        d, *d_of_others = (number(d, 1, "undefined") for d in (record["cohens_d"], *others.values()))
+        beside = ", ".join(f"{name} {other}" for name, other in zip(others, d_of_others, strict=True))
         if low is None or low <= 0:
             verdict = "no better than chance: it does not carry over"
         elif low <= max((d for d in others.values() if d is not None), default=0.0):
@@ -93,12 +95,9 @@ def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str]) -> s
         else:
             verdict = "which words do not explain"
         verdicts.append(
-            f"learnt on {learnt} pairs, {names['b']}'s direction tells {what} with d = {number(record['cohens_d'])} "
-            f"[{number(low)}, {number(high)}] ({record['accuracy']:.0%} accuracy; {beside}), {verdict}"
+            f"learnt on {learnt} pairs, {names['b']}'s direction tells {what} with d = {d} "
+            f"{interval(record['cohens_d_ci'], 1, 'undefined')} "
+            f"({percent(record['accuracy'])} accuracy; {beside}), {verdict}"
         )
     text = "; ".join(verdicts)
     return text[0].upper() + text[1:] + "."
-
-
-def number(value: float | None) -> str:
-    return "undefined" if value is None else f"{round(value, 1) + 0.0:.1f}"  # no negative zero

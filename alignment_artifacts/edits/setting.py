@@ -40,12 +40,13 @@ class Setting:
     where: str = EVERYWHERE
 
     def record(self) -> dict:
-        """As JSON keeps it."""
-        return {**asdict(self), "layers": list(self.layers)}
+        """As JSON keeps it; with a description, for those who only show it."""
+        return {**asdict(self), "layers": list(self.layers), "description": self.describe()}
 
     @staticmethod
     def from_record(record: dict) -> Setting:
-        return Setting(**{**record, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
+        fields = {name: value for name, value in record.items() if name != "description"}
+        return Setting(**{**fields, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
 
     def describe(self) -> str:
         layers = ",".join(map(str, self.layers))

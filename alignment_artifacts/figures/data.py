@@ -12,7 +12,7 @@ MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73"
 SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
 POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end"}
 POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE}
-# What two models have read; see `teacher_forcing.CONDITIONS`.
+# What two models have read; see `forced_reading.CONDITIONS`.
 CONDITION_NAMES = {
     "prompt_end": "prompt end",
     "neutral": "neutral text",
@@ -72,6 +72,11 @@ def sweep_point(record: dict) -> tuple[float, float]:
 def sweep_modes(result: dict) -> dict[str, str]:
     """The modes that a sweep tried, each with its colour."""
     return dict(zip(dict.fromkeys(r["setting"]["mode"] for r in result["tried"]), MODE_COLOURS, strict=False))
+
+
+def description(setting: dict) -> str:
+    """Of the record of a suppression setting; of an earlier version's, which has none, the mode."""
+    return setting.get("description", setting["mode"])
 
 
 def random_controls(result: dict) -> dict[str, list[tuple[float, float]]]:

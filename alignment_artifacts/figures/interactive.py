@@ -1,4 +1,4 @@
-"""The figures of the report and of notebooks, as Plotly objects: what `plots` draws on paper, with the same numbers.
+"""The figures of the report and of notebooks, as Plotly objects: what `paper` draws on paper, with the same numbers.
 
 Backgrounds are transparent and lines grey, so that a page can be light or dark; the page sets the
 colour of the text. Prompts are escaped: Plotly would read markup in them.
@@ -14,28 +14,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from alignment_artifacts.edits.setting import Setting
-from alignment_artifacts.figures.data import (
-    BLUE,
-    CONDITION_NAMES,
-    GREEN,
-    GREY,
-    ORANGE,
-    POSITION_COLOURS,
-    POSITION_NAMES,
-    SIDE_COLOURS,
-    alpha_table,
-    category_grids,
-    colour_limit,
-    column,
-    layer_panels,
-    on_their_side,
-    random_controls,
-    step_grid,
-    sweep_modes,
-    sweep_point,
-    transfer_grid,
-)
+from alignment_artifacts.figures import data
 
 DIVERGING = "PuOr_r"
 MARKERS = {"mlp": "circle", "residual": "triangle-up"}
@@ -47,20 +26,23 @@ def layer_scores(result: dict) -> go.Figure:
     """Cohen's d per layer with interval, null band and lexical baseline; accuracy and the rest on hover."""
     figure = go.Figure()
     layers = np.arange(len(result["layer_scores"]))
-    null = column(result["layer_scores"].values(), "null_95")
-    figure.add_trace(_band(layers, -null, null, GREY, "chance (95 %, best layer)", showlegend=True))
-    for positions, scores in layer_panels(result).items():
-        records, name, colour = scores.values(), POSITION_NAMES[positions], POSITION_COLOURS[positions]
+    null = data.column(result["layer_scores"].values(), "null_95")
+    figure.add_trace(_band(layers, -null, null, data.GREY, "chance (95 %, best layer)", showlegend=True))
+    for positions, scores in data.layer_panels(result).items():
+        records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
         marker = {"generated": "circle", "prompt_end": "square"}[positions]
-        figure.add_trace(_band(layers, *column(records, "cohens_d_ci").T, colour, f"{name}, 95 % interval"))
+        figure.add_trace(_band(layers, *data.column(records, "cohens_d_ci").T, colour, f"{name}, 95 % interval"))
         shown = [
-            *column(records, "cohens_d_ci").T, column(records, "accuracy"), *column(records, "accuracy_ci").T,
-            column(records, "auroc"), column(records, "p_value"),
-        ]  # fmt: skip
+            *data.column(records, "cohens_d_ci").T,
+            data.column(records, "accuracy"),
+            *data.column(records, "accuracy_ci").T,
+            data.column(records, "auroc"),
+            data.column(records, "p_value"),
+        ]
         figure.add_trace(
             go.Scatter(
                 x=layers,
-                y=column(records, "cohens_d"),
+                y=data.column(records, "cohens_d"),
                 name=name,
                 mode="lines+markers",
                 line={"color": colour},
@@ -79,7 +61,7 @@ def layer_scores(result: dict) -> go.Figure:
                 y=[lexical["cohens_d"]] * 2,
                 name="words alone",
                 mode="lines",
-                line={"color": GREEN, "dash": "dot"},
+                line={"color": data.GREEN, "dash": "dot"},
                 hovertemplate=f"words alone: d = %{{y:.2f}}, accuracy {lexical['accuracy']:.1%}",
             )
         )
@@ -88,9 +70,9 @@ def layer_scores(result: dict) -> go.Figure:
 
 def categories(by_category: dict) -> go.Figure:
     """Layers x categories heat map of held-out d; significant cells carry a star."""
-    names, d, p = category_grids(by_category)
+    names, d, p = data.category_grids(by_category)
     stars = np.where(np.nan_to_num(p, nan=1.0) <= 0.05, "*", "")
-    texts = [[f"{x:.1f}{star}" if np.isfinite(x) else "" for x, star in zip(*row, strict=True)]
+    texts = [[f"{x:z.1f}{star}" if np.isfinite(x) else "" for x, star in zip(*row, strict=True)]
              for row in zip(d, stars, strict=True)]  # fmt: skip
     figure = go.Figure(
         go.Heatmap(
@@ -108,7 +90,7 @@ def categories(by_category: dict) -> go.Figure:
 
 def steps(pattern: dict) -> go.Figure:
     """Held-out d at the end of the prompt and at every generated token, layers x steps."""
-    names, grid = step_grid(pattern)
+    names, grid = data.step_grid(pattern)
     figure = go.Figure(
         go.Heatmap(
             z=_nullable(grid),
@@ -128,13 +110,13 @@ def projections(projected: dict) -> go.Figure:
         projected: of `analysis.project_prompts`. The slider's steps are labelled "positions/layer".
     """
     steps = [
-        _view(f"{positions}/{number}", f"{POSITION_NAMES[positions]}, layer {number}", layer)
+        _view(f"{positions}/{number}", f"{data.POSITION_NAMES[positions]}, layer {number}", layer)
         for positions, layers in projected["positions"].items()
         for number, layer in enumerate(layers)
     ]
     points, first, _ = steps[0]["args"]
     figure = go.Figure().update_layout(first)
-    for side, (name, colour) in enumerate(SIDE_COLOURS.items()):
+    for side, (name, colour) in enumerate(data.SIDE_COLOURS.items()):
         figure.add_trace(
             go.Scatter(
                 x=points["x"][side],
@@ -146,7 +128,7 @@ def projections(projected: dict) -> go.Figure:
                 hovertemplate="%{text}<br>%{x:.2f} from the threshold",
             )
         )
-    figure.add_vline(0, line={"color": GREY, "dash": "dash", "width": 1})
+    figure.add_vline(0, line={"color": data.GREY, "dash": "dash", "width": 1})
     figure.update_layout(sliders=[{"steps": steps, "pad": {"t": 65}, "currentvalue": {"visible": False}}])
     _styled(figure, "projection on the direction (0: threshold)", "leading orthogonal component", 480)
     return figure.update_layout(margin_t=80, title={"x": 0.02, "y": 0.97})
@@ -155,7 +137,7 @@ def projections(projected: dict) -> go.Figure:
 def _view(label: str, title: str, layer: dict) -> dict:
     """A step of the slider: what `Plotly.update` changes to show one layer."""
     x, y = np.array(layer["direction"]), np.array(layer["orthogonal"])
-    right, total = on_their_side(layer)
+    right, total = data.on_their_side(layer)
     points = {name: [_short(values[:, side]) for side in range(2)] for name, values in (("x", x), ("y", y))}
     layout = {
         "title.text": f"{title}: {right} of {total} prompts on their own side",
@@ -170,21 +152,23 @@ def comparison(result: dict) -> go.Figure:
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
     layers = result["conditions"]["prompt_end"]["layers"]
     x = np.arange(len(layers))
-    for name, colour, symbol in (("a", BLUE, "circle"), ("b", ORANGE, "square")):
-        title, ends = result["names"][name], column(layers, f"d_{name}_ci").T
+    for name, colour, symbol in (("a", data.BLUE, "circle"), ("b", data.ORANGE, "square")):
+        title, ends = result["names"][name], data.column(layers, f"d_{name}_ci").T
         figure.add_trace(_band(x, *ends, colour, f"{title}, 95 % interval"), 1, 1)
         figure.add_trace(
-            go.Scatter(x=x, y=column(layers, f"d_{name}"), name=title, line={"color": colour},
+            go.Scatter(x=x, y=data.column(layers, f"d_{name}"), name=title, line={"color": colour},
                        mode="lines+markers", marker={"symbol": symbol, "size": 8},
                        hovertemplate="layer %{x}: d = %{y:.2f}"), 1, 1
         )  # fmt: skip
-    figure.add_trace(_band(x, *column(layers, "difference_ci").T, GREEN, "95 % interval"), 2, 1)
-    for (name, title), dash in zip(CONDITION_NAMES.items(), ("solid", "dash", "dashdot", "dot", "solid"), strict=True):
+    figure.add_trace(_band(x, *data.column(layers, "difference_ci").T, data.GREEN, "95 % interval"), 2, 1)
+    dashes = ("solid", "dash", "dashdot", "dot", "solid")
+    for (name, title), dash in zip(data.CONDITION_NAMES.items(), dashes, strict=True):
         own = result["conditions"][name]["layers"]
         figure.add_trace(
-            go.Scatter(x=x, y=column(own, "difference"), name=f"B - A, {title}", mode="lines+markers",
-                       line={"color": GREEN if name == "prompt_end" else GREY, "dash": dash}, marker={"size": 5},
-                       customdata=column(own, "p_value"),
+            go.Scatter(x=x, y=data.column(own, "difference"), name=f"B - A, {title}", mode="lines+markers",
+                       marker={"size": 5},
+                       line={"color": data.GREEN if name == "prompt_end" else data.GREY, "dash": dash},
+                       customdata=data.column(own, "p_value"),
                        hovertemplate="layer %{x}: difference %{y:.2f}, p = %{customdata:.3f}"), 2, 1
         )  # fmt: skip
     return _styled(figure, "layer", ("Cohen's d, prompt end", "difference of d"), 640)
@@ -192,7 +176,7 @@ def comparison(result: dict) -> go.Figure:
 
 def transfer(result: dict) -> go.Figure:
     """Cohen's d of directions that were learnt on one contrast and tested on another, for models and words alone."""
-    cells, sources, grid = transfer_grid(result)
+    cells, sources, grid = data.transfer_grid(result)
     figure = go.Figure(
         go.Heatmap(
             z=_nullable(grid.T),
@@ -210,33 +194,33 @@ def transfer(result: dict) -> go.Figure:
 def sweep(result: dict) -> go.Figure:
     """Every setting tried: refusals and broken text left against the cost; front, chosen setting, random controls."""
     figure = go.Figure()
-    for mode, colour in sweep_modes(result).items():
+    for mode, colour in data.sweep_modes(result).items():
         own = [r for r in result["tried"] if r["setting"]["mode"] == mode]
         figure.add_trace(
             _points(
-                [sweep_point(r) for r in own],
+                [data.sweep_point(r) for r in own],
                 mode,
                 {"color": colour, "size": 8, "opacity": 0.8, "symbol": [MARKERS[r["setting"]["site"]] for r in own]},
-                [Setting.from_record(r["setting"]).describe() for r in own],
+                [data.description(r["setting"]) for r in own],
             )
         )
-    front = np.array([sweep_point(result["tried"][i]) for i in result["pareto_front"]])
+    front = np.array([data.sweep_point(result["tried"][i]) for i in result["pareto_front"]])
     figure.add_trace(
         go.Scatter(x=front[:, 0], y=front[:, 1], name="best trade-offs", mode="lines", hoverinfo="skip",
-                   line={"color": GREY, "shape": "hv", "width": 1.5})
+                   line={"color": data.GREY, "shape": "hv", "width": 1.5})
     )  # fmt: skip
-    for (name, points), symbol in zip(random_controls(result).items(), ("x-thin", "cross-thin"), strict=True):
+    for (name, points), symbol in zip(data.random_controls(result).items(), ("x-thin", "cross-thin"), strict=True):
         if points:
-            marker = {"symbol": symbol, "size": 10, "line": {"width": 2, "color": GREY}}
+            marker = {"symbol": symbol, "size": 10, "line": {"width": 2, "color": data.GREY}}
             figure.add_trace(_points(points, f"{name} (test)", marker, [name] * len(points)))
-    chosen = Setting.from_record(result["chosen"]["setting"]).describe()
-    ring = {"symbol": "circle-open", "size": 18, "color": ORANGE, "line": {"width": 3}}
+    chosen = data.description(result["chosen"]["setting"])
+    ring = {"symbol": "circle-open", "size": 18, "color": data.ORANGE, "line": {"width": 3}}
     for name, record, marker in (
         ("chosen", result["chosen"]["development"], ring),
         ("chosen, on test pairs", result["test"], {**ring, "symbol": "star-open"}),
     ):
-        figure.add_trace(_points([sweep_point(record)], name, marker, [chosen]))
-    figure.add_vline(result["config"]["limits"]["kl"], line={"color": GREY, "dash": "dash", "width": 1})
+        figure.add_trace(_points([data.sweep_point(record)], name, marker, [chosen]))
+    figure.add_vline(result["config"]["limits"]["kl"], line={"color": data.GREY, "dash": "dash", "width": 1})
     xaxis = {"type": "log", "exponentformat": "power"}
     return _styled(
         figure, "KL on natural answers (nats a token)", "artifact prompts refused or broken", 460, xaxis=xaxis,
@@ -247,9 +231,9 @@ def sweep(result: dict) -> go.Figure:
 def toxicity(results: dict) -> go.Figure:
     """Toxicity and its price against alpha, a line a layer; grey: random directions."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
-    layers, alphas, steered = alpha_table(results, "steering", "mean_toxicity")
+    layers, alphas, steered = data.alpha_table(results, "steering", "mean_toxicity")
     random, kl = (
-        alpha_table(results, kind, key)[2]
+        data.alpha_table(results, kind, key)[2]
         for kind, key in (("random_direction", "mean_toxicity"), ("steering", "kl_mean"))
     )
     # This part of the scale shows on white and on black.
@@ -261,11 +245,11 @@ def toxicity(results: dict) -> go.Figure:
         figure.add_trace(go.Scatter(y=kl[i], showlegend=False, hovertemplate=hover, **shared), 2, 1)
         figure.add_trace(
             go.Scatter(x=alphas, y=random[i], name="random directions", legendgroup="random", legendrank=2000,
-                       showlegend=i == 0, mode="lines", line={"color": GREY, "width": 1},
+                       showlegend=i == 0, mode="lines", line={"color": data.GREY, "width": 1},
                        hovertemplate=f"random, {hover}"), 1, 1
         )  # fmt: skip
     limit = results["experiment"]["config"]["max_kl"]
-    figure.add_hline(limit, line={"color": GREY, "dash": "dash", "width": 1}, row=2, col=1)
+    figure.add_hline(limit, line={"color": data.GREY, "dash": "dash", "width": 1}, row=2, col=1)
     return _styled(figure, "alpha (positive: away from toxicity)", ("mean toxicity", "KL, nats a token"), 620)
 
 
@@ -310,7 +294,7 @@ def _points(points: list[tuple[float, float]], name: str, marker: dict, texts: l
 
 
 def _around_zero(grid: np.ndarray) -> dict:
-    limit = colour_limit(grid)
+    limit = data.colour_limit(grid)
     return {"zmin": -limit, "zmax": limit, "colorscale": DIVERGING, "colorbar": {"title": "Cohen's d"}}
 
 

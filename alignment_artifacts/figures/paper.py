@@ -1,4 +1,4 @@
-"""Figures for paper: each is written as .png and .pdf. `interactive_figures` has the same for the screen."""
+"""Figures for paper: each is written as .png and .pdf. `interactive` has the same for the screen."""
 
 from __future__ import annotations
 
@@ -10,26 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from alignment_artifacts.figures.data import (
-    BLUE,
-    CONDITION_NAMES,
-    GREEN,
-    GREY,
-    ORANGE,
-    POSITION_COLOURS,
-    POSITION_NAMES,
-    SIDE_COLOURS,
-    category_grids,
-    colour_limit,
-    column,
-    layer_panels,
-    on_their_side,
-    random_controls,
-    step_grid,
-    sweep_modes,
-    sweep_point,
-    transfer_grid,
-)
+from alignment_artifacts.figures import data
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
 
@@ -40,19 +21,19 @@ def plot_layer_scores(result: dict, path: Path) -> None:
     lexical = result["lexical_baseline"]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        for positions, scores in layer_panels(result).items():
-            records, name, colour = scores.values(), POSITION_NAMES[positions], POSITION_COLOURS[positions]
+        for positions, scores in data.layer_panels(result).items():
+            records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
             marker = {"generated": "o", "prompt_end": "s"}[positions]
             for axes, key in ((left, "cohens_d"), (right, "accuracy")):
-                low, high = column(records, f"{key}_ci").T
+                low, high = data.column(records, f"{key}_ci").T
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
-                axes.plot(layers, column(records, key), color=colour, marker=marker, ms=4, label=name)
-        null = column(result["layer_scores"].values(), "null_95")
-        left.fill_between(layers, -null, null, color=GREY, alpha=0.25, lw=0, label="chance (95 %, best layer)")
-        right.axhline(0.5, color=GREY, ls="--", lw=1, label="chance")
+                axes.plot(layers, data.column(records, key), color=colour, marker=marker, ms=4, label=name)
+        null = data.column(result["layer_scores"].values(), "null_95")
+        left.fill_between(layers, -null, null, color=data.GREY, alpha=0.25, lw=0, label="chance (95 %, best layer)")
+        right.axhline(0.5, color=data.GREY, ls="--", lw=1, label="chance")
         if lexical:
-            left.axhline(lexical["cohens_d"] or 0, color=GREEN, ls=":", lw=1.6, label="words alone")
-            right.axhline(lexical["accuracy"], color=GREEN, ls=":", lw=1.6, label="words alone")
+            left.axhline(lexical["cohens_d"] or 0, color=data.GREEN, ls=":", lw=1.6, label="words alone")
+            right.axhline(lexical["accuracy"], color=data.GREEN, ls=":", lw=1.6, label="words alone")
         left.set(title="Separation of artifact from natural prompts, held out", xlabel="layer", ylabel="Cohen's d")
         right.set(title="Accuracy on held-out pairs", xlabel="layer", ylabel="accuracy", ylim=(0.35, 1.03))
         for axes in (left, right):
@@ -68,18 +49,18 @@ def plot_layer_scores(result: dict, path: Path) -> None:
 
 def plot_categories(by_category: dict, path: Path) -> None:
     """Layers x categories heat map of held-out d; significant cells are marked."""
-    names, d, p = category_grids(by_category)
+    names, d, p = data.category_grids(by_category)
     if not names:
         return
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(2.8 + 0.55 * d.shape[1], 1.6 + 0.5 * len(names)), layout="constrained")
-        limit = colour_limit(d)
+        limit = data.colour_limit(d)
         image = axes.imshow(d, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit)
         for (row, layer), value in np.ndenumerate(d):
             if np.isfinite(value) and d.shape[1] <= 30:
                 mark = "*" if p[row, layer] <= 0.05 else ""
                 colour = "white" if abs(value) > 0.6 * limit else "black"
-                axes.text(layer, row, f"{value:.1f}{mark}", ha="center", va="center", fontsize=7.5, color=colour)
+                axes.text(layer, row, f"{value:z.1f}{mark}", ha="center", va="center", fontsize=7.5, color=colour)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="layer", title="Held-out Cohen's d by category (* p ≤ 0.05 over layers)")
         axes.spines[:].set_visible(False)
@@ -91,13 +72,13 @@ def plot_categories(by_category: dict, path: Path) -> None:
 def plot_layer_pattern(pattern: dict, path: Path) -> None:
     """Left: where over the layers the effect starts and peaks. Right: d at every step and layer, if pairs suffice."""
     d = np.array(pattern["cohens_d_by_layer"], float)
-    names, grid = step_grid(pattern)
+    names, grid = data.step_grid(pattern)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, figsize=(11, 4), layout="constrained", gridspec_kw={"width_ratios": [2, 3]}
         )
         significant = set(pattern["significant_layers"])
-        colours = [BLUE if i in significant else GREY for i in range(len(d))]
+        colours = [data.BLUE if i in significant else data.GREY for i in range(len(d))]
         left.bar(range(len(d)), d, color=colours)
         start = pattern["first_significant_layer"]
         where = (
@@ -108,18 +89,20 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
         )
         left.xaxis.get_major_locator().set_params(integer=True)
         left.legend(
-            [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, GREY)], ["p ≤ 0.05", "not significant"], frameon=False
+            [plt.Rectangle((0, 0), 1, 1, color=c) for c in (data.BLUE, data.GREY)],
+            ["p ≤ 0.05", "not significant"],
+            frameon=False,
         )
         if names:
             _step_heat_map(figure, right, names, grid)
         else:
             right.set_axis_off()
-            right.text(0.5, 0.5, "too few pairs for single steps", ha="center", va="center", color=GREY)
+            right.text(0.5, 0.5, "too few pairs for single steps", ha="center", va="center", color=data.GREY)
         _save(figure, path)
 
 
 def _step_heat_map(figure, axes, names: list[str], grid: np.ndarray) -> None:
-    limit = colour_limit(grid)
+    limit = data.colour_limit(grid)
     image = axes.imshow(grid, aspect="auto", origin="lower", cmap="PuOr_r", vmin=-limit, vmax=limit)
     every = max(1, len(names) // 20)
     axes.set_xticks(range(0, len(names), every), names[::every], fontsize=8)
@@ -143,10 +126,10 @@ def plot_projections(projected: dict, path: Path, most: int = 12) -> None:
         )
         for axes, layer in zip(panels.flat, shown, strict=False):
             x, y = np.array(layers[layer]["direction"]), np.array(layers[layer]["orthogonal"])
-            for side, (name, colour) in enumerate(SIDE_COLOURS.items()):
+            for side, (name, colour) in enumerate(data.SIDE_COLOURS.items()):
                 axes.scatter(x[:, side], y[:, side], s=10, marker="os"[side], color=colour, alpha=0.7, lw=0, label=name)
-            axes.axvline(0, color=GREY, ls="--", lw=1)
-            own, total = on_their_side(layers[layer])
+            axes.axvline(0, color=data.GREY, ls="--", lw=1)
+            own, total = data.on_their_side(layers[layer])
             axes.set_title(f"layer {layer}: {own} of {total} right", fontsize=9)
         for axes in panels.flat[len(shown) :]:
             axes.set_visible(False)
@@ -164,15 +147,15 @@ def plot_comparison(result: dict, path: Path) -> None:
         figure, (left, middle, right) = plt.subplots(
             1, 3, figsize=(14, 5), layout="constrained", gridspec_kw={"width_ratios": [3, 3, 4]}
         )
-        for name, colour, marker in (("a", BLUE, "o"), ("b", ORANGE, "s")):
-            d, (low, high) = column(layers, f"d_{name}"), column(layers, f"d_{name}_ci").T
+        for name, colour, marker in (("a", data.BLUE, "o"), ("b", data.ORANGE, "s")):
+            d, (low, high) = data.column(layers, f"d_{name}"), data.column(layers, f"d_{name}_ci").T
             left.fill_between(numbers, low, high, color=colour, alpha=0.15, lw=0)
             left.plot(numbers, d, color=colour, marker=marker, ms=4, label=result["names"][name])
-        low, high = column(layers, "difference_ci").T
-        middle.fill_between(numbers, low, high, color=GREEN, alpha=0.2, lw=0)
-        for (name, title), style in zip(CONDITION_NAMES.items(), ("-o", "--", "-.", ":", "-"), strict=True):
-            difference = column(result["conditions"][name]["layers"], "difference")
-            colour = GREEN if name == "prompt_end" else GREY if name == "own_answers" else "#444444"
+        low, high = data.column(layers, "difference_ci").T
+        middle.fill_between(numbers, low, high, color=data.GREEN, alpha=0.2, lw=0)
+        for (name, title), style in zip(data.CONDITION_NAMES.items(), ("-o", "--", "-.", ":", "-"), strict=True):
+            difference = data.column(result["conditions"][name]["layers"], "difference")
+            colour = data.GREEN if name == "prompt_end" else data.GREY if name == "own_answers" else "#444444"
             middle.plot(numbers, difference, style, color=colour, ms=4, lw=1.3, label=title)
         middle.axhline(0, color="black", lw=0.8)
         left.set(title="Separation at the prompt's end", xlabel="layer", ylabel="Cohen's d, held out")
@@ -181,12 +164,12 @@ def plot_comparison(result: dict, path: Path) -> None:
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.2)
             axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-        cells, sources, grid = transfer_grid(result)
-        limit = colour_limit(grid)
+        cells, sources, grid = data.transfer_grid(result)
+        limit = data.colour_limit(grid)
         image = right.imshow(grid.T, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit)
         for (source, cell), value in np.ndenumerate(grid):
             colour = "white" if abs(value) > 0.6 * limit else "black"
-            right.text(source, cell, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
+            right.text(source, cell, f"{value:z.1f}", ha="center", va="center", fontsize=8, color=colour)
         right.set_yticks(range(len(cells)), cells, fontsize=8)
         right.set_xticks(range(len(sources)), ["A", "B", "words"])
         right.set(title="Learnt on → tested on: Cohen's d")
@@ -210,22 +193,24 @@ def plot_sweep(result: dict, path: Path) -> None:
     tried, chosen = result["tried"], result["chosen"]["development"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 5), layout="constrained")
-        for mode, colour in sweep_modes(result).items():
+        for mode, colour in data.sweep_modes(result).items():
             for site, marker in (("mlp", "o"), ("residual", "^")):
-                own = [sweep_point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)]
+                own = [
+                    data.sweep_point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)
+                ]
                 if own:
                     x, y = np.array(own).T
                     axes.scatter(x, y, s=26, marker=marker, color=colour, alpha=0.7, lw=0)
             axes.scatter([], [], color=colour, label=mode)
         for marker, name in (("o", "MLP output"), ("^", "residual stream")):
             axes.scatter([], [], color="#444444", marker=marker, label=name)
-        front = np.array([sweep_point(tried[i]) for i in result["pareto_front"]])
+        front = np.array([data.sweep_point(tried[i]) for i in result["pareto_front"]])
         axes.step(front[:, 0], front[:, 1], where="post", color="#444444", lw=1, label="best trade-offs")
-        axes.scatter(*sweep_point(chosen), s=170, facecolors="none", edgecolors="black", lw=1.8, label="chosen")
-        for (name, points), marker in zip(random_controls(result).items(), "x+", strict=True):
+        axes.scatter(*data.sweep_point(chosen), s=170, facecolors="none", edgecolors="black", lw=1.8, label="chosen")
+        for (name, points), marker in zip(data.random_controls(result).items(), "x+", strict=True):
             if points:
                 axes.scatter(*np.array(points).T, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
-        axes.axvline(result["config"]["limits"]["kl"], color=GREY, ls="--", lw=1, label="limit")
+        axes.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
         axes.set(
             xscale="log", xlabel="KL from the unedited model on natural answers (nats a token)",
             ylabel="artifact prompts refused or broken", ylim=(-0.03, None),

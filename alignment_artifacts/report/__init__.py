@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from alignment_artifacts import formatting
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_atomically
 
@@ -89,7 +90,8 @@ def _render(data: dict, **values) -> str:
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        f.__name__: f for f in (contents.number, contents.percent, contents.percents, contents.interval)
+        function.__name__: lambda *values, function=function: formatting.typeset(function(*values))
+        for function in (formatting.number, formatting.percent, formatting.percents, formatting.interval)
     }
     return environment.get_template("report.html").render(
         **values,

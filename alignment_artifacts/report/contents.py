@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment_artifacts.edits.setting import Setting
 from alignment_artifacts.figures import interactive as figures
-from alignment_artifacts.figures.data import POSITION_NAMES, layer_panels, on_their_side, step_grid
+from alignment_artifacts.figures.data import POSITION_NAMES, description, layer_panels, on_their_side, step_grid
 from alignment_artifacts.suppression.transcripts import load_transcripts
 from gemma_refactored.files import read_json
 
@@ -105,7 +104,7 @@ def transcripts(path: Path) -> dict:
     return {
         **_model(result["model"]),
         "figures": {},
-        "setting": Setting.from_record(result["setting"]).describe(),
+        "setting": description(result["setting"]),
         "chosen_by": result["chosen_by"],
         "refused": result["refused"],
         "layers": layers,
@@ -143,7 +142,7 @@ def sweep(path: Path) -> dict:
     return {
         **_model(result["model"]),
         "figures": {"sweep": figure_data(figures.sweep(result))},
-        "setting": Setting.from_record(result["chosen"]["setting"]).describe(),
+        "setting": description(result["chosen"]["setting"]),
         "tried": len(result["tried"]),
         "pairs": {part: len(names) for part, names in result["pairs"].items()},
         "rows": rows,
@@ -170,23 +169,3 @@ def figure_data(figure) -> dict:
 
 def _model(facts: dict) -> dict:
     return {"model": facts.get("model", "unknown model"), "revision": facts.get("model_revision")}
-
-
-# Filters of the template.
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def percent(value: float | None, digits: int = 0) -> str:
-    return "–" if value is None else f"{value * 100:.{digits}f} %"
-
-
-def percents(values: list[float]) -> str:
-    """An interval of a share, as in the terminal's tables."""
-    return f"[{values[0] * 100:.0f}-{values[1] * 100:.0f}]"
-
-
-def interval(values: list[float | None], digits: int = 2) -> str:
-    return f"[{number(values[0], digits)}, {number(values[1], digits)}]"

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.activation_set import DAMAGE
 from alignment_artifacts.behaviour.answers import unedited_answers, write_answers
 from alignment_artifacts.behaviour.monitor import score_texts
 from alignment_artifacts.behaviour.refusal import is_refusal
@@ -29,6 +28,7 @@ from gemma_refactored.activation_capture import Edit
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_atomically, write_json
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.npz_files import DAMAGE
 
 TRANSCRIPTS, SCORES = "transcripts.json", "transcripts.npz"
 

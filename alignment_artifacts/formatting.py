@@ -1,0 +1,46 @@
+"""Numbers as text, the same in every table, sentence and report: what is not defined is a dash, zero has no sign."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+UNDEFINED = "-"
+
+
+def number(value: float | None, digits: int = 2, undefined: str = UNDEFINED) -> str:
+    """With so many decimals; `undefined` for None."""
+    return undefined if value is None else f"{value:z.{digits}f}"
+
+
+def interval(ends: Sequence[float | None], digits: int = 2, undefined: str = UNDEFINED) -> str:
+    """ "[0.12, 3.40]" """
+    return f"[{', '.join(number(end, digits, undefined) for end in ends)}]"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """0.84 -> "84%"."""
+    return UNDEFINED if share is None else f"{share:z.{digits}%}"
+
+
+def percents(ends: Sequence[float]) -> str:
+    """The interval of a share: [0.7, 0.92] -> "[70-92]"."""
+    low, high = (f"{100 * end:z.0f}" for end in ends)
+    return f"[{low}-{high}]"
+
+
+def rate(record: dict) -> str:
+    """A record of `rates.rate`: "84% [70-92]"."""
+    return f"{percent(record['rate'])} {percents(record['ci'])}"
+
+
+def p_value(p: float | None) -> str:
+    """For sentences, two significant digits; tables have `number(p, 3)`."""
+    return UNDEFINED if p is None else f"{p:.2g}"
+
+
+def typeset(text: str) -> str:
+    """The same on a page: a minus sign, a dash for what is not defined, a space before the per cent sign."""
+    text = re.sub(r"(?<!\d)-(?=\d)", "\N{MINUS SIGN}", text)
+    text = re.sub(r"(?<!\d)-(?!\d)", "\N{EN DASH}", text)
+    return re.sub(r"(?<=\d)%", " %", text)
