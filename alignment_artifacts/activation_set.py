@@ -17,7 +17,15 @@ import numpy as np
 
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import CERTIFICATE, MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file
+from gemma_refactored.files import (
+    CERTIFICATE,
+    MANIFEST,
+    PROMPT_EMBEDDING,
+    PROMPT_MARKER,
+    is_folder,
+    read_json,
+    step_file,
+)
 
 POSITIONS = ("prompt_end", "generated", "all")
 # What zipfile and NumPy raise for files of which some bit is wrong (a name or method they do not know, say).
@@ -157,7 +165,7 @@ def load_activation_set(
         UserError: no collection there, a damaged file, or a setting that contradicts the files.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder, "activations folder"):
         raise UserError(f"There is no collection in {folder}; run `bash collect_activations.sh` first.")
     manifest_path = folder / MANIFEST
     manifest = read_json(manifest_path, "manifest") if manifest_path.exists() else {}

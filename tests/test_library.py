@@ -137,11 +137,11 @@ def test_export_and_reuse_of_a_control_vector(run, library, tmp_path):
         (["hello", "--cap-quantile", "1.5"], "--cap-quantile must be between"),
         (["hello", "--max-tokens", "0"], "--max-tokens must be between"),
         (["hello", "--layers", "x"], "must look like 2,4-6"),
-        (["hello", "--layers", "5-4"], "names no layer"),
+        (["hello", "--layers", "5-4"], "--layers '5-4' names no numbers"),
         (["hello", "--layers", "9"], "There is no layer 9"),
         (["hello", "--categories", "weather"], "no category 'weather'"),
         (["hello", "--directions", "none.gguf"], "no directions file"),
-        (["hello", "--directions", "x", "--site", "mlp"], "leave those options away"),
+        (["hello", "--directions", "x", "--site", "mlp"], "omit those options"),
         (["word " * 3000], "context of 2048"),
     ],
 )

@@ -5,18 +5,20 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gemma_refactored.errors import UserError
 from gemma_refactored.npz_writer import NpzWriter, npz
 
+from .conftest import tries
+
 names = st.text(st.characters(exclude_characters="\0/\\", exclude_categories=["Cs"]), min_size=1, max_size=40)
 arrays = hnp.arrays(st.sampled_from([np.float32, np.float16]), hnp.array_shapes(min_dims=0, max_dims=3, max_side=70))
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(st.dictionaries(names.filter(lambda name: name != "file"), arrays, min_size=1, max_size=4))
 def test_npz_writes_what_savez_writes_to_the_byte(content):
     expected = io.BytesIO()

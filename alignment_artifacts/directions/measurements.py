@@ -9,13 +9,10 @@ changes is measured anew. An interrupted collection is continued; a second proce
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +28,7 @@ from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.activation_capture import SITE_KINDS, layer_sites
 from gemma_refactored.distributed import Team
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import read_json, write_json, write_safetensors
+from gemma_refactored.files import locked, read_json, write_json, write_safetensors
 from gemma_refactored.generation import Sampling
 from gemma_refactored.job import Job, answer_prompts, check_context, open_collection, plan_batches
 from gemma_refactored.manifest import new_manifest
@@ -124,19 +121,11 @@ def measure(loaded: LoadedModel, pairs: list[Pair], cache: Path, show_progress: 
     folder = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', loaded.name)}_{digest}"
     finished = folder / "analysis_results.json"  # written last
     if not finished.exists():
-        with _locked(folder):
+        with locked(folder, wait=True):
             if not finished.exists():  # another process may have finished it while we waited
                 write_json(folder / "model_config.json", config)
                 _collect(loaded, pairs, prompts, token_ids, folder, show_progress)
     return _load(folder, pairs, token_ids, config)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, also when the process dies
-        yield
 
 
 def _collect(
@@ -155,12 +144,11 @@ def _collect(
         except UserError:
             continue  # blocks without an MLP of that name: the residual stream alone
     names = [name for kind in sites.values() for name in kind]
-    job = Job(prompts, token_ids, COLLECTED_TOKENS, BATCH_SIZE, Sampling(), loaded.end_tokens, names)
     settings = {"max_tokens": COLLECTED_TOKENS, "sites": names}
     activations = folder / "activations"
-    collection = open_collection(
-        job, activations, new_manifest(loaded.facts(), settings, prompts), grouped=True, overwrite=False, team=Team()
-    )
+    manifest = new_manifest(loaded.facts(), settings, prompts)
+    collection, finished = open_collection(prompts, activations, manifest, grouped=True, overwrite=False, team=Team())
+    job = Job(prompts, token_ids, COLLECTED_TOKENS, BATCH_SIZE, Sampling(), loaded.end_tokens, names, finished)
     answer_prompts(job, loaded, plan_batches(job, loaded, Team(), grouped=True), collection, NpzWriter(), show_progress)
     arrays, analysis = {}, {}
     for site, kind in sites.items():

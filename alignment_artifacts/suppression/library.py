@@ -13,19 +13,21 @@ from pathlib import Path
 
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.behaviour.answers import write_answer
+from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, check_model, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.directions.measurements import CACHE, Measurements, measure
-from alignment_artifacts.edits.modes import ModeOptions
+from alignment_artifacts.edits.options import PROMPT_END, ModeOptions, Setting
 from alignment_artifacts.edits.proof import Proof, prove
-from alignment_artifacts.edits.setting import AUTO, NOTHING, PROMPT_END, Setting, auto_mode, intervene
+from alignment_artifacts.edits.setting import AUTO, NOTHING, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from gemma_refactored.configuration import Generation, Sampling
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json
-from gemma_refactored.generation import Sampling
 from gemma_refactored.job import check_context
-from gemma_refactored.model_loading import DEFAULT_MODEL, LoadedModel, load
+from gemma_refactored.model_loading import LoadedModel, load
 from gemma_refactored.prompt_processing import encode_prompts, prompts_from_arguments
+from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that left a prompt alone has to show that it works
@@ -125,6 +127,7 @@ class AlignmentArtifacts:
         self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
     ) -> tuple[Setting, str]:
         """The setting to use and who chose it; `wanted` are fields of Setting and ModeOptions, None meaning: choose."""
+        check_given(Setting, wanted, {"layers": "target_layers"})
         measured = self.measurements(model)
         wanted = {name: value for name, value in wanted.items() if value is not None}
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
@@ -183,6 +186,9 @@ class AlignmentArtifacts:
         Raises:
             UserError: bad settings, or a setting that changes nothing, not even on artifact prompts.
         """
+        sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
+        check(sampling)
+        check_given(Generation, {"max_tokens": max_tokens})
         loaded, measured = self.load(model_name), self.measurements(model_name)
         layers = tuple(target_layers) if target_layers is not None else None
         if directions is not None:
@@ -203,7 +209,6 @@ class AlignmentArtifacts:
         prompts = prompts_from_arguments([prompt])
         token_ids = encode_prompts(loaded.tokenizer, [prompt])
         check_context(prompts, token_ids, max_tokens, loaded.context_length)
-        sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
         ends = () if ignore_end_tokens else loaded.end_tokens
 
         answers = {}
