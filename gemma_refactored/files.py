@@ -58,7 +58,7 @@ def _mode(path: str | Path, what: str) -> int:
         raise UserError(f"The {what} {shown(str(path))} cannot be looked at: {reason(error)}. Name another.") from None
 
 
-def reason(error: OSError | ValueError) -> str:
+def reason(error: Exception) -> str:
     """What the system says is wrong with a path, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
@@ -84,7 +84,7 @@ def write_atomically(path: Path, data: bytes | bytearray) -> None:
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError | ValueError) -> UserError:
+def cannot_write(path: Path, error: Exception) -> UserError:
     name = str(path)
     return UserError(
         f"{name if len(name) < 500 else shown(name)} could not be written: {reason(error)}. Free some space or choose "
@@ -135,7 +135,9 @@ def write_safetensors(path: Path, arrays: dict, metadata: dict[str, str] | None 
         path.parent.mkdir(parents=True, exist_ok=True)
         mx.save_safetensors(str(temporary), arrays, metadata)
         temporary.replace(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last is MLX's, for a file that it cannot open
+        with suppress(OSError, ValueError):
+            temporary.unlink()
         raise cannot_write(path, error) from error
 
 

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import locked, read_json, write_atomically, write_json
+from gemma_refactored.files import (
+    is_anything,
+    is_file,
+    is_folder,
+    locked,
+    read_json,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 
 from .conftest import ROOT
 
@@ -42,6 +51,31 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
         write_atomically(tmp_path / "file" / "x", b"")
     with pytest.raises(UserError, match="could not be written"), locked(tmp_path / "file" / "folder"):
         pass
+
+
+def test_what_is_at_a_path(tmp_path):
+    (tmp_path / "file").write_text("x")
+    looks = [(is_file(path, "x"), is_folder(path, "x"), is_anything(path, "x")) for path in
+             (tmp_path / "file", tmp_path, tmp_path / "none", tmp_path / "file" / "below", "")]  # fmt: skip
+    assert looks == [(True, False, True), (False, True, True), *[(False, False, False)] * 3]
+
+
+@pytest.mark.parametrize("kind", ["too long", "NUL", "circle"])
+def test_a_path_that_cannot_be_looked_at_is_refused_in_one_sentence(tmp_path, kind):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    path = {"too long": tmp_path / ("x" * 256), "NUL": tmp_path / "a\0b", "circle": tmp_path / "circle"}[kind]
+    uses = [lambda: is_folder(path, "model folder"), lambda: is_file(path, "file"), lambda: read_json(path, "manifest"),
+            lambda: locked(path / "in").__enter__()]  # fmt: skip
+    if kind != "circle":  # a file takes the place of the link
+        uses += [lambda: write_json(path, {}), lambda: write_safetensors(path, {})]
+    for use in uses:
+        with pytest.raises(UserError) as error:
+            use()
+        assert (
+            "\n" not in str(error.value)
+            and "could not be written" in str(error.value)
+            or "cannot be" in str(error.value)
+        )
 
 
 @pytest.mark.parametrize("content", ['{"g": 1, "g": 2}', '[{"a": {"g": [], "x": 0, "g": {}}}]'])
