@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
-    wanted = {name: value for name, value in given(Setting, arguments).items() if name != "mode"}
+    wanted = given(Setting, arguments, omit=["mode"])
     answering = from_arguments(Answering(), arguments)
     from alignment_artifacts.directions.files import load_directions, write_gguf
     from alignment_artifacts.suppression.library import AlignmentArtifacts

@@ -353,13 +353,14 @@ def _worded(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def given(described: type | object, arguments: argparse.Namespace, names: Mapping[str, str] | None = None) -> dict:
-    """The settings that were given as options: field name -> value.
+def given(described: type | object, arguments: argparse.Namespace, omit: Sequence[str] = ()) -> dict:
+    """The settings that were given as options: field name -> value, without those of `omit`.
 
     Raises:
         UserError: one that cannot be, by its option.
     """
-    return {setting.path[-1]: value for setting, value in _given(settings_of(described, names), arguments)}
+    settings = [setting for setting in settings_of(described) if setting.path[-1] not in omit]
+    return {setting.path[-1]: value for setting, value in _given(settings, arguments)}
 
 
 def _given(settings: list[Item], arguments: argparse.Namespace) -> Iterator[tuple[Item, Any]]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,11 +72,8 @@ def test_a_path_that_cannot_be_looked_at_is_refused_in_one_sentence(tmp_path, ki
     for use in uses:
         with pytest.raises(UserError) as error:
             use()
-        assert (
-            "\n" not in str(error.value)
-            and "could not be written" in str(error.value)
-            or "cannot be" in str(error.value)
-        )
+        assert re.search("could not be written|cannot be (looked at|read)", str(error.value))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("content", ['{"g": 1, "g": 2}', '[{"a": {"g": [], "x": 0, "g": {}}}]'])
