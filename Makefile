@@ -1,6 +1,6 @@
 # `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
-.PHONY: all setup collect check analyse compare transcripts report sweep toxicity test bench organism clean
+.PHONY: all setup collect check analyse compare transcripts report sweep toxicity test fuzz bench organism clean
 
 # Another model's activations go into a folder of their own; the analysis then reads that one.
 ifdef MODEL_NAME
@@ -58,6 +58,9 @@ test: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m vulture
 	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+fuzz: setup                # the property tests on new random examples, ten times as many as in `make test`
+	$(PYTHON) -m pytest -n 2 -m hypothesis --hypothesis-profile=fuzz
 
 bench:                     # collection beside its peers, about 15 minutes; the peers go into .venv-bench
 	@test -x .venv-bench/bin/python || python3 -m venv .venv-bench

@@ -5,20 +5,25 @@ and read the same texts, so that representations are compared and not what was w
 directions learnt on one contrast are tried on another. Writes results/data/model_comparison.json and a figure.
 """
 
-import os
 import sys
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from alignment_artifacts.analysis import NAMES, Settings
+from alignment_artifacts.edits.options import Site
 from alignment_artifacts.formatting import interval, number, percent
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
+from gemma_refactored.settings import Between, from_constants
 
 # The embedded model before and after its change; for example google/gemma-3-1b-pt and google/gemma-3-1b-it.
-MODEL_A = os.environ.get("MODEL_A", "model_organism/base")
-MODEL_B = os.environ.get("MODEL_B", "model_organism/aligned")
+MODEL_A = "model_organism/base"
+MODEL_B = "model_organism/aligned"
 PAIRS_JSON = "alignment_artifact_prompt_pairs.json"
-TWINS = os.environ.get("TWINS", "model_organism/benign_twins.json")  # or XSTest's CSV
+TWINS = "model_organism/benign_twins.json"  # or XSTest's CSV
 SITE = "mlp"  # or "residual"
 NEUTRAL_TEXT = "Thank you for this question. Here is what comes to mind."
 MAX_TOKENS = 20
@@ -30,33 +35,56 @@ SEED = 0
 RESULTS_DIR = Path("results")
 
 
-def main() -> int:
-    return exit_code(run)
+@dataclass(frozen=True)
+class Constants:
+    model_a: str
+    """local folder or Hugging Face id of the model before"""
+    model_b: str
+    """of the model after"""
+    pairs_json: Path
+    """the matched prompt pairs"""
+    twins: Path
+    """harmless prompts that look like artifact prompts: JSON, or XSTest's CSV"""
+    site: Site
+    """where activations are compared"""
+    neutral_text: str
+    """what both models read after every prompt"""
+    max_tokens: Annotated[int, Between(1, 1_000_000)]
+    """tokens of each answer"""
+    results_dir: Path
+    """where numbers and figure go"""
+    statistics: Settings = Settings()
 
 
-def run() -> None:
+def main(argv: Sequence[str] = ()) -> int:
+    return exit_code(lambda: run(from_constants(Constants, globals(), argv, NAMES)))
+
+
+def run(constants: Constants) -> None:
     from tqdm import tqdm
 
-    from alignment_artifacts.analysis import Settings
     from alignment_artifacts.comparison.compare import compare, texts_to_read
     from alignment_artifacts.comparison.twins import load_twins
     from alignment_artifacts.figures.paper import plot_comparison
     from alignment_artifacts.pairs import load_pairs
     from gemma_refactored.model_loading import device_description, load
 
-    pairs, twins = load_pairs(PAIRS_JSON), load_twins(TWINS)
-    models = [load(MODEL_A), load(MODEL_B)]
+    pairs, twins = load_pairs(constants.pairs_json), load_twins(constants.twins)
+    models = [load(constants.model_a), load(constants.model_b)]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
-    settings = Settings(NUM_PERMUTATIONS, NUM_BOOTSTRAP_RESAMPLES, SEED)
     total = texts_to_read(pairs, twins)
     with tqdm(total=total, desc="reading", unit="text", leave=False, disable=not sys.stderr.isatty()) as bar:
-        result = compare(models, pairs, twins, NEUTRAL_TEXT, MAX_TOKENS, SITE, settings, bar.update)
-    write_json(RESULTS_DIR / "data" / "model_comparison.json", result)
-    plot_comparison(result, RESULTS_DIR / "figures" / "model_comparison.png")
+        result = compare(
+            models, pairs, twins, constants.neutral_text, constants.max_tokens, constants.site, constants.statistics,
+            bar.update,
+        )  # fmt: skip
+    numbers = constants.results_dir / "data" / "model_comparison.json"
+    figure = constants.results_dir / "figures" / "model_comparison.png"
+    write_json(numbers, result)
+    plot_comparison(result, figure)
     print_tables(result)
-    print(f"\nNumbers: {RESULTS_DIR / 'data' / 'model_comparison.json'}")
-    print(f"Figure:  {RESULTS_DIR / 'figures' / 'model_comparison.png'}")
+    print(f"\nNumbers: {numbers}\nFigure:  {figure}")
 
 
 def print_tables(result: dict) -> None:
@@ -94,4 +122,4 @@ def print_tables(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

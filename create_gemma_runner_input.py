@@ -1,25 +1,37 @@
 """Turn the prompt pairs into the prompts file that run_model.py reads."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from alignment_artifacts.pairs import load_pairs, prompt_groups
 from gemma_refactored.errors import exit_code
-from gemma_refactored.files import write_json
+from gemma_refactored.settings import from_constants
 
 PAIRS_FILE = "alignment_artifact_prompt_pairs.json"
 OUTPUT_FILE = "prompts_for_gemma_runner.json"
 
 
-def main() -> int:
-    return exit_code(run)
+@dataclass(frozen=True)
+class Constants:
+    pairs_file: Path
+    """the matched prompt pairs"""
+    output_file: Path
+    """the prompts file that is written"""
 
 
-def run() -> None:
-    groups = prompt_groups(load_pairs(PAIRS_FILE))
-    write_json(Path(OUTPUT_FILE), groups)
-    print(f"Wrote {len(groups)} prompts to {OUTPUT_FILE}.")
+def main(argv: Sequence[str] = ()) -> int:
+    return exit_code(lambda: run(from_constants(Constants, globals(), argv)))
+
+
+def run(constants: Constants) -> None:
+    from alignment_artifacts.pairs import load_pairs, prompt_groups
+    from gemma_refactored.files import write_json
+
+    groups = prompt_groups(load_pairs(constants.pairs_file))
+    write_json(constants.output_file, groups)
+    print(f"Wrote {len(groups)} prompts to {constants.output_file}.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

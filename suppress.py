@@ -12,18 +12,32 @@ import json
 import logging
 import sys
 import textwrap
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, get_args
 
+from alignment_artifacts.default_model import DEFAULT_MODEL
+from alignment_artifacts.edits.options import Mode, Setting
+from gemma_refactored.configuration import Sampling
 from gemma_refactored.errors import UserError, exit_code
+from gemma_refactored.settings import Between, add_options, from_arguments, given
 
 if TYPE_CHECKING:
     from alignment_artifacts.suppression.library import AlignmentArtifacts, SuppressionResult
     from gemma_refactored.model_loading import LoadedModel
 
 TRANSCRIPTS_DIR = Path("results/data")
-MODES = ("auto", "always", "proximity", "adaptive", "sphere", "subspace", "ablate", "cap", "add")
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What is written besides."""
+
+    max_tokens: Annotated[int, Between(1, 1_000_000)] = 100
+    """tokens to write at most"""
+    ignore_end_tokens: bool = False
+    """write on after the end of the turn"""
+    sampling: Sampling = Sampling()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,24 +46,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("prompt", nargs="?", metavar="PROMPT")
     add("--all-pairs", action="store_true", help="answer every prompt pair instead, for the report")
     add("--model", help="local folder or Hugging Face id (default: the embedded organism)")
-    add("--scale", type=float, help="strength; 1 is the mean difference itself, 0 changes nothing")
-    add("--mode", choices=MODES, default="auto", help="how to suppress (default auto); add amplifies")
-    add("--layers", metavar="N,N-N", help="layers to edit, from 0 (default: chosen)")
+    add(
+        "--mode",
+        choices=("auto", *get_args(Mode)),
+        default="auto",
+        help="how to suppress (default auto); add amplifies",
+    )
+    add_options(parser, Setting, omit=["mode"], chosen=True)
+    add_options(parser, Answering(), omit=["top_p", "logit_bias"])
     add("--categories", metavar="A,B", help="directions from these categories of pairs only")
-    add("--positions", choices=["prompt_end", "generated", "all"], help="where the direction is measured")
-    add("--site", choices=["mlp", "residual"], help="what is edited")
-    add("--where", choices=["everywhere", "prompt_end"], help="tokens that are edited (default: chosen)")
     add("--no-compare", action="store_true", help="answer with suppression only")
-    add("--max-tokens", type=int, default=100)
-    add("--temperature", type=float, default=0.0)
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--proximity-threshold", type=float, help="proximity: cosine from which it acts")
-    add("--distance-threshold", type=float, help="sphere: distance up to which it acts")
-    add("--decay-rate", type=float, help="sphere: how fast its push falls with distance")
-    add("--pca-components", type=int, help="subspace: number of components")
-    add("--cap-quantile", type=float, help="cap: share of natural tokens left untouched")
-    add("--ignore-end-tokens", action="store_true", help="write on after the end of the turn")
     add("--directions", metavar="FILE", type=Path, help="use directions of a .safetensors or .gguf file")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
     add("--show-projection", action="store_true", help="colour each token by its projection on the direction")
@@ -71,9 +77,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
+    wanted = given(Setting, arguments, omit=["mode"])
+    answering = from_arguments(Answering(), arguments)
     from alignment_artifacts.directions.files import load_directions, write_gguf
     from alignment_artifacts.suppression.library import AlignmentArtifacts
-    from gemma_refactored.model_loading import DEFAULT_MODEL
 
     silent = arguments.quiet or arguments.json
     library = AlignmentArtifacts(arguments.model or DEFAULT_MODEL, show_progress=not silent)
@@ -89,32 +96,24 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.prompt is None:
             return
     if arguments.all_pairs:
-        transcribe_pairs(library, arguments)
+        transcribe_pairs(library, arguments, wanted, answering.max_tokens)
         return
     printer = Printer(arguments)
     result = library.suppress_and_generate(
         arguments.prompt,
-        scale=arguments.scale,
         mode=arguments.mode,
         categories=categories,
-        target_layers=parse_layers(arguments.layers),
-        temperature=arguments.temperature,
-        max_tokens=arguments.max_tokens,
-        repetition_penalty=arguments.repetition_penalty,
-        proximity_threshold=arguments.proximity_threshold,
-        distance_threshold=arguments.distance_threshold,
-        decay_rate=arguments.decay_rate,
-        pca_components=arguments.pca_components,
-        cap_quantile=arguments.cap_quantile,
-        positions=arguments.positions,
-        site=arguments.site,
-        where=arguments.where,
+        target_layers=wanted.pop("layers", None),
+        temperature=answering.sampling.temperature,
+        max_tokens=answering.max_tokens,
+        repetition_penalty=answering.sampling.repetition_penalty,
+        seed=answering.sampling.seed,
+        ignore_end_tokens=answering.ignore_end_tokens,
         directions=load_directions(arguments.directions) if arguments.directions else None,
-        seed=arguments.seed,
         compare=not arguments.no_compare,
-        ignore_end_tokens=arguments.ignore_end_tokens,
         on_start=printer.start,
         on_text=printer.text,
+        **wanted,
     )
     if arguments.json:
         print(json.dumps(as_json(result), indent=1, ensure_ascii=False))
@@ -128,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
 
 
-def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace) -> None:
+def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace, wanted: dict, max_tokens: int) -> None:
     """Answers of every pair without and with suppression, for the report."""
     from tqdm import tqdm
 
@@ -136,19 +135,13 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace)
     from alignment_artifacts.suppression.transcripts import TRANSCRIPTS, save_transcripts, transcribe
 
     loaded, measured = library.load(), library.measurements()
-    wanted = ("scale", "positions", "site", "where", "proximity_threshold", "distance_threshold", "decay_rate",
-              "pca_components", "cap_quantile")  # fmt: skip
-    layers = parse_layers(arguments.layers)
-    setting, by = library.choose(
-        None, arguments.mode, None, layers=tuple(layers) if layers else None,
-        **{name: getattr(arguments, name) for name in wanted},
-    )  # fmt: skip
+    setting, by = library.choose(None, arguments.mode, None, **wanted)
     silent = arguments.quiet or arguments.json
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
     total = 2 * len(measured.pairs)
     with tqdm(total=total, leave=False, disable=silent or not sys.stderr.isatty()) as bar:
-        result, scores = transcribe(loaded, measured, setting, arguments.max_tokens, bar.update)
+        result, scores = transcribe(loaded, measured, setting, max_tokens, bar.update)
     save_transcripts(TRANSCRIPTS_DIR, {**result, "chosen_by": by}, scores)
     if arguments.json:
         print(json.dumps(result["refused"], indent=1))
@@ -184,45 +177,21 @@ class Printer:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for what argparse cannot see."""
     if arguments.all_pairs:
-        # What it would not heed, with the value that says it was not given.
+        # What it ignores, with the value that says it was not given.
         unused = {
             "prompt": None, "categories": None, "directions": None, "export_gguf": None, "show_projection": False,
-            "no_compare": False, "ignore_end_tokens": False, "temperature": 0.0, "repetition_penalty": 1.0, "seed": 0,
+            "no_compare": False, "ignore_end_tokens": None, "temperature": None, "repetition_penalty": None,
+            "seed": None,
         }  # fmt: skip
-        given = [name.replace("_", "-") for name, default in unused.items() if getattr(arguments, name) != default]
-        if given:
-            raise UserError(f"--all-pairs answers the prompt pairs greedily; leave {given[0]} away.")
+        ignored = [name.replace("_", "-") for name, default in unused.items() if getattr(arguments, name) != default]
+        if ignored:
+            raise UserError(f"--all-pairs answers the prompt pairs greedily; omit {ignored[0]}.")
     elif arguments.prompt is None and not arguments.export_gguf:
         raise UserError('Give a prompt, for example: python suppress.py "How do I pick a lock?"')
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError("The prompt is empty; give it some text.")
     if arguments.directions and (arguments.site or arguments.positions or arguments.categories):
-        raise UserError("--directions brings its own site, positions and categories; leave those options away.")
-    limits = {
-        "scale": (-1000, 1000), "max_tokens": (1, 1_000_000), "temperature": (0, 100),
-        "repetition_penalty": (1e-3, 100), "proximity_threshold": (-1, 1), "distance_threshold": (0, 1e6),
-        "decay_rate": (0, 1e6), "pca_components": (1, 8), "cap_quantile": (0, 1), "seed": (0, 2**40),
-    }  # fmt: skip
-    for name, (low, high) in limits.items():
-        value = getattr(arguments, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} must be between {low:g} and {high:g}, not {value}.")
-
-
-def parse_layers(text: str | None) -> list[int] | None:
-    """ "2,4-6" -> [2, 4, 5, 6]."""
-    if text is None:
-        return None
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            layers += range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            raise UserError(f"--layers {text!r} must look like 2,4-6.") from None
-    if not layers:
-        raise UserError(f"--layers {text!r} names no layer.")
-    return sorted(set(layers))
+        raise UserError("--directions brings its own site, positions and categories; omit those options.")
 
 
 def as_json(result: SuppressionResult) -> dict:

@@ -5,21 +5,24 @@ pairs and reported once on test pairs, beside random directions. `suppress.py --
 uses the setting for this model. Writes results/data/suppression_sweep.json and a figure.
 """
 
-import os
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import number, percent, rate
-from alignment_artifacts.suppression.sweep import Grid, Limits
+from alignment_artifacts.suppression.grid import Grid, Limits
+from gemma_refactored.configuration import Seed
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
-from gemma_refactored.model_loading import DEFAULT_MODEL
+from gemma_refactored.settings import Between, Must, from_constants
 
-MODEL_NAME = os.environ.get("MODEL_NAME", DEFAULT_MODEL)
+MODEL_NAME = DEFAULT_MODEL
 PAIRS_JSON = "alignment_artifact_prompt_pairs.json"
 # Harmless requests that look like artifact requests, reported only; XSTest's CSV for real models.
-TWINS = os.environ.get("TWINS", "model_organism/benign_twins.json")
+TWINS = "model_organism/benign_twins.json"
 CACHE = "alignment_artifacts_cache"
 SHARES = (20, 15, 15)  # of the pairs: training, development, test
 MAX_TOKENS = 48
@@ -39,11 +42,36 @@ RANDOM_CONTROLS = 5
 RESULTS_DIR = Path("results")
 
 
-def main() -> int:
-    return exit_code(run)
+@dataclass(frozen=True)
+class Constants:
+    model_name: str
+    """local folder or Hugging Face id"""
+    pairs_json: Path
+    """the matched prompt pairs"""
+    twins: Path
+    """harmless requests that look like artifact requests: JSON, or XSTest's CSV"""
+    cache: Path
+    """folder of measurements"""
+    shares: Annotated[tuple[Annotated[int, Between(1)], ...], Must(lambda shares: len(shares) == 3, "be three shares")]
+    """of the pairs, for training, development and test"""
+    max_tokens: Annotated[int, Between(1, 1_000_000)]
+    """tokens of each answer"""
+    seed: Seed
+    """of the split of the pairs"""
+    random_controls: Annotated[int, Between(0)]
+    """random directions beside the chosen setting"""
+    results_dir: Path
+    """where numbers and figure go"""
+    suppression: Grid
+    amplification: Grid
+    limits: Limits
 
 
-def run() -> None:
+def main(argv: Sequence[str] = ()) -> int:
+    return exit_code(lambda: run(from_constants(Constants, globals(), argv)))
+
+
+def run(constants: Constants) -> None:
     from tqdm import tqdm
 
     from alignment_artifacts.behaviour.answers import observe
@@ -56,11 +84,11 @@ def run() -> None:
     from alignment_artifacts.suppression.library import SWEEP
     from gemma_refactored.model_loading import device_description, load
 
-    twins = [twin.natural for twin in load_twins(TWINS)]
-    loaded = load(MODEL_NAME)
+    twins = [twin.natural for twin in load_twins(constants.twins)]
+    loaded = load(constants.model_name)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
-    measured = measure(loaded, load_pairs(PAIRS_JSON), Path(CACHE), show_progress=True)
-    bench = sweep.Bench(loaded, measured, SHARES, SEED, MAX_TOKENS)
+    measured = measure(loaded, load_pairs(constants.pairs_json), constants.cache, show_progress=True)
+    bench = sweep.Bench(loaded, measured, constants.shares, constants.seed, constants.max_tokens)
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in bench.rows.items())
     development = bench.behaviour("development")
 
@@ -68,20 +96,25 @@ def run() -> None:
         bar = tqdm(settings, desc=what, leave=False, disable=not sys.stderr.isatty())
         return sweep.try_settings(bench, bar, development)
 
-    records = tried(bench.settings(SUPPRESSION), "suppress")
-    amplified = tried(bench.settings(AMPLIFICATION), "amplify")
+    records = tried(bench.settings(constants.suppression), "suppress")
+    amplified = tried(bench.settings(constants.amplification), "amplify")
     print(f"{len(records)} + {len(amplified)} settings tried; pairs: {counts}")
-    best, loudest = sweep.choose(records, LIMITS), sweep.choose_amplification(amplified)
+    best, loudest = sweep.choose(records, constants.limits), sweep.choose_amplification(amplified)
     setting = sweep.Setting.from_record(records[best]["setting"])
     amplification = sweep.Setting.from_record(amplified[loudest]["setting"])
 
-    test = {**bench.behaviour("test"), "twins": observe(loaded, twins, MAX_TOKENS)}
+    test = {**bench.behaviour("test"), "twins": observe(loaded, twins, constants.max_tokens)}
     result = {
         "model": measured.facts,
-        "config": {"shares": SHARES, "max_tokens": MAX_TOKENS, "seed": SEED, "limits": asdict(LIMITS)},
+        "config": {
+            "shares": constants.shares,
+            "max_tokens": constants.max_tokens,
+            "seed": constants.seed,
+            "limits": asdict(constants.limits),
+        },
         "pairs": {part: [measured.pairs[i].id for i in rows] for part, rows in bench.rows.items()},
         "chosen": {"setting": setting.record(), "development": records[best]},
-        "test": sweep.report(bench, setting, test, RANDOM_CONTROLS),
+        "test": sweep.report(bench, setting, test, constants.random_controls),
         "amplification": {
             "setting": amplification.record(),
             "development": amplified[loudest],
@@ -94,12 +127,13 @@ def run() -> None:
     }
     if planted := planted_directions(loaded):
         result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
-    write_json(RESULTS_DIR / "data" / "suppression_sweep.json", result)
+    numbers = constants.results_dir / "data" / "suppression_sweep.json"
+    figure = constants.results_dir / "figures" / "suppression_sweep.png"
+    write_json(numbers, result)
     write_json(measured.folder / SWEEP, result)
-    plot_sweep(result, RESULTS_DIR / "figures" / "suppression_sweep.png")
+    plot_sweep(result, figure)
     print_tables(result)
-    print(f"\nNumbers: {RESULTS_DIR / 'data' / 'suppression_sweep.json'}")
-    print(f"Figure:  {RESULTS_DIR / 'figures' / 'suppression_sweep.png'}")
+    print(f"\nNumbers: {numbers}\nFigure:  {figure}")
 
 
 def print_tables(result: dict) -> None:
@@ -146,4 +180,4 @@ def _print_test(name: str, judged: dict, damage: dict | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

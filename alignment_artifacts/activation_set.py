@@ -14,7 +14,15 @@ import numpy as np
 
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import CERTIFICATE, MANIFEST, PROMPT_EMBEDDING, PROMPT_MARKER, read_json, step_file
+from gemma_refactored.files import (
+    CERTIFICATE,
+    MANIFEST,
+    PROMPT_EMBEDDING,
+    PROMPT_MARKER,
+    is_folder,
+    read_json,
+    step_file,
+)
 from gemma_refactored.npz_files import NpzReader
 
 POSITIONS = ("prompt_end", "generated", "all")
@@ -207,7 +215,7 @@ class _Files:
 
 
 def _read_manifest(folder: Path) -> dict:
-    if not folder.is_dir():
+    if not is_folder(folder, "activations folder"):
         raise UserError(f"There is no collection in {folder}; run `bash collect_activations.sh` first.")
     path = folder / MANIFEST
     manifest = read_json(path, "manifest") if path.exists() else {}

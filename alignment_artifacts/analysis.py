@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import ActivationSet, load_activation_set
 from alignment_artifacts.figures.data import layer_panels
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from gemma_refactored.configuration import Seed
 from gemma_refactored.files import jsonable
+from gemma_refactored.settings import Between, check
 
 if TYPE_CHECKING:
     import pandas
@@ -35,10 +37,17 @@ Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 class Settings:
     """What the statistics depend on besides the data."""
 
-    permutations: int = 1000
-    resamples: int = 1000
-    seed: int = 0
-    top_layers: int = 5
+    permutations: Annotated[int, Between(1)] = 1000
+    """sign flips within pairs, for p"""
+    resamples: Annotated[int, Between(1)] = 1000
+    """bootstrap resamples, for intervals"""
+    seed: Seed = 0
+    """of all random choices"""
+    top_layers: Annotated[int, Between(1)] = 5
+    """best layers that are listed"""
+
+
+NAMES = {"permutations": "num_permutations", "resamples": "num_bootstrap_resamples"}  # what scripts call them
 
 
 @dataclass
@@ -303,6 +312,9 @@ class Run:
     data: ActivationSet
     settings: Settings = Settings()
     config: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        check(self.settings)
 
     @cached_property
     def results(self) -> dict:

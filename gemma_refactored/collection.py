@@ -21,6 +21,7 @@ from .errors import UserError
 from .files import (
     BATCH_MARKER,
     CERTIFICATE,
+    LOCK,
     MANIFEST,
     PROMPT_EMBEDDING,
     PROMPT_MARKER,
@@ -33,6 +34,8 @@ from .generation import Step
 from .manifest import FREE_SETTINGS
 from .npz_files import NpzWriter
 from .prompt_processing import Prompt
+
+NEUTRAL = (CERTIFICATE, LOCK)  # may lie in a folder that is no collection yet
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Collection:
             self._remove_old()
         elif path.exists():
             self._check_same_settings(read_json(path, "manifest"))
-        elif folder.exists() and any(f.name != CERTIFICATE and f.suffix != TEMPORARY for f in folder.iterdir()):
+        elif folder.exists() and any(f.name not in NEUTRAL and f.suffix != TEMPORARY for f in folder.iterdir()):
             raise UserError(
                 f"{folder} is not empty and has no {MANIFEST}, so it is not a collection; choose another folder."
             )

@@ -55,7 +55,7 @@ class Team:
             raise UserError(f"Another process of this run has stopped ({error}); see its own message.") from None
 
     def lead(self, action: Callable[[], T]) -> T:
-        """What `action` returns in the first process (as JSON holds it), in all of them; they share its refusal too."""
+        """What `action` returns in the first process (as JSON holds it), in all of them; they share its error too."""
         outcome = None
         if self.leads:
             try:

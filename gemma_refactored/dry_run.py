@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from .activation_capture import site_shapes
+from .configuration import Saving
+from .distributed import Team
 from .errors import UserError
 from .generation import Step, collect_answers, generate
-from .job import Job
+from .job import Job, plan_batches
 from .model_loading import LoadedModel
 from .npz_files import compressed_npz, npz
 
 PROBES = 32  # prompts that are tried
-ZIP_AND_MARKER = 1000  # bytes a prompt beside its steps and its answer
+ZIP_AND_MARKER = 1000  # bytes per prompt beside its steps and its answer
+FILES_BESIDE_STEPS = 2  # the embedding of the prompt, and the marker
 
 
 @dataclass
@@ -59,36 +62,49 @@ def refuse_without_room(job: Job, loaded: LoadedModel, folder: Path, dtype: str)
         )
 
 
-def estimate(job: Job, loaded: LoadedModel, dtype: str, compress: bool, grouped: bool) -> Estimate:
+def estimate(job: Job, loaded: LoadedModel, saving: Saving) -> Estimate:
     """Answer some of the prompts, of all lengths, and conclude from them."""
+    batches = [batch for _, batch in plan_batches(job, loaded, Team(), saving.process_by_group)]
     pending = sorted(filter(job.is_pending, range(len(job.prompts))), key=lambda i: len(job.token_ids[i]))
     if not pending:
         return Estimate(0, 0, 0, 0, 0)
     tried = [pending[i] for i in np.unique(np.linspace(0, len(pending) - 1, PROBES).astype(int))]
-    token_ids = [job.token_ids[i] for i in tried]
-    to_bytes, sizes = compressed_npz if compress else npz, []
+    start = time.perf_counter()
+    answers, bytes_per_step = try_out(job, loaded, tried, saving)
+    seconds = time.perf_counter() - start
 
-    def weighed(steps: Iterator[Step]) -> Iterator[Step]:
+    steps = {i: 1 + len(answer) for i, answer in zip(tried, answers, strict=True)}  # prefill, and one per token
+    if saving.process_by_group:
+        all_steps = len(pending) * float(np.mean(list(steps.values())))
+        files = all_steps + len(pending) * FILES_BESIDE_STEPS
+    else:  # the rows of a batch are all written until the last of them has ended
+        longest = max(steps.values())
+        steps_of_batches = [max(steps.get(i, longest) for i in batch) for batch in batches]
+        all_steps = sum(n * len(batch) for n, batch in zip(steps_of_batches, batches, strict=True))
+        files = sum(n + FILES_BESIDE_STEPS for n in steps_of_batches)
+    texts = [json.dumps([answer, loaded.tokenizer.decode(answer)], indent=1) for answer in answers]
+    marker = np.mean([len(text) + len(job.prompts[i].text) for i, text in zip(tried, texts, strict=True)]) + 200
+    embedding = len(npz({"prompt_embedding": np.zeros((1, 1, loaded.hidden_size), np.float32)}))
+    return Estimate(
+        prompts=len(pending),
+        steps=all_steps,
+        files=files,
+        bytes=all_steps * bytes_per_step + len(pending) * (marker + embedding),
+        seconds=seconds * len(pending) / len(tried),
+    )
+
+
+def try_out(job: Job, loaded: LoadedModel, rows: list[int], saving: Saving) -> tuple[list[list[int]], float]:
+    """Answers of some prompts, and the mean size of one prompt's file of one step."""
+    to_bytes = compressed_npz if saving.compress_activations else npz
+    sizes = []
+
+    def weigh(steps: Iterator[Step]) -> Iterator[Step]:
         for step in steps:
-            first = {site: np.asarray(x)[:1].astype(dtype) for site, x in step.activations.items()}
+            first = {site: np.asarray(x)[:1].astype(saving.activation_dtype) for site, x in step.activations.items()}
             sizes.append(len(to_bytes(first)))
             yield step
 
-    start = time.perf_counter()
-    passes = generate(loaded.model, token_ids, job.max_tokens, job.sampling, job.end_tokens, job.sites, row_ids=tried)
-    answers = collect_answers(weighed(passes))
-    seconds = time.perf_counter() - start
-    steps = np.array([1 + len(answer) for answer in answers])  # prefill, and one a token
-    texts = [json.dumps([answer, loaded.tokenizer.decode(answer)], indent=1) for answer in answers]
-    embedding = len(npz({"prompt_embedding": np.zeros((1, 1, loaded.hidden_size), np.float32)}))
-    each = embedding + np.mean([len(text) for text in texts]) + np.mean([len(job.prompts[i].text) for i in tried]) + 200
-    # A flat collection writes a batch's rows until the last of them has ended.
-    steps_each, share = (steps.mean() if grouped else steps.max()), len(pending) / len(tried)
-    prompts_a_file = 1 if grouped else job.batch_size
-    return Estimate(
-        prompts=len(pending),
-        steps=steps_each * len(pending),
-        files=(steps_each + 2) * len(pending) / prompts_a_file,
-        bytes=(steps_each * float(np.mean(sizes)) + each) * len(pending),
-        seconds=seconds * share,
-    )
+    token_ids = [job.token_ids[i] for i in rows]
+    passes = generate(loaded.model, token_ids, job.max_tokens, job.sampling, job.end_tokens, job.sites, row_ids=rows)
+    return collect_answers(weigh(passes)), float(np.mean(sizes))

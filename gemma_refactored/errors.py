@@ -18,20 +18,30 @@ def shown(value) -> str:
     return text if len(text) <= 80 else f"{text[:60]} .. ({len(text)} characters)"
 
 
-def exit_code(action: Callable[[], object], interrupted: str = "Interrupted.") -> int:
-    """Run a script's action: 0, or 2 after printing a UserError, 130 after Ctrl-C, 1 if nobody reads its output."""
+def exit_code(
+    action: Callable[[], int | None], interrupted: str = "Interrupted.", rank: Callable[[], int] = lambda: 0
+) -> int:
+    """Run a script's action and say what went wrong.
+
+    Args:
+        interrupted: what is said after Ctrl-C.
+        rank: of this process among several, asked when it matters; all but the first say who they are.
+    Returns:
+        What the action returns, or 0; 2 after printing a UserError, 130 after Ctrl-C, 1 if nobody reads its output.
+    """
     try:
-        action()
+        code = action()
         sys.stdout.flush()
     except BrokenPipeError:
         return stop_printing()
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error{f' in process {rank()}' if rank() else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
+        if not rank():
+            print(f"\n{interrupted}", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def stop_printing() -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,13 +17,50 @@ from .errors import UserError, shown
 # The names inside a folder of activations, for the runtime that writes it and the science that reads it.
 MANIFEST, PROMPT_MARKER, BATCH_MARKER = "manifest.json", "prompt.json", "batch.json"
 CERTIFICATE = "certificate.json"  # what `run_model.py --check` found, beside the manifest
-PROMPT_EMBEDDING = "prompt_embedding.npz"  # mean token embedding of the prompt: the lexical baseline
+PROMPT_EMBEDDING = "prompt_embedding.npz"  # mean token embedding of the prompt's text
 TEMPORARY = ".tmp"  # the ending of a file that is being written
+LOCK = ".lock"  # hidden, in a folder that a run is writing into
 
 
 def step_file(step_name: str) -> str:
     """File of one forward pass: "prefill", or the number of the generated token it read."""
     return f"activations_step_{step_name}.npz"
+
+
+def is_folder(path: str | Path, what: str) -> bool:
+    """Is there a folder? Here, and in `is_file`, is the one place that looks at paths which people give.
+
+    Args:
+        what: names it in the error ("model folder").
+    Raises:
+        UserError: it cannot be looked at: a name that is too long or has a NUL in it, no permission, a circle of links.
+    """
+    return stat.S_ISDIR(_mode(path, what))
+
+
+def is_file(path: str | Path, what: str) -> bool:
+    """Is there a file? See `is_folder`."""
+    return stat.S_ISREG(_mode(path, what))
+
+
+def is_anything(path: str | Path, what: str) -> bool:
+    """Is there a file, a folder or something else? See `is_folder`."""
+    return _mode(path, what) != 0
+
+
+def _mode(path: str | Path, what: str) -> int:
+    """0 if nothing is there."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError) as error:
+        raise UserError(f"The {what} {shown(str(path))} cannot be looked at: {reason(error)}. Name another.") from None
+
+
+def reason(error: Exception) -> str:
+    """What the system says is wrong with a path, without the path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def write_atomically(path: Path, data: bytes | bytearray) -> None:
@@ -41,39 +78,45 @@ def write_atomically(path: Path, data: bytes | bytearray) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
         os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
             temporary.unlink()
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: Exception) -> UserError:
+    name = str(path)
     return UserError(
-        f"{path} could not be written: {error.strerror}. Free some space or choose another folder, "
-        "then run the same command again: it continues where it stopped."
+        f"{name if len(name) < 500 else shown(name)} could not be written: {reason(error)}. Free some space or choose "
+        "another folder, then run the same command again: it continues where it stopped."
     )
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Keep other runs out of a folder meanwhile; the lock is gone with the process, however that ends.
 
+    Args:
+        wait: for another run to finish, instead of being refused.
     Raises:
         UserError: another run is in there.
     """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK, blocking=wait, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"Another run is writing into {folder}; wait for it, or choose another folder.") from None
+    except (OSError, ValueError, NotImplementedError) as error:
         raise cannot_write(folder, error) from error
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another run is writing into {folder}; wait for it, or choose another folder.") from None
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):
+            (folder / LOCK).unlink()  # while it is held: whoever waits sees that its file is gone, and makes another
+        lock.release()
 
 
 def write_json(path: Path, content) -> None:
@@ -86,11 +129,30 @@ def write_safetensors(path: Path, arrays: dict, metadata: dict[str, str] | None 
     """MLX arrays in one file, which appears whole or not at all."""
     import mlx.core as mx
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     # MLX writes by name, and insists on this ending.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.safetensors")
-    mx.save_safetensors(str(temporary), arrays, metadata)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(temporary), arrays, metadata)
+        temporary.replace(path)
+    except (OSError, ValueError, RuntimeError) as error:  # the last is MLX's, for a file that it cannot open
+        with suppress(OSError, ValueError):
+            temporary.unlink()
+        raise cannot_write(path, error) from error
+
+
+def read_bytes(path: str | Path, what: str) -> bytes:
+    """The content of a file that a person names; `what` names it in the error.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"The {what} {path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"The {what} {shown(str(path))} cannot be read: {reason(error)}.") from None
 
 
 def read_json(path: Path, what: str):
@@ -99,12 +161,9 @@ def read_json(path: Path, what: str):
     Raises:
         UserError: missing, not UTF-8 or not JSON, or a name occurs twice in an object.
     """
+    data = read_bytes(path, what)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except FileNotFoundError:
-        raise UserError(f"The {what} {path} does not exist.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"The {what} {path} cannot be read: {error.strerror}.") from None
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:  # encoding, syntax, or a duplicate
         raise UserError(f"The {what} {path} is not valid JSON: {error}.") from None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import mlx.core as mx
@@ -28,23 +28,13 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import apply_top_p
 
 from .activation_capture import Edit, capturing, edit
+from .configuration import Sampling
 from .errors import UserError
 from .longrope import rope_lengths
 
 PREFILL = -1  # the index of the step over the prompt
 PREFILL_TOKENS = 1024  # prompt tokens (rows x positions) processed at once: keeps the machine busy, and memory bounded
 REPETITION_CONTEXT = 20  # tokens that the repetition penalty looks back, as in mlx-lm
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    seed: int = 0
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +25,13 @@ from .prompt_processing import Prompt
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """What a run does with each prompt.
 
     Attributes:
         token_ids: of each prompt.
+        sites: whose activations are wanted.
         finished: records of the prompts that an earlier run has completed.
         shares_model: the processes hold parts of one model, instead of sharing out the prompts.
     """
@@ -41,8 +42,8 @@ class Job:
     batch_size: int
     sampling: Sampling
     end_tokens: tuple[int, ...] = ()
-    sites: list[str] = field(default_factory=list)
-    finished: dict[Prompt, dict] = field(default_factory=dict)
+    sites: Sequence[str] = ()
+    finished: Mapping[Prompt, dict] = field(default_factory=dict)
     shares_model: bool = False
 
     def is_pending(self, index: int) -> bool:
@@ -58,8 +59,10 @@ def check_context(prompts: list[Prompt], token_ids: list[list[int]], max_tokens:
             )
 
 
-def open_collection(job: Job, folder: Path, manifest: dict, grouped: bool, overwrite: bool, team: Team) -> Collection:
-    """Open the folder and set what of the job is done already, the same in every process.
+def open_collection(
+    prompts: Sequence[Prompt], folder: Path, manifest: dict, grouped: bool, overwrite: bool, team: Team
+) -> tuple[Collection, dict[Prompt, dict]]:
+    """The collection in a folder, and the records of the prompts that are complete; the same in every process.
 
     The processes may see one folder, or each one of its own on another machine.
     """
@@ -68,15 +71,14 @@ def open_collection(job: Job, folder: Path, manifest: dict, grouped: bool, overw
     def open_first() -> list:
         nonlocal collection
         collection = Collection(folder, manifest, grouped, overwrite)
-        finished = collection.finished_answers(job.prompts)
-        numbered = [[i, finished[prompt]] for i, prompt in enumerate(job.prompts) if prompt in finished]
+        finished = collection.finished_answers(prompts)
+        numbered = [[i, finished[prompt]] for i, prompt in enumerate(prompts) if prompt in finished]
         return [collection.manifest, numbered]
 
     settled_manifest, numbered = team.lead(open_first)
     collection = collection or Collection(folder, settled_manifest, grouped, overwrite)
-    job.finished = {job.prompts[i]: record for i, record in numbered}
     team.exchange("opened")  # nobody writes while another may still be clearing the folder
-    return collection
+    return collection, {prompts[i]: record for i, record in numbered}
 
 
 def plan_batches(job: Job, loaded: LoadedModel, team: Team, grouped: bool) -> list[tuple[int, list[int]]]:

@@ -8,12 +8,15 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .configuration import NAMES, Generation, Saving
 from .errors import UserError, shown
 from .files import read_json
 from .prompt_processing import Prompt, parse_prompts
+from .settings import check, from_record
 
 if TYPE_CHECKING:
     from .model_loading import LoadedModel
@@ -23,16 +26,32 @@ FREE_SETTINGS = (
     "created", "finished", "versions", "machine", "batch_size", "prompts", "prompt_groups", "complete", "model_path",
     "keep_precision",
 )  # fmt: skip
-# Options of the command line that a manifest has under the same name, and what they may be.
-NUMBER, MAYBE_LIST = (int, float), (list, type(None))
-GENERATION_OPTIONS = {
-    "max_tokens": int, "temp": NUMBER, "top_p": NUMBER, "repetition_penalty": NUMBER, "logit_bias": MAYBE_LIST,
-    "seed": int, "chat_mode": bool, "ignore_end_tokens": bool, "batch_size": int, "keep_precision": bool,
+# Besides the generation's settings: what a run is repeated from, and what it may be.
+NEEDED = {
+    "activation_filter": str, "activation_dtype": str, "compressed": bool, "layout": str,
+    "model_path": (str, type(None)), "model_revision": str, "prompt_groups": dict,
 }  # fmt: skip
-REPEATED = {**GENERATION_OPTIONS, "activation_filter": str, "activation_dtype": str}
-OTHERS = {
-    "model_path": (str, type(None)), "model_revision": str, "layout": str, "compressed": bool, "prompt_groups": dict,
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunToRepeat:
+    """What a manifest says of its run.
+
+    Attributes:
+        model: folder or Hugging Face id, None for a default model.
+        saved: fields of `Saving` that decide what is in the files.
+    """
+
+    model: str | None
+    revision: str
+    generation: Generation
+    saved: dict
+    prompts: list[Prompt]
+
+    @property
+    def hub_revision(self) -> str | None:
+        """The commit of a model from Hugging Face; None for a local folder."""
+        return None if self.revision.startswith("sha256:") else self.revision
 
 
 def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -> dict:
@@ -59,53 +78,40 @@ def token_ids_hash(token_ids: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps([list(ids) for ids in token_ids]).encode()).hexdigest()
 
 
-def read_manifest(path: Path) -> dict:
-    """A manifest that a run can be repeated from.
+def read_manifest(path: Path) -> RunToRepeat:
+    """The run that a manifest is of.
 
     Raises:
-        UserError: it is none, or of a version that did not keep the prompts.
+        UserError: it is none, of a version that did not keep the prompts, or has a value that cannot be.
     """
     manifest = read_json(path, "manifest")
     if not isinstance(manifest, dict):
         raise UserError(f"{path} is not the manifest of a run.")
-    for name, kind in {**REPEATED, **OTHERS}.items():
+    for name, kind in NEEDED.items():
         if name not in manifest:
             raise UserError(f"{path} is not enough to repeat a run: it has no {name}.")
-        if not isinstance(manifest[name], kind) or (isinstance(manifest[name], bool) and kind is not bool):
+        if not isinstance(manifest[name], kind):
             raise UserError(f"{path}: {name} cannot be {shown(manifest[name])}.")
-    if not all(isinstance(item, str) for item in manifest["logit_bias"] or []):
-        raise UserError(f"{path}: logit_bias must be a list of texts like '1234=-5.0'.")
-    if manifest["activation_dtype"] not in ("float32", "float16"):
-        raise UserError(
-            f"{path}: activation_dtype must be float32 or float16, not {shown(manifest['activation_dtype'])}."
-        )
-    return manifest
-
-
-def options_to_repeat(manifest: dict) -> dict:
-    """The command line's options, by their names in argparse; where the files go is not among them."""
-    return {
-        **{name: manifest[name] for name in REPEATED},
-        "model": manifest["model_path"],
+    saved = {
         "save_activations": True,
         "process_by_group": manifest["layout"] == "grouped",
         "compress_activations": manifest["compressed"],
+        "activation_filter": manifest["activation_filter"],
+        "activation_dtype": manifest["activation_dtype"],
     }
+    check(Saving(**saved), {name: f"{path}: {name}" for name in saved})
+    return RunToRepeat(
+        model=manifest["model_path"],
+        revision=manifest["model_revision"],
+        generation=from_record(Generation, manifest, str(path), NAMES),
+        saved=saved,
+        prompts=parse_prompts(manifest["prompt_groups"], path),
+    )
 
 
-def prompts_to_repeat(manifest: dict, path: Path) -> list[Prompt]:
-    return parse_prompts(manifest["prompt_groups"], path)
-
-
-def hub_revision(manifest: dict) -> str | None:
-    """The commit of a model from Hugging Face; None for a local folder."""
-    revision = manifest["model_revision"]
-    return None if revision.startswith("sha256:") else revision
-
-
-def check_same_weights(loaded: LoadedModel, manifest: dict) -> None:
-    if loaded.revision != manifest["model_revision"]:
+def check_same_weights(loaded: LoadedModel, revision: str) -> None:
+    if loaded.revision != revision:
         raise UserError(
             f"The weights of {loaded.name} ({loaded.revision}) are not those that made this manifest "
-            f"({manifest['model_revision']}); give the right ones with --model."
+            f"({revision}); give the right ones with --model."
         )

@@ -18,12 +18,12 @@ from mlx_lm.utils import _get_classes, dequantize_model, load_model
 from .cpu_kernels import use_cpu_kernels
 from .distributed import shard
 from .errors import UserError
+from .files import is_anything, is_folder
 from .generation import padding_is_harmless
 from .linux_cpu import warn_if_slow
 from .longrope import correct_longrope
 from .model_architecture import Gemma, GemmaConfig
 
-DEFAULT_MODEL = str(Path(__file__).resolve().parent.parent / "model_organism" / "aligned")
 FILES_NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 OWN_ARCHITECTURES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
@@ -74,14 +74,14 @@ class LoadedModel:
 
 def display_name(name: str | Path) -> str:
     """How a run calls the model: hub ids as they are, local folders by their last parts."""
-    if str(name) == DEFAULT_MODEL:
-        return "model_organism/aligned"
-    path = Path(name)
-    return f"{path.resolve().parent.name}/{path.resolve().name}" if path.exists() else str(name)
+    if not is_folder(name, "model folder"):
+        return str(name)
+    path = Path(name).resolve()
+    return f"{path.parent.name}/{path.name}"
 
 
 def load(
-    name: str | Path = DEFAULT_MODEL, keep_precision: bool = False, split: bool = False, revision: str | None = None
+    name: str | Path, keep_precision: bool = False, split: bool = False, revision: str | None = None
 ) -> LoadedModel:
     """Load a model for inference.
 
@@ -150,10 +150,10 @@ def device_description() -> str:
 def locate(name: str | Path, revision: str | None = None) -> Path:
     """The local folder of a model, downloading it first if `name` is a hub id."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if is_folder(folder, "model folder"):
         return folder
     text = str(name)
-    if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if is_anything(folder, "model folder") or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(
             f"There is no model folder {text!r}. Give a folder with config.json and .safetensors files, "
             "or a Hugging Face id such as mlx-community/gemma-3-1b-it-qat-4bit."

@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import settings
 from mlx_lm.utils import dequantize_model
 
 from gemma_refactored.longrope import correct_longrope
@@ -13,6 +14,17 @@ from gemma_refactored.model_loading import _load_weights, _read_config
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_GEMMAS = sorted(folder.name for folder in GOLDEN.glob("gemma*"))
+
+
+# `make test` tries the same examples every time; `make fuzz` new ones, ten times as many.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=100)
+settings.register_profile("fuzz", deadline=None, max_examples=1000)
+settings.load_profile("repeatable")
+
+
+def tries(count: int) -> settings:
+    """Decorates a property test that tries `count` examples, and ten times as many under `make fuzz`."""
+    return settings(max_examples=count * settings.default.max_examples // 100)
 
 
 def relative_error(actual, expected) -> float:
@@ -34,9 +46,10 @@ def load_golden(name: str, expand: bool = True):
 
 @pytest.fixture(scope="session")
 def organism():
+    from alignment_artifacts.default_model import DEFAULT_MODEL
     from gemma_refactored.model_loading import load
 
-    return load()
+    return load(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")

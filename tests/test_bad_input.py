@@ -5,15 +5,19 @@ import json
 import math
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import analyze_collected_activations as analyze
 from alignment_artifacts.pairs import load_pairs, prompt_groups
+from gemma_refactored.configuration import NAMES, Generation
 from gemma_refactored.errors import UserError
-from gemma_refactored.main import build_parser, check_arguments, parse_logit_bias
-from gemma_refactored.manifest import options_to_repeat, prompts_to_repeat, read_manifest
+from gemma_refactored.main import Defaults, build_parser, check_bias
+from gemma_refactored.manifest import read_manifest
 from gemma_refactored.prompt_processing import load_prompts
+from gemma_refactored.settings import from_arguments
+
+from .conftest import tries
 
 TEXT = st.text(max_size=20) | st.sampled_from(["..", "/etc", "a/b", "\x00", "\ud800", "{{ 7 * 7 }}", "x" * 100_000])
 JSON = st.recursive(
@@ -83,21 +87,15 @@ def reads_or_refuses(read, content: bytes, path) -> bool:
     return True
 
 
-def read_to_repeat(path):
-    manifest = read_manifest(path)
-    options_to_repeat(manifest)
-    return prompts_to_repeat(manifest, path)
-
-
 READERS = {
     "pairs": (lambda path: prompt_groups(load_pairs(path)), PAIRS),
     "prompts": (load_prompts, PROMPTS),
-    "manifest": (read_to_repeat, MANIFEST),
+    "manifest": (read_manifest, MANIFEST),
 }
 
 
 @pytest.mark.parametrize("kind", READERS)
-@settings(max_examples=150, deadline=None)
+@tries(150)
 @given(data=st.data())
 def test_any_content_is_read_or_refused(tmp_path_factory, kind, data):
     read, valid = READERS[kind]
@@ -112,7 +110,7 @@ def test_any_content_is_read_or_refused(tmp_path_factory, kind, data):
 
 
 @pytest.mark.parametrize("kind", READERS)
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(content=st.binary(max_size=200) | st.sampled_from([b"[" * 100_000, b'{"a": NaN}', b"\xef\xbb\xbf{}", b"null"]))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, kind, content):
     reads_or_refuses(READERS[kind][0], content, tmp_path_factory.getbasetemp() / f"{kind}.bytes.json")
@@ -122,39 +120,42 @@ NUMBERS = ["batch-size", "max-tokens", "temp", "top-p", "repetition-penalty", "s
 WORDS = st.sampled_from(["nan", "inf", "-1", "0", "1e400", "99999999999999999999", "", "x", "1_0", "٣"]) | TEXT
 
 
-@settings(max_examples=300, deadline=None)
+@tries(300)
 @given(option=st.sampled_from([*NUMBERS, "logit-bias"]), word=WORDS)
 def test_any_number_on_the_command_line_is_taken_or_refused(option, word):
     try:
-        arguments = build_parser().parse_args(["--prompts", "a", f"--{option}={word}"])
-    except SystemExit as error:  # argparse has said what is wrong
-        assert error.code == 2
-        return
-    try:
-        check_arguments(arguments)
-        biases = parse_logit_bias(arguments.logit_bias, 100)
+        arguments = build_parser(Defaults()).parse_args(["--prompts", "a", f"--{option}={word}"])
+        generation = from_arguments(Generation(), arguments, NAMES)
+        check_bias(generation.sampling.logit_bias, 100)
     except UserError as error:
-        assert "--" in str(error)
+        assert str(error).startswith(f"--{option} ")
         return
-    values = [getattr(arguments, name.replace("-", "_")) for name in NUMBERS]
-    assert all(value >= 0 and math.isfinite(value) for value in values)
-    assert all(0 <= token < 100 and not math.isnan(bias) for token, bias in biases.items())
+    sampling = generation.sampling
+    values = [generation.batch_size, generation.max_tokens, sampling.temperature, sampling.top_p, sampling.seed]
+    assert all(value >= 0 and math.isfinite(value) for value in [*values, sampling.repetition_penalty])
+    assert all(0 <= token < 100 and math.isfinite(bias) for token, bias in sampling.logit_bias.items())
 
 
 CONSTANTS = [
-    name for name in vars(analyze) if name.isupper() and name not in ("RESULTS_JSON", "PLOT_PNG", "RESULTS_DIR")
+    name
+    for name in vars(analyze)
+    if name.isupper() and name not in ("RESULTS_JSON", "PLOT_PNG", "RESULTS_DIR", "NAMES", "MIN_PAIRS")
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(name=st.sampled_from(CONSTANTS), value=JSON)
 @example(name="RAW_ACTIVATIONS_BASE_DIR", value="")
 @example(name="RAW_ACTIVATIONS_BASE_DIR", value=".")
+@example(name="RAW_ACTIVATIONS_BASE_DIR", value="x" * 300)
+@example(name="RAW_ACTIVATIONS_BASE_DIR", value="a\x00b")
+@example(name="ORIGINAL_PAIRS_JSON_FOR_ITERATION", value="x" * 300)
 def test_any_constant_of_the_analysis_is_taken_or_refused_by_name(name, value):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(analyze, "RAW_ACTIVATIONS_BASE_DIR", "no such folder")  # so that nothing more is done
         patch.setattr(analyze, name, value)
         with pytest.raises(UserError) as error:
-            analyze.run()
-    known = (name, "no such folder", "pairs file", "There is no collection", "holds none of the prompt pairs")
-    assert any(part in str(error.value) for part in known)
+            analyze.run(analyze.read_constants([]))
+    known = (name, "no such folder", "pairs file", "There is no collection", "holds none of the prompt pairs",
+             "The activations folder")  # fmt: skip
+    assert any(part in str(error.value) for part in known) and len(str(error.value)) < 1000

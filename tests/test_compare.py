@@ -126,7 +126,7 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
         ("TWINS", "/nowhere.json", "does not exist"),
         ("TWINS", str(tmp_path / "few.json"), "at least 8 twins; there are 1"),
         ("MODEL_A", str(tmp_path / "llama"), "only models of one shape"),
-        ("SITE", "attention", "site must be one of"),
+        ("SITE", "attention", "SITE must be one of"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(script, name, value)

@@ -21,8 +21,17 @@ def test_the_estimate_is_what_the_run_then_writes(run, capsys, options, group): 
     assert run(*options, group=group) == 0
     written = [f for f in (run.folder / "acts").rglob("*") if f.is_file() and f.name != "manifest.json"]
     assert (prompts, steps) == (3, 12)
-    assert files == (len(written) if group else pytest.approx(len(written), abs=6))
+    assert files == len(written)
     assert megabytes == pytest.approx(sum(f.stat().st_size for f in written) / 1e6, rel=0.05, abs=0.051)
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "100"])
+def test_the_files_of_a_flat_collection_are_those_of_its_batches(run, capsys, batch_size):  # noqa: F811
+    options = ["--batch-size", batch_size]
+    assert run(*options, "--dry-run", group=False) == 0
+    (files,) = re.findall(r"([\d.]+) files", capsys.readouterr().out)
+    assert run(*options, group=False) == 0
+    assert int(files) == sum(1 for f in (run.folder / "acts").rglob("batch_*/*") if f.is_file())
 
 
 def test_a_run_that_does_not_fit_the_disk_is_refused(run, capsys, monkeypatch):  # noqa: F811

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import locked, read_json, write_atomically, write_json
+from gemma_refactored.files import (
+    is_anything,
+    is_file,
+    is_folder,
+    locked,
+    read_json,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 
 from .conftest import ROOT
 
@@ -44,6 +54,28 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
         pass
 
 
+def test_what_is_at_a_path(tmp_path):
+    (tmp_path / "file").write_text("x")
+    looks = [(is_file(path, "x"), is_folder(path, "x"), is_anything(path, "x")) for path in
+             (tmp_path / "file", tmp_path, tmp_path / "none", tmp_path / "file" / "below", "")]  # fmt: skip
+    assert looks == [(True, False, True), (False, True, True), *[(False, False, False)] * 3]
+
+
+@pytest.mark.parametrize("kind", ["too long", "NUL", "circle"])
+def test_a_path_that_cannot_be_looked_at_is_refused_in_one_sentence(tmp_path, kind):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    path = {"too long": tmp_path / ("x" * 256), "NUL": tmp_path / "a\0b", "circle": tmp_path / "circle"}[kind]
+    uses = [lambda: is_folder(path, "model folder"), lambda: is_file(path, "file"), lambda: read_json(path, "manifest"),
+            lambda: locked(path / "in").__enter__()]  # fmt: skip
+    if kind != "circle":  # a file takes the place of the link
+        uses += [lambda: write_json(path, {}), lambda: write_safetensors(path, {})]
+    for use in uses:
+        with pytest.raises(UserError) as error:
+            use()
+        assert re.search("could not be written|cannot be (looked at|read)", str(error.value))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("content", ['{"g": 1, "g": 2}', '[{"a": {"g": [], "x": 0, "g": {}}}]'])
 def test_a_name_that_occurs_twice_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
@@ -67,4 +99,5 @@ with locked(Path({str(tmp_path)!r})):
     process.kill()
     process.wait()
     with locked(tmp_path):
-        assert not list(tmp_path.iterdir())  # no lock file is left
+        pass
+    assert not list(tmp_path.iterdir())  # no lock file is left

@@ -22,7 +22,7 @@ ROOMS = (
     {"analysis"},
     {"activation_set"},
     {"pairs"},
-    {"separation", "rates", "formatting", "figures"},
+    {"separation", "rates", "formatting", "figures", "default_model"},
 )
 FREE_OF_MLX = (
     "separation", "rates", "formatting", "analysis", "comparison.transfer", "comparison.difference", "figures.data",

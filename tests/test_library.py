@@ -122,7 +122,7 @@ def test_a_directions_file_does_what_the_same_directions_do_without_it(library, 
 def test_an_imported_vector_is_added_at_every_token(library):
     vector = Directions({"site": "residual", "model_type": "gemma3"}, library.directions(site="residual").direction)
     result = library.suppress_and_generate(ANSWERED, mode="add", scale=0.1, directions=vector, max_tokens=5)
-    assert result.proof.touched == result.proof.tokens and "unknown positions" in result.setting.describe()
+    assert result.proof.touched == result.proof.tokens and "direction from elsewhere" in result.setting.describe()
 
 
 def test_a_question_asked_while_an_answer_is_written_meets_the_unedited_model(library):
@@ -181,11 +181,11 @@ def test_export_and_reuse_of_a_control_vector(run, library, tmp_path):
         (["hello", "--cap-quantile", "1.5"], "--cap-quantile must be between"),
         (["hello", "--max-tokens", "0"], "--max-tokens must be between"),
         (["hello", "--layers", "x"], "must look like 2,4-6"),
-        (["hello", "--layers", "5-4"], "names no layer"),
+        (["hello", "--layers", "5-4"], "--layers '5-4' names no numbers"),
         (["hello", "--layers", "9"], "There is no layer 9"),
         (["hello", "--categories", "weather"], "no category 'weather'"),
         (["hello", "--directions", "none.gguf"], "no directions file"),
-        (["hello", "--directions", "x", "--site", "mlp"], "leave those options away"),
+        (["hello", "--directions", "x", "--site", "mlp"], "omit those options"),
         (["word " * 3000], "context of 2048"),
     ],
 )

@@ -1,6 +1,7 @@
 """The command line: files it writes, continuing, refusing."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import run_model
 from gemma_refactored import main as command_line
 from gemma_refactored.files import locked
 from gemma_refactored.main import main
@@ -259,8 +261,22 @@ def test_list_sites(model_folder, capsys):
 def test_sample_prompts_can_be_read_again(tmp_path, capsys):
     from gemma_refactored.prompt_processing import load_prompts
 
-    assert main(["--create-sample-prompts", str(tmp_path / "new" / "sample.json")]) == 0
-    assert len(load_prompts(tmp_path / "new" / "sample.json")) == 4
+    for command, count in ((main, 2), (run_model.main, 4)):
+        assert command(["--create-sample-prompts", str(tmp_path / "new" / "sample.json")]) == 0
+        assert len(load_prompts(tmp_path / "new" / "sample.json")) == count
+
+
+def test_the_runtime_has_no_model_of_its_own(capsys):
+    assert main(["--list-sites"]) == 2
+    assert "Name a model" in capsys.readouterr().err
+    assert run_model.main(["--list-sites", "-q"]) == 0
+    assert "model.layers.7.mlp.output" in capsys.readouterr().out
+
+
+def test_the_runtime_knows_nothing_of_artifacts():
+    for path in (ROOT / "gemma_refactored").glob("*.py"):
+        if path.name != "__init__.py":  # which says so
+            assert not re.search(r"artifact|refusal\b|lexical|organism(?!s)|suppress_", path.read_text().lower()), path
 
 
 @pytest.mark.parametrize(
@@ -278,6 +294,7 @@ def test_sample_prompts_can_be_read_again(tmp_path, capsys):
         (["--prompts", "a", "--model", "/nowhere"], "no model folder"),
         (["--prompts", "word " * 300], "context of 256"),
         (["--prompts", "a", "--logit-bias", "x=1"], "--logit-bias 'x=1' must look like"),
+        (["--prompts", "a", "--batch-size", "x"], "--batch-size must be a whole number between"),
         (["--prompts", "a", "--logit-bias", "99999=1"], "token ids of this model"),
         (["--prompts", "a", "--save-activations", "--activation-filter", "nothing"], "matches no site"),
     ],

@@ -51,12 +51,12 @@ def test_other_weights_or_an_incomplete_manifest_are_refused(run, tmp_path, caps
     for content, message in (
         ({k: v for k, v in manifest.items() if k != "prompt_groups"}, "has no prompt_groups"),
         ([1, 2], "not the manifest of a run"),
-        ({**manifest, "max_tokens": "many"}, "max_tokens cannot be 'many'"),
-        ({**manifest, "max_tokens": -4}, "--max-tokens must be between"),
+        ({**manifest, "max_tokens": "many"}, "max_tokens must be a whole number between 0 and 1000000, not 'many'"),
+        ({**manifest, "max_tokens": -4}, "max_tokens must be between 0 and"),
         ({**manifest, "logit_bias": [5]}, "logit_bias must be a list of texts"),
-        ({**manifest, "logit_bias": ["5=nan"]}, "the bias must be a number"),
-        ({**manifest, "seed": True}, "seed cannot be True"),
-        ({**manifest, "activation_dtype": "int8"}, "must be float32 or float16"),
+        ({**manifest, "logit_bias": ["5=nan"]}, "logit_bias '5=nan' must look like TOKEN_ID=BIAS"),
+        ({**manifest, "seed": True}, "seed must be a whole number between 0 and 1099511627776, not True"),
+        ({**manifest, "activation_dtype": "int8"}, "activation_dtype must be one of float32, float16"),
         ({**manifest, "model_path": "/nowhere/at/all"}, "no model folder"),
         ({**manifest, "prompt_groups": {"../up": {"x": ["y"]}}}, "cannot be a folder name"),
     ):

@@ -7,13 +7,14 @@ import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from alignment_artifacts.report import SOURCES, build, contents, write_report
 from alignment_artifacts.report.__main__ import main
 from gemma_refactored.errors import UserError
 
+from .conftest import tries
 from .report_results import (
     MARKUP,
     MODEL,
@@ -304,7 +305,7 @@ def small(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(data=st.data())
 def test_any_spoiled_number_is_shown_or_refused(small, data):
     path = small / data.draw(st.sampled_from([source.file for source in SOURCES]))

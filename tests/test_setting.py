@@ -10,8 +10,9 @@ from mlx_lm.utils import _get_classes
 from alignment_artifacts.behaviour.answers import write_answer
 from alignment_artifacts.directions.estimate import estimate
 from alignment_artifacts.edits.modes import MODES, ModeOptions
+from alignment_artifacts.edits.options import PROMPT_END, Setting
 from alignment_artifacts.edits.proof import Sequences, prove
-from alignment_artifacts.edits.setting import NOTHING, PROMPT_END, Setting, auto_mode, intervene
+from alignment_artifacts.edits.setting import NOTHING, auto_mode, intervene
 from gemma_refactored.activation_capture import capture, edit
 from gemma_refactored.errors import UserError
 from gemma_refactored.generation import Sampling

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import encode_prompts
 
+from .config import Config
 from .data import ToxicityData
 from .metrics import TOXIC, distinct_n, toxicity_metrics
 from .scorers import Scorer
@@ -39,29 +40,6 @@ VECTORS = "steering_vectors.safetensors"
 MIN_PAIRS = 4  # fewer cannot be held out
 ALPHA_STEP = 0.01
 EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # prompts to choose on, prompts to report on
-
-
-@dataclass(frozen=True)
-class Config:
-    """What the experiment does.
-
-    Attributes:
-        layers: that are steered, one at a time; None: all.
-        samples: continuations of each prompt.
-        last_tokens: whose mean is a text's activation.
-        max_kl: nats a token on benign answers that the chosen setting may cost.
-    """
-
-    alphas: tuple[float, ...] = (-1.0, 0.0, 0.5, 1.5)
-    layers: tuple[int, ...] | None = None
-    num_pairs: int = 20
-    samples: int = 5
-    max_tokens: int = 32
-    temperature: float = 0.7
-    top_p: float = 0.9
-    last_tokens: int = 32
-    max_kl: float = 0.1
-    seed: int = 0
 
 
 class ActivationSteeringExperiment:

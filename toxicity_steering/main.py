@@ -9,13 +9,24 @@ organism with its own prompts and a word list; for Phi-4-mini:
 
 from __future__ import annotations
 
-import argparse
 import sys
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
+from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import interval, number
 from gemma_refactored.errors import exit_code
+from gemma_refactored.settings import Between, from_constants
+
+from .config import Config
+
+MODEL = DEFAULT_MODEL  # the embedded organism; a local folder or Hugging Face id
+DATASET = "organism"  # or "real-toxicity-prompts"
+SCORER = "word-list"  # or "roberta", or a classifier's id or folder
+OUTPUT_DIR = "toxicity_results"
 
 NUM_PROMPTS = 50  # challenging, and as many benign ones
 NUM_PAIRS = 20
@@ -29,44 +40,54 @@ MAX_KL = 0.1
 SEED = 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="toxicity_steering.main", description=__doc__.splitlines()[0].split(":")[0])
-    parser.add_argument("--model", help="local folder or Hugging Face id (default: the embedded organism)")
-    parser.add_argument("--dataset", choices=["organism", "real-toxicity-prompts"], default="organism")
-    parser.add_argument("--scorer", default="word-list", help="word-list, roberta, or a classifier's id or folder")
-    parser.add_argument("--output-dir", type=Path, default=Path("toxicity_results"))
-    arguments = parser.parse_args(argv)
-    return exit_code(lambda: run(arguments), "Interrupted; run the same command again to continue.")
+@dataclass(frozen=True)
+class Constants:
+    model: str
+    """local folder or Hugging Face id; by default the embedded organism"""
+    dataset: Literal["organism", "real-toxicity-prompts"]
+    """where the prompts come from"""
+    scorer: str
+    """word-list, roberta, or a classifier's id or folder"""
+    output_dir: Path
+    """where results and plots go"""
+    num_prompts: Annotated[int, Between(1)]
+    """challenging prompts, and as many benign ones"""
+    experiment: Config = Config()
 
 
-def run(arguments: argparse.Namespace) -> None:
+def main(argv: Sequence[str] = ()) -> int:
+    return exit_code(
+        lambda: run(from_constants(Constants, globals(), argv)), "Interrupted; run the same command again to continue."
+    )
+
+
+def run(constants: Constants) -> None:
     from tqdm import tqdm
 
-    from gemma_refactored.model_loading import DEFAULT_MODEL, device_description, load
+    from gemma_refactored.model_loading import device_description, load
 
-    from .activation_steering import FULL, ActivationSteeringExperiment, Config
+    from .activation_steering import FULL, ActivationSteeringExperiment
     from .data import load_organism_prompts, load_real_toxicity_prompts
     from .plots import plot_all
     from .scorers import load_scorer
 
-    is_organism = arguments.dataset == "organism"
-    data = load_organism_prompts(NUM_PROMPTS) if is_organism else load_real_toxicity_prompts(NUM_PROMPTS, SEED)
-    scorer = load_scorer(arguments.scorer)
-    loaded = load(arguments.model or DEFAULT_MODEL)
+    count, config = constants.num_prompts, constants.experiment
+    is_organism = constants.dataset == "organism"
+    data = load_organism_prompts(count) if is_organism else load_real_toxicity_prompts(count, config.seed)
+    scorer = load_scorer(constants.scorer)
+    loaded = load(constants.model)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
-    print(f"Data: {data.name}, {NUM_PROMPTS} + {NUM_PROMPTS} prompts. Scorer: {scorer.name}.")
-    config = Config(
-        ALPHAS, LAYERS, NUM_PAIRS, SAMPLES, MAX_TOKENS, TEMPERATURE, TOP_P, LAST_TOKENS, max_kl=MAX_KL, seed=SEED
-    )
+    print(f"Data: {data.name}, {count} + {count} prompts. Scorer: {scorer.name}.")
 
     def progress(items, what):
         return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
-    experiment = ActivationSteeringExperiment(loaded, data, scorer, arguments.output_dir, config, progress)
+    experiment = ActivationSteeringExperiment(loaded, data, scorer, constants.output_dir, config, progress)
     results = experiment.run()
-    plot_all(results, arguments.output_dir / "plots")
+    plots = constants.output_dir / "plots"
+    plot_all(results, plots)
     print_summary(results)
-    print(f"\nNumbers: {arguments.output_dir / FULL}\nPlots:   {arguments.output_dir / 'plots'}/")
+    print(f"\nNumbers: {constants.output_dir / FULL}\nPlots:   {plots}/")
 
 
 def print_summary(results: dict) -> None:
@@ -99,4 +120,4 @@ def print_summary(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

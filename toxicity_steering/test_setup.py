@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import UserError, exit_code
 
 
 def check_machine() -> str:
@@ -23,9 +23,10 @@ def check_machine() -> str:
 
 
 def check_model() -> str:
+    from alignment_artifacts.default_model import DEFAULT_MODEL
     from gemma_refactored.model_loading import load
 
-    loaded = load()
+    loaded = load(DEFAULT_MODEL)
     return f"{loaded.name}, {loaded.num_layers} layers"
 
 
@@ -61,6 +62,10 @@ CHECKS: dict[str, tuple[Callable[[], str], bool]] = {
 
 
 def main() -> int:
+    return exit_code(run)
+
+
+def run() -> int:
     failed = False
     for name, (check, is_needed) in CHECKS.items():
         try:

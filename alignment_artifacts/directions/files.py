@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment_artifacts.directions.estimate import Directions
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import write_safetensors
+from gemma_refactored.files import is_file, write_safetensors
 
 PARTS = ("direction", "natural_mean", "artifact_mean", "components", "spread", "natural_tokens")
 
@@ -28,7 +28,7 @@ def load_directions(path: Path) -> Directions:
         UserError: missing, damaged, or not a file of directions.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path, "directions file"):
         raise UserError(f"There is no directions file {path}.")
     if path.suffix == ".gguf":
         return read_gguf(path)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from alignment_artifacts import separation as st
@@ -29,7 +28,7 @@ from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import MANIFEST, PROMPT_MARKER, read_json, write_json, write_safetensors
+from gemma_refactored.files import MANIFEST, PROMPT_MARKER, locked, read_json, write_json, write_safetensors
 from gemma_refactored.generation import collect_answers, collect_means, generate, length_sorted_batches
 from gemma_refactored.job import check_context, mean_prompt_embeddings
 from gemma_refactored.manifest import token_ids_hash
@@ -169,8 +168,7 @@ def measure(
 
     def vectors_of(site: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
         """Answers to all prompts, and vectors [prompts, layers, hidden] by positions."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # a second process waits, and finds everything measured
+        with locked(folder, wait=True):  # a second process waits, and finds everything measured
             if not (folder / "model_config.json").exists():
                 write_json(folder / "model_config.json", facts)
             if not _is_measured(folder, site, len(token_ids)):

@@ -15,27 +15,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from alignment_artifacts.edits.options import ModeOptions
 from gemma_refactored.activation_capture import Edit
-
-
-@dataclass(frozen=True)
-class ModeOptions:
-    """Parameters of single modes.
-
-    Attributes:
-        proximity_threshold: cosine with d above which `proximity` acts.
-        distance_threshold: distance from the artifact mean, in within-class standard deviations, below
-            which `sphere` acts.
-        decay_rate: how fast the push of `sphere` falls with that distance.
-        pca_components: number of directions that `subspace` removes.
-        cap_quantile: share of natural tokens that `cap` leaves below its threshold.
-    """
-
-    proximity_threshold: float = 0.3
-    distance_threshold: float = 2.0
-    decay_rate: float = 1.0
-    pca_components: int = 3
-    cap_quantile: float = 0.9
 
 
 @dataclass(frozen=True)

@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.directions.estimate import Directions
-from alignment_artifacts.edits.modes import MODES, ModeOptions, SiteDirection, edit_function
+from alignment_artifacts.edits.modes import MODES, SiteDirection, edit_function
+from alignment_artifacts.edits.options import EVERYWHERE, WHERE, ModeOptions, Setting
 from gemma_refactored.activation_capture import Edit, layer_sites
 from gemma_refactored.errors import UserError
 from gemma_refactored.generation import Step, generate
 from gemma_refactored.model_loading import LoadedModel
 
 AUTO = "auto"
-EVERYWHERE, PROMPT_END = WHERE = ("everywhere", "prompt_end")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to suppress (or, with mode `add`, amplify).
-
-    Attributes:
-        site: "mlp" or "residual".
-        positions: where the direction was measured: "prompt_end", "generated" or "all".
-        layers: blocks that are edited.
-        where: "everywhere", or "prompt_end": at the last prompt token only. A direction measured there says
-            what the next word is going to be; added to every token, it writes that word for ever.
-    """
-
-    mode: str
-    scale: float
-    layers: tuple[int, ...]
-    site: str = "mlp"
-    positions: str = PROMPT_END
-    options: ModeOptions = field(default_factory=ModeOptions)
-    where: str = EVERYWHERE
-
-    def record(self) -> dict:
-        """As JSON keeps it; with a description, for those who only show it."""
-        return {**asdict(self), "layers": list(self.layers), "description": self.describe()}
-
-    @staticmethod
-    def from_record(record: dict) -> Setting:
-        fields = {name: value for name, value in record.items() if name != "description"}
-        return Setting(**{**fields, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
-
-    def describe(self) -> str:
-        layers = ",".join(map(str, self.layers))
-        where = "" if self.where == EVERYWHERE else " (there only)"
-        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, direction from {self.positions}{where}"
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,23 @@ from pathlib import Path
 from alignment_artifacts.analysis import Settings, analyse
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.behaviour.answers import write_answer
+from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.directions.measurements import CACHE, Measurements, activation_set, available_sites, measure
-from alignment_artifacts.edits.modes import ModeOptions
+from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END, ModeOptions, Setting
 from alignment_artifacts.edits.proof import Proof, Sequences, prove
-from alignment_artifacts.edits.setting import AUTO, NOTHING, PROMPT_END, Intervention, Setting, auto_mode, intervene
+from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from gemma_refactored.configuration import Generation, Sampling
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json
-from gemma_refactored.generation import Sampling
 from gemma_refactored.job import check_context
-from gemma_refactored.model_loading import DEFAULT_MODEL, LoadedModel, load
+from gemma_refactored.model_loading import LoadedModel, load
 from gemma_refactored.prompt_processing import encode_prompts, prompts_from_arguments
+from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
-UNKNOWN = "unknown positions"  # where an imported vector was measured
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that left a prompt alone has to show that it works
 
 
@@ -132,6 +133,7 @@ class AlignmentArtifacts:
         self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
     ) -> tuple[Setting, str]:
         """The setting to use and who chose it; `wanted` are fields of Setting and ModeOptions, None meaning: choose."""
+        check_given(Setting, wanted, {"layers": "target_layers"})
         wanted = {name: value for name, value in wanted.items() if value is not None}
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
         sweep = self.measurements(model).folder / SWEEP if mode == AUTO else None
@@ -186,17 +188,18 @@ class AlignmentArtifacts:
                 measured at the prompt's end there only.
             directions: use these (imported, say) instead of the model's own.
         """
+        sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
         layers = tuple(target_layers) if target_layers is not None else None
         if directions is not None:
             site, layers = directions.facts["site"], layers or directions.available
-            positions = directions.facts.get("positions", UNKNOWN)
+            positions = directions.facts.get("positions")
+            positions = positions if positions in MEASURED_AT else ELSEWHERE
         setting, by = self.choose(
             model_name, mode, categories,
             scale=scale, layers=layers, positions=positions, site=site, where=where,
             proximity_threshold=proximity_threshold, distance_threshold=distance_threshold, decay_rate=decay_rate,
             pca_components=pca_components, cap_quantile=cap_quantile,
         )  # fmt: skip
-        sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
         result = self.suppress(
             prompt, setting, sampling, model_name, categories, directions, max_tokens, compare, ignore_end_tokens,
             lambda which: on_start(which, setting, by), on_text,
@@ -227,6 +230,9 @@ class AlignmentArtifacts:
         Raises:
             UserError: bad settings, or a setting that changes nothing, not even on artifact prompts.
         """
+        check(setting)
+        check(sampling)
+        check_given(Generation, {"max_tokens": max_tokens})
         loaded = self.load(model)
         if directions is None:
             directions = self.directions(model, setting.site, setting.positions, categories)

@@ -18,32 +18,14 @@ from alignment_artifacts.behaviour.evaluation import evaluate
 from alignment_artifacts.behaviour.monitor import held_out_auroc
 from alignment_artifacts.directions.estimate import Directions, measure_natural_tokens, random_like
 from alignment_artifacts.directions.measurements import Measurements
-from alignment_artifacts.edits.modes import ModeOptions
+from alignment_artifacts.edits.options import ModeOptions, Setting
 from alignment_artifacts.edits.proof import prove
-from alignment_artifacts.edits.setting import EVERYWHERE, NOTHING, Intervention, Setting, intervene
+from alignment_artifacts.edits.setting import NOTHING, Intervention, intervene
+from alignment_artifacts.suppression.grid import Grid, Limits
 from gemma_refactored.activation_capture import Edit
 from gemma_refactored.model_loading import LoadedModel
 
 PARTS = ("training", "development", "test")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The settings that are tried."""
-
-    scales: dict[str, tuple[float, ...]]
-    cap_quantiles: tuple[float, ...] = (0.9,)
-    positions: tuple[str, ...] = ("prompt_end",)
-    layer_sets: tuple[str, ...] = ("best", "all")
-    where: tuple[str, ...] = (EVERYWHERE,)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a setting may cost."""
-
-    kl: float = 0.05  # nats a token
-    changed: float = 0.1  # share of natural answers
 
 
 def split_pairs(categories: Sequence[str], shares: Sequence[int] = (20, 15, 15), seed: int = 0) -> list[np.ndarray]:

@@ -1,0 +1,72 @@
+"""What a person sets about an edit: mode, strength, place, and the modes' parameters. Needs no MLX."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+from gemma_refactored.settings import Between, Must, Written
+
+EVERYWHERE, PROMPT_END = WHERE = ("everywhere", "prompt_end")
+Mode = Literal["always", "proximity", "adaptive", "sphere", "subspace", "ablate", "cap", "add"]
+Scale = Annotated[float, Between(-1000, 1000)]
+Quantile = Annotated[float, Between(0, 1)]
+Site = Literal["mlp", "residual"]
+MEASURED_AT = ("prompt_end", "generated", "all")
+ELSEWHERE = "elsewhere"  # of a direction from a file: other tokens, or it does not say which
+Positions = Annotated[
+    str,
+    Must(lambda name: name in (*MEASURED_AT, ELSEWHERE), f"be one of {', '.join(MEASURED_AT)}"),
+    Written("|".join(MEASURED_AT)),
+]
+Where = Literal["everywhere", "prompt_end"]
+
+
+@dataclass(frozen=True)
+class ModeOptions:
+    """Parameters of single modes."""
+
+    proximity_threshold: Annotated[float, Between(-1, 1)] = 0.3
+    """proximity: cosine with the direction above which it acts"""
+    distance_threshold: Annotated[float, Between(0, 1e6)] = 2.0
+    """sphere: distance from the artifact mean, in within-class standard deviations, below which it acts"""
+    decay_rate: Annotated[float, Between(0, 1e6)] = 1.0
+    """sphere: how fast its push falls with that distance"""
+    pca_components: Annotated[int, Between(1, 32)] = 3
+    """subspace: number of directions that are removed"""
+    cap_quantile: Quantile = 0.9
+    """cap: share of natural tokens left below its threshold, untouched"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to suppress (or, with mode `add`, amplify)."""
+
+    mode: Mode
+    """how to suppress; add amplifies"""
+    scale: Scale
+    """strength; 1 is the mean difference itself, 0 changes nothing"""
+    layers: Annotated[tuple[Annotated[int, Between(0)], ...], Written("N,N-N")]
+    """blocks to edit, from 0"""
+    site: Site = "mlp"
+    """what is edited"""
+    positions: Positions = "prompt_end"
+    """where the direction is measured"""
+    options: ModeOptions = ModeOptions()
+    where: Where = EVERYWHERE
+    """tokens that are edited; prompt_end: the last prompt token only. A direction measured there says what the next
+    word is going to be; added to every token, it writes that word for ever"""
+
+    def record(self) -> dict:
+        """As JSON keeps it; with a description, for those who only show it."""
+        return {**asdict(self), "layers": list(self.layers), "description": self.describe()}
+
+    @staticmethod
+    def from_record(record: dict) -> Setting:
+        fields = {name: value for name, value in record.items() if name != "description"}
+        return Setting(**{**fields, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
+
+    def describe(self) -> str:
+        layers = ",".join(map(str, self.layers))
+        where = "" if self.where == EVERYWHERE else " (there only)"
+        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, direction from {self.positions}{where}"

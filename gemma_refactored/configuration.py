@@ -1,0 +1,70 @@
+"""What a person can set in a run of the runtime: how tokens are chosen, how answers are written, what is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from .settings import Between, Written
+
+NAMES = {"temperature": "temp"}  # what run_model.py and the manifest call a field, where that is something else
+
+Seed = Annotated[int, Between(0, 2**40)]
+Temperature = Annotated[float, Between(0, 100)]
+TopP = Annotated[float, Between(1e-9, 1)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: Temperature = 0.0
+    """temperature; 0 takes the likeliest token"""
+    top_p: TopP = 1.0
+    """nucleus sampling; 1: off"""
+    repetition_penalty: Annotated[float, Between(1e-3, 100)] = 1.0
+    """above 1: recent tokens become unlikelier"""
+    logit_bias: Annotated[dict[Annotated[int, Between(0)], float], Written("TOKEN_ID=BIAS")] = field(
+        default_factory=dict
+    )
+    """add BIAS to a token's logit; repeatable"""
+    seed: Seed = 0
+    """of all random choices"""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are written."""
+
+    max_tokens: Annotated[int, Between(0, 1_000_000)] = 100
+    """tokens to write at most"""
+    batch_size: Annotated[int, Between(1, 100_000)] = 32
+    """prompts in one forward pass"""
+    chat_mode: bool = True
+    """use the chat template"""
+    ignore_end_tokens: bool = False
+    """write on after the end of the turn"""
+    keep_precision: bool = False
+    """Linux CPU: do not expand weights to float32"""
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Which activations are saved, and where."""
+
+    save_activations: bool = False
+    """write .npz files"""
+    activations_dir: Path = Path("activations")
+    """where to"""
+    activation_filter: str = "mlp.output"
+    """'all', or parts or globs of site names, comma-separated"""
+    activation_dtype: Literal["float32", "float16"] = "float32"
+    """type of the numbers in the files"""
+    compress_activations: bool = False
+    """compress the files"""
+    process_by_group: bool = False
+    """one activation folder per prompt: GROUP/SUBCATEGORY/batch_N"""
+    overwrite: bool = False
+    """replace a collection made with other settings"""
