@@ -1,14 +1,17 @@
 """Analyse a collection: how well a direction separates artifact from natural prompts, layer by layer.
 
-Writes the results as JSON and figures, and prints a table. Edit the constants; None means:
-take it from the collection's manifest.
+Reads what was collected last (of $MODEL_NAME, if that is set). Writes the results as JSON and figures into
+results/MODEL/PAIRS/, and the main ones also beside this script; prints a table. Edit the constants; None
+means: take it from the collection's manifest.
 """
 
 import os
+import shutil
 import sys
 import textwrap
 from pathlib import Path
 
+from alignment_artifacts import places
 from alignment_artifacts.activation_set import certificate_verdict, load_activation_set
 from alignment_artifacts.analysis import Run, Settings
 from alignment_artifacts.pairs import load_pairs
@@ -16,8 +19,8 @@ from alignment_artifacts.separation import MIN_PAIRS
 from gemma_refactored.errors import UserError, exit_code, shown
 from gemma_refactored.files import write_json
 
-RAW_ACTIVATIONS_BASE_DIR = os.environ.get("ACTIVATIONS_DIR", "collected_activations_output")
-ORIGINAL_PAIRS_JSON_FOR_ITERATION = "alignment_artifact_prompt_pairs.json"
+RAW_ACTIVATIONS_BASE_DIR = os.environ.get("ACTIVATIONS_DIR") or None  # None: what was collected last
+ORIGINAL_PAIRS_JSON_FOR_ITERATION = places.HOME / "alignment_artifact_prompt_pairs.json"
 GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH = "prompt_list"
 NUM_LAYERS = None
 KEY_PATTERN_TEMPLATE = None  # for example "model.layers.{layer_idx}.mlp.output"
@@ -29,9 +32,10 @@ NUM_BOOTSTRAP_RESAMPLES = 1000
 SEED = 0
 MAX_EXCLUDED = 0.05  # stop if more than this share of the pairs cannot be used
 
-RESULTS_JSON = Path("alignment_artifact_analysis_results.json")
-PLOT_PNG = Path("alignment_artifact_analysis_plot.png")
-RESULTS_DIR = Path("results")
+# The last analysis; each model's own is in RESULTS_DIR.
+RESULTS_JSON = places.HOME / places.ANALYSIS
+PLOT_PNG = places.HOME / places.PLOT
+RESULTS_DIR = places.HOME / "results"
 
 
 def main() -> int:
@@ -60,6 +64,8 @@ def check_constants() -> None:
         "GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH",
     ):
         value = globals()[name]
+        if value is None and name == "RAW_ACTIVATIONS_BASE_DIR":
+            continue
         if not isinstance(value, (str, Path)) or not str(value).strip():
             raise UserError(f"{name} must be text, not {shown(value)}.")
 
@@ -68,9 +74,11 @@ def run() -> None:
     from tqdm import tqdm
 
     check_constants()
-    pairs = load_pairs(ORIGINAL_PAIRS_JSON_FOR_ITERATION)
+    pairs_file = places.find(ORIGINAL_PAIRS_JSON_FOR_ITERATION)
+    pairs = load_pairs(pairs_file)
+    folder, others = places.choose_collection(pairs, RAW_ACTIVATIONS_BASE_DIR, os.environ.get("MODEL_NAME") or None)
     data = load_activation_set(
-        RAW_ACTIVATIONS_BASE_DIR,
+        folder,
         pairs,
         GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH,
         KEY_PATTERN_TEMPLATE,
@@ -82,8 +90,8 @@ def run() -> None:
     report_excluded(data, len(pairs))
     settings = Settings(NUM_PERMUTATIONS, NUM_BOOTSTRAP_RESAMPLES, SEED)
     config = {
-        "RAW_ACTIVATIONS_BASE_DIR": RAW_ACTIVATIONS_BASE_DIR,
-        "ORIGINAL_PAIRS_JSON_FOR_ITERATION": ORIGINAL_PAIRS_JSON_FOR_ITERATION,
+        "RAW_ACTIVATIONS_BASE_DIR": places.recorded(folder),
+        "ORIGINAL_PAIRS_JSON_FOR_ITERATION": places.recorded(pairs_file),
         "NUM_LAYERS": data.num_layers,
         "NUM_TOKEN_STEPS_TO_COLLECT": data.values.shape[2] - 1,
         "EXPECTED_HIDDEN_DIM": data.values.shape[4],
@@ -92,24 +100,51 @@ def run() -> None:
         f"Model: {data.manifest.get('model', 'unknown')} "
         f"({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs"
     )
-    verdict = certificate_verdict(RAW_ACTIVATIONS_BASE_DIR, data.manifest)
-    print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))
+    print_wrapped(f"Collection: {places.displayed(folder)}")
+    if others:
+        print_wrapped(f"Also collected: {'; '.join(other.describe() for other in others)}; ACTIVATIONS_DIR chooses")
+    verdict = certificate_verdict(folder, data.manifest)
+    print_wrapped(f"Certificate of the model's numbers: {verdict}")
     analysed = Run(data, settings, config)
+    origin = places.Origin.of_collection(data.manifest, folder, pairs_file, pairs)
+    results = places.results_folder(RESULTS_DIR, origin)
     result = {**analysed.results, "certificate": verdict}
-    write_json(RESULTS_JSON, result)
-    write_json(RESULTS_DIR / "data" / "alignment_artifacts_by_category.json", analysed.by_category)
-    write_json(RESULTS_DIR / "data" / "layer_analysis.json", analysed.pattern)
-    write_json(RESULTS_DIR / "data" / "projections.json", analysed.projections)
+    write(analysed, result, origin, results)
+    print_table(result)
+    print()
+    print_wrapped(f"Numbers: {places.displayed(places.HOME / RESULTS_JSON)}")
+    print_wrapped(f"Plot: {places.displayed(places.HOME / PLOT_PNG)}")
+    print_wrapped(f"This model's own, by category, layer and step: {places.displayed(results)}/")
+    print("All of it on one page: python -m alignment_artifacts.report")
 
+
+def write(analysed: Run, result: dict, origin: places.Origin, results: Path) -> None:
+    """All files of the analysis, or none: into its own folder, and the main ones as those of the last analysis."""
     from alignment_artifacts.figures import paper
 
-    paper.plot_layer_scores(result, PLOT_PNG)
-    paper.plot_categories(analysed.by_category, RESULTS_DIR / "figures" / "alignment_artifacts_by_category.png")
-    paper.plot_layer_pattern(analysed.pattern, RESULTS_DIR / "figures" / "layer_analysis.png")
-    paper.plot_projections(analysed.projections, RESULTS_DIR / "figures" / "projections.png")
-    print_table(result)
-    print(f"\nNumbers: {RESULTS_JSON}\nPlot:    {PLOT_PNG}\nBy category, layer and step: {RESULTS_DIR}/")
-    print("All of it on one page: python -m alignment_artifacts.report")
+    main = origin.stamp({**result, "results": places.recorded(results)})
+    numbers, plot = places.HOME / RESULTS_JSON, places.HOME / PLOT_PNG
+    with (
+        places.written_together(numbers.parent) as last,
+        places.written_together(plot.parent) as last_plot,
+        places.written_together(results) as own,
+    ):
+        write_json(own / "data" / places.ANALYSIS, main)
+        write_json(own / "data" / "alignment_artifacts_by_category.json", origin.stamp(analysed.by_category))
+        write_json(own / "data" / "layer_analysis.json", origin.stamp(analysed.pattern))
+        write_json(own / "data" / "projections.json", origin.stamp(analysed.projections))
+        paper.plot_layer_scores(result, own / "figures" / places.PLOT)
+        paper.plot_categories(analysed.by_category, own / "figures" / "alignment_artifacts_by_category.png")
+        paper.plot_layer_pattern(analysed.pattern, own / "figures" / "layer_analysis.png")
+        paper.plot_projections(analysed.projections, own / "figures" / "projections.png")
+        write_json(last / numbers.name, main)
+        for ending in (".png", ".pdf"):
+            shutil.copy((own / "figures" / places.PLOT).with_suffix(ending), last_plot / f"{plot.stem}{ending}")
+
+
+def print_wrapped(text: str) -> None:
+    """A line of at most 80 columns, unless a path alone is longer; paths are never broken."""
+    print(textwrap.fill(text, 78, break_long_words=False, break_on_hyphens=False))
 
 
 def report_excluded(data, total: int) -> None:

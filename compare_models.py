@@ -2,22 +2,23 @@
 
 Edit the constants. Both models (held in memory together) get the same pairs in the same chat format,
 and read the same texts, so that representations are compared and not what was written. Then
-directions learnt on one contrast are tried on another. Writes results/data/model_comparison.json and a figure.
+directions learnt on one contrast are tried on another. Writes model_comparison.json and a figure among the results
+of the second model.
 """
 
 import os
 import sys
 import textwrap
-from pathlib import Path
 
+from alignment_artifacts import places
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
 
 # The embedded model before and after its change; for example google/gemma-3-1b-pt and google/gemma-3-1b-it.
-MODEL_A = os.environ.get("MODEL_A", "model_organism/base")
-MODEL_B = os.environ.get("MODEL_B", "model_organism/aligned")
-PAIRS_JSON = "alignment_artifact_prompt_pairs.json"
-TWINS = os.environ.get("TWINS", "model_organism/benign_twins.json")  # or XSTest's CSV
+MODEL_A = os.environ.get("MODEL_A") or places.HOME / "model_organism/base"
+MODEL_B = os.environ.get("MODEL_B") or places.HOME / "model_organism/aligned"
+PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
+TWINS = os.environ.get("TWINS") or places.HOME / "model_organism/benign_twins.json"  # or XSTest's CSV
 SITE = "mlp"  # or "residual"
 NEUTRAL_TEXT = "Thank you for this question. Here is what comes to mind."
 MAX_TOKENS = 20
@@ -26,7 +27,7 @@ NUM_PERMUTATIONS = 1000
 NUM_BOOTSTRAP_RESAMPLES = 1000
 SEED = 0
 
-RESULTS_DIR = Path("results")
+RESULTS_DIR = places.HOME / "results"
 
 
 def main() -> int:
@@ -43,19 +44,23 @@ def run() -> None:
     from alignment_artifacts.pairs import load_pairs
     from gemma_refactored.model_loading import device_description, load
 
-    pairs, twins = load_pairs(PAIRS_JSON), load_twins(TWINS)
-    models = [load(MODEL_A), load(MODEL_B)]
+    pairs_file = places.find(PAIRS_JSON)
+    pairs, twins = load_pairs(pairs_file), load_twins(places.find(TWINS))
+    models = [load(places.find_model(name)) for name in (MODEL_A, MODEL_B)]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     settings = Settings(NUM_PERMUTATIONS, NUM_BOOTSTRAP_RESAMPLES, SEED)
     total = texts_to_read(pairs, twins)
     with tqdm(total=total, desc="reading", unit="text", leave=False, disable=not sys.stderr.isatty()) as bar:
         result = compare(models, pairs, twins, NEUTRAL_TEXT, MAX_TOKENS, SITE, settings, bar.update)
-    write_json(RESULTS_DIR / "data" / "model_comparison.json", result)
-    plot_comparison(result, RESULTS_DIR / "figures" / "model_comparison.png")
+    origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
+    results = places.results_folder(RESULTS_DIR, origin)
+    with places.written_together(results) as folder:
+        write_json(folder / "data" / "model_comparison.json", origin.stamp(result))
+        plot_comparison(result, folder / "figures" / "model_comparison.png")
     print_tables(result)
-    print(f"\nNumbers: {RESULTS_DIR / 'data' / 'model_comparison.json'}")
-    print(f"Figure:  {RESULTS_DIR / 'figures' / 'model_comparison.png'}")
+    print(f"\nNumbers: {places.displayed(results / 'data' / 'model_comparison.json')}")
+    print(f"Figure:  {places.displayed(results / 'figures' / 'model_comparison.png')}")
 
 
 def print_tables(result: dict) -> None:

@@ -1,14 +1,14 @@
 """Turn the prompt pairs into the prompts file that run_model.py reads."""
 
 import sys
-from pathlib import Path
 
+from alignment_artifacts import places
 from alignment_artifacts.pairs import load_pairs, prompt_groups
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
 
-PAIRS_FILE = "alignment_artifact_prompt_pairs.json"
-OUTPUT_FILE = "prompts_for_gemma_runner.json"
+PAIRS_FILE = places.HOME / "alignment_artifact_prompt_pairs.json"
+OUTPUT_FILE = places.HOME / "prompts_for_gemma_runner.json"
 
 
 def main() -> int:
@@ -16,9 +16,9 @@ def main() -> int:
 
 
 def run() -> None:
-    groups = prompt_groups(load_pairs(PAIRS_FILE))
-    write_json(Path(OUTPUT_FILE), groups)
-    print(f"Wrote {len(groups)} prompts to {OUTPUT_FILE}.")
+    groups = prompt_groups(load_pairs(places.find(PAIRS_FILE)))
+    write_json(places.HOME / OUTPUT_FILE, groups)
+    print(f"Wrote {len(groups)} prompts to {places.displayed(places.HOME / OUTPUT_FILE)}.")
 
 
 if __name__ == "__main__":

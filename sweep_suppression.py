@@ -2,24 +2,24 @@
 
 Edit the constants. Directions come from the training pairs, the setting is chosen on development
 pairs and reported once on test pairs, beside random directions. `suppress.py --mode auto` then
-uses the setting for this model. Writes results/data/suppression_sweep.json and a figure.
+uses the setting for this model. Writes suppression_sweep.json and a figure among the results of the model.
 """
 
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
+from alignment_artifacts import places
 from alignment_artifacts.suppression.sweep import Grid, Limits
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.model_loading import DEFAULT_MODEL
 
-MODEL_NAME = os.environ.get("MODEL_NAME", DEFAULT_MODEL)
-PAIRS_JSON = "alignment_artifact_prompt_pairs.json"
+MODEL_NAME = os.environ.get("MODEL_NAME") or DEFAULT_MODEL
+PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
 # Harmless requests that look like artifact requests, reported only; XSTest's CSV for real models.
-TWINS = os.environ.get("TWINS", "model_organism/benign_twins.json")
-CACHE = "alignment_artifacts_cache"
+TWINS = os.environ.get("TWINS") or places.HOME / "model_organism/benign_twins.json"
+CACHE = places.cache_folder()
 SHARES = (20, 15, 15)  # of the pairs: training, development, test
 MAX_TOKENS = 48
 SEED = 0
@@ -35,7 +35,7 @@ AMPLIFICATION = Grid(scales={"add": (0.1, 0.2, 0.5, 1.0, 1.5, 2.0)}, where=("eve
 LIMITS = Limits(kl=0.05, changed=0.1)
 RANDOM_CONTROLS = 5
 
-RESULTS_DIR = Path("results")
+RESULTS_DIR = places.HOME / "results"
 
 
 def main() -> int:
@@ -55,10 +55,12 @@ def run() -> None:
     from alignment_artifacts.suppression.library import SWEEP
     from gemma_refactored.model_loading import device_description, load
 
-    twins = [twin.natural for twin in load_twins(TWINS)]
-    loaded = load(MODEL_NAME)
+    twins = [twin.natural for twin in load_twins(places.find(TWINS))]
+    pairs_file = places.find(PAIRS_JSON)
+    pairs = load_pairs(pairs_file)
+    loaded = load(places.find_model(MODEL_NAME))
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
-    measured = measure(loaded, load_pairs(PAIRS_JSON), Path(CACHE), show_progress=True)
+    measured = measure(loaded, pairs, places.HOME / CACHE, show_progress=True)
     bench = sweep.Bench(loaded, measured, SHARES, SEED, MAX_TOKENS)
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in bench.rows.items())
     development = bench.behaviour("development")
@@ -93,12 +95,15 @@ def run() -> None:
     }
     if planted := planted_directions(loaded):
         result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
-    write_json(RESULTS_DIR / "data" / "suppression_sweep.json", result)
-    write_json(measured.folder / SWEEP, result)
-    plot_sweep(result, RESULTS_DIR / "figures" / "suppression_sweep.png")
+    origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
+    results = places.results_folder(RESULTS_DIR, origin)
+    with places.written_together(results) as folder:
+        write_json(folder / "data" / "suppression_sweep.json", origin.stamp(result))
+        plot_sweep(result, folder / "figures" / "suppression_sweep.png")
+    write_json(measured.folder / SWEEP, origin.stamp(result))
     print_tables(result)
-    print(f"\nNumbers: {RESULTS_DIR / 'data' / 'suppression_sweep.json'}")
-    print(f"Figure:  {RESULTS_DIR / 'figures' / 'suppression_sweep.png'}")
+    print(f"\nNumbers: {places.displayed(results / 'data' / 'suppression_sweep.json')}")
+    print(f"Figure:  {places.displayed(results / 'figures' / 'suppression_sweep.png')}")
 
 
 def print_tables(result: dict) -> None:

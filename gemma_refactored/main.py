@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,12 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--chat-mode", action=argparse.BooleanOptionalAction, default=True, help="use the chat template (default)")
     add("--save-activations", action="store_true", help="write .npz files")
-    add("--activations-dir", default="collected_activations_output", help="where to (default %(default)s)")
+    add("--activations-dir", metavar="DIR", help="where to (default: a folder that belongs to the model)")
     add("--activation-filter", default="mlp.output", help="'all', or parts or globs of site names, comma-separated")
     add("--activation-dtype", choices=["float32", "float16"], default="float32")
     add("--compress-activations", action=argparse.BooleanOptionalAction, default=False)
     add("--overwrite", action="store_true", help="replace a collection made with other settings")
-    add("--output-dir", default="inference_output", help="where the texts go (default %(default)s)")
+    add("--output-dir", metavar="DIR", help="where the texts go (default inference_output)")
     add("--keep-precision", action="store_true", help="Linux CPU: do not expand weights to float32")
     add("--ignore-end-tokens", action="store_true", help="write on after the end of the turn")
     add("--shard", action="store_true", help="under mlx.launch: split the model over the processes")
@@ -66,9 +67,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code (0; 1 for a failed --check, 2 for bad input)."""
+def main(
+    argv: list[str] | None = None,
+    activations_folder: Callable[[LoadedModel], Path] = lambda loaded: Path("collected_activations_output"),
+    output_folder: Path = Path("inference_output"),
+    find_model: Callable[[str], str] = str,
+) -> int:
+    """Run the command line; the exit code (0; 1 for a failed --check, 2 for bad input).
+
+    Args:
+        activations_folder, output_folder: where a model's activations and the texts go unless the options say.
+        find_model: from the name that was typed to the folder or Hugging Face id to load.
+    """
     arguments = build_parser().parse_args(argv)
+    arguments.model = find_model(arguments.model) if arguments.model else None
+    arguments.output_dir = arguments.output_dir or output_folder
     from .distributed import Team, join_team
 
     team = Team()
@@ -77,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         level = logging.ERROR if arguments.quiet or not team.leads else logging.INFO
         logging.basicConfig(level=level, format="%(message)s", handlers=[_Printer(sys.stdout)])
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        code = run(arguments, team)
+        code = run(arguments, team, activations_folder)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -91,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def run(arguments: argparse.Namespace, team: Team) -> int:
+def run(arguments: argparse.Namespace, team: Team, activations_folder: Callable[[LoadedModel], Path]) -> int:
     """The exit code: 0, or 1 for a model that fails its check."""
     wants_no_prompts = arguments.create_sample_prompts or arguments.list_sites or arguments.check
     if wants_no_prompts and not (team.leads or arguments.shard):
@@ -124,6 +137,7 @@ def run(arguments: argparse.Namespace, team: Team) -> int:
         for site, shape in site_shapes(loaded.model).items() if team.leads else ():
             print(f"{site}  {list(shape)}")
         return 0
+    arguments.activations_dir = arguments.activations_dir or activations_folder(loaded)
     if arguments.check:
         from .certificate import certify_and_save
 

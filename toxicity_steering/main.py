@@ -14,6 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from alignment_artifacts import places
 from gemma_refactored.errors import exit_code
 
 NUM_PROMPTS = 50  # challenging, and as many benign ones
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="local folder or Hugging Face id (default: the embedded organism)")
     parser.add_argument("--dataset", choices=["organism", "real-toxicity-prompts"], default="organism")
     parser.add_argument("--scorer", default="word-list", help="word-list, roberta, or a classifier's id or folder")
-    parser.add_argument("--output-dir", type=Path, default=Path("toxicity_results"))
+    parser.add_argument("--output-dir", type=Path, help="default: toxicity_results, or one that belongs to --model")
     arguments = parser.parse_args(argv)
     return exit_code(lambda: run(arguments), "Interrupted; run the same command again to continue.")
 
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     is_organism = arguments.dataset == "organism"
     data = load_organism_prompts(NUM_PROMPTS) if is_organism else load_real_toxicity_prompts(NUM_PROMPTS, SEED)
     scorer = load_scorer(arguments.scorer)
-    loaded = load(arguments.model or DEFAULT_MODEL)
+    loaded = load(places.find_model(arguments.model or DEFAULT_MODEL))
+    output = arguments.output_dir or places.toxicity_folder(loaded)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     print(f"Data: {data.name}, {NUM_PROMPTS} + {NUM_PROMPTS} prompts. Scorer: {scorer.name}.")
     config = Config(
@@ -61,11 +63,11 @@ def run(arguments: argparse.Namespace) -> None:
     def progress(items, what):
         return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
-    experiment = ActivationSteeringExperiment(loaded, data, scorer, arguments.output_dir, config, progress)
+    experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, progress)
     results = experiment.run()
-    plot_all(results, arguments.output_dir / "plots")
+    plot_all(results, output / "plots")
     print_summary(results)
-    print(f"\nNumbers: {arguments.output_dir / FULL}\nPlots:   {arguments.output_dir / 'plots'}/")
+    print(f"\nNumbers: {places.displayed(output / FULL)}\nPlots:   {places.displayed(output / 'plots')}/")
 
 
 def print_summary(results: dict) -> None:

@@ -1,6 +1,6 @@
 """What a model does on the matched pairs, measured once and kept: the cache behind the library.
 
-`alignment_artifacts_cache/<model>_<hash>/` holds what every direction, of any category and
+A folder <model>_<hash> of the cache (`places.cache_folder`) holds what every direction, of any category and
 position, can be computed from: one vector a prompt, layer, site and kind of position. That is a
 fiftieth of the activations themselves, which are deleted once they are summed up. The hash covers
 the weights, their precision, the tokenised prompts and the settings, so that anything that
@@ -39,7 +39,6 @@ from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.npz_writer import NpzWriter
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
-CACHE = "alignment_artifacts_cache"
 COLLECTED_TOKENS = 20  # of each answer, as in collect_activations.sh
 BATCH_SIZE = 100
 MODEL_FACTS = ("model", "model_revision", "model_type", "num_layers", "hidden_size")

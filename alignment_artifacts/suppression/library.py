@@ -15,11 +15,12 @@ from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.behaviour.answers import write_answer
 from alignment_artifacts.directions.estimate import Directions, check_model, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
-from alignment_artifacts.directions.measurements import CACHE, Measurements, measure
+from alignment_artifacts.directions.measurements import Measurements, measure
 from alignment_artifacts.edits.modes import ModeOptions
 from alignment_artifacts.edits.proof import Proof, prove
 from alignment_artifacts.edits.setting import AUTO, NOTHING, PROMPT_END, Setting, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from alignment_artifacts.places import cache_folder, find
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json
 from gemma_refactored.generation import Sampling
@@ -63,7 +64,7 @@ class AlignmentArtifacts:
     Args:
         model: local folder or Hugging Face id that methods use when they get none.
         pairs: the matched prompt pairs.
-        cache: folder for measurements.
+        cache: folder for measurements; default `places.cache_folder`.
         show_progress: bars on the terminal while a model is measured.
     """
 
@@ -71,11 +72,12 @@ class AlignmentArtifacts:
         self,
         model: str | Path = DEFAULT_MODEL,
         pairs: str | Path = PAIRS_JSON,
-        cache: str | Path = CACHE,
+        cache: str | Path | None = None,
         show_progress: bool = True,
     ):
-        self.model, self.cache, self.show_progress = model, Path(cache), show_progress
-        self.pairs = load_pairs(pairs)
+        self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
+        self.pairs_file = find(pairs)
+        self.pairs = load_pairs(self.pairs_file)
         self._loaded: dict[str, LoadedModel] = {}
         self._measured: dict[str, Measurements] = {}
 
