@@ -9,10 +9,11 @@ of the second model.
 import os
 import sys
 import textwrap
+from pathlib import Path
 
 from alignment_artifacts import places
 from gemma_refactored.errors import exit_code
-from gemma_refactored.files import write_json
+from gemma_refactored.files import read_json, write_json
 
 # The embedded model before and after its change; for example google/gemma-3-1b-pt and google/gemma-3-1b-it.
 MODEL_A = os.environ.get("MODEL_A") or places.HOME / "model_organism/base"
@@ -55,12 +56,25 @@ def run() -> None:
         result = compare(models, pairs, twins, NEUTRAL_TEXT, MAX_TOKENS, SITE, settings, bar.update)
     origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
     results = places.results_folder(RESULTS_DIR, origin)
+    keep_earlier(results, models[0].revision)
     with places.written_together(results) as folder:
         write_json(folder / "data" / "model_comparison.json", origin.stamp(result))
         plot_comparison(result, folder / "figures" / "model_comparison.png")
     print_tables(result)
     print(f"\nNumbers: {places.displayed(results / 'data' / 'model_comparison.json')}")
     print(f"Figure:  {places.displayed(results / 'figures' / 'model_comparison.png')}")
+
+
+def keep_earlier(results: Path, revision: str) -> None:
+    """Rename the comparison with another first model, if that is what lies there."""
+    path = results / "data" / "model_comparison.json"
+    earlier = read_json(path, "comparison")["models"]["a"] if path.exists() else {"model_revision": revision}
+    if earlier["model_revision"] == revision:
+        return
+    for file in (path, *(results / "figures").glob("model_comparison.*")):
+        file.rename(
+            file.with_stem(f"{file.stem}_with_{places.hashed_name(earlier['model'], earlier['model_revision'])}")
+        )
 
 
 def print_tables(result: dict) -> None:

@@ -86,8 +86,9 @@ def short(revision: str) -> str:
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]+\b", r"\1", revision)
 
 
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:SHORT]
+def hashed_name(name: str, identity: str) -> str:
+    """A name for files that no other identity has."""
+    return f"{safe_name(name)}_{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:SHORT]}"
 
 
 # Folders that follow a model.
@@ -127,9 +128,8 @@ def _is_default(loaded: LoadedModel) -> bool:
 
 
 def _of_model(stem: str, model: str, revision: str, owner: Callable[[Path], str | None]) -> Path:
-    name = f"{stem}_{safe_name(model)}"
-    plain, hashed = HOME / name, HOME / f"{name}_{_short_hash(revision)}"
-    is_reserved = name == COLLECTED_BY_DEFAULT  # a model that is called "output"
+    plain, hashed = HOME / f"{stem}_{safe_name(model)}", HOME / f"{stem}_{hashed_name(model, revision)}"
+    is_reserved = plain.name == COLLECTED_BY_DEFAULT  # a model that is called "output"
     return hashed if is_reserved or owner(plain) not in (None, revision) else plain
 
 
@@ -262,15 +262,15 @@ def results_folder(base: str | Path, origin: Origin) -> Path:
     try:
         base.mkdir(parents=True, exist_ok=True)
         with FileLock(base / ".lock"):
-            folder = _claim(base, safe_name(origin.model), model, "model_revision")
-            return _claim(folder, safe_name(Path(origin.pairs_file).stem), {**model, **pairs}, "pairs_hash")
+            folder = _claim(base, origin.model, model, "model_revision")
+            return _claim(folder, Path(origin.pairs_file).stem, {**model, **pairs}, "pairs_hash")
     except OSError as error:
         raise cannot_write(base, error) from error
 
 
 def _claim(parent: Path, name: str, about: dict, key: str) -> Path:
     """The folder of that name, if it is free or ours; else one with a hash behind the name."""
-    for folder in (parent / name, parent / f"{name}_{_short_hash(about[key])}"):
+    for folder in (parent / safe_name(name), parent / hashed_name(name, about[key])):
         path = folder / ABOUT
         if path.exists():
             if _facts(path).get(key) == about[key]:
