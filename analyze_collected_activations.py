@@ -100,21 +100,21 @@ def run() -> None:
         f"Model: {data.manifest.get('model', 'unknown')} "
         f"({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs"
     )
-    print_wrapped(f"Collection: {places.displayed(folder)}")
+    print(places.told("Collection", folder))
     if others:
-        print_wrapped(f"Also collected: {'; '.join(other.describe() for other in others)}; ACTIVATIONS_DIR chooses")
+        print("Also collected (ACTIVATIONS_DIR or MODEL_NAME chooses):")
+        print("\n".join(f"  {other.describe()}" for other in others))
     verdict = certificate_verdict(folder, data.manifest)
-    print_wrapped(f"Certificate of the model's numbers: {verdict}")
+    print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))
     analysed = Run(data, settings, config)
     origin = places.Origin.of_collection(data.manifest, folder, pairs_file, pairs)
     results = places.results_folder(RESULTS_DIR, origin)
     result = {**analysed.results, "certificate": verdict}
     write(analysed, result, origin, results)
     print_table(result)
-    print()
-    print_wrapped(f"Numbers: {places.displayed(places.HOME / RESULTS_JSON)}")
-    print_wrapped(f"Plot: {places.displayed(places.HOME / PLOT_PNG)}")
-    print_wrapped(f"This model's own, by category, layer and step: {places.displayed(results)}/")
+    print("\n" + places.told("Numbers", places.HOME / RESULTS_JSON))
+    print(places.told("Plot", places.HOME / PLOT_PNG))
+    print(places.told("This model's own, by category, layer and step", results))
     print("All of it on one page: python -m alignment_artifacts.report")
 
 
@@ -140,11 +140,6 @@ def write(analysed: Run, result: dict, origin: places.Origin, results: Path) -> 
         write_json(last / numbers.name, main)
         for ending in (".png", ".pdf"):
             shutil.copy((own / "figures" / places.PLOT).with_suffix(ending), last_plot / f"{plot.stem}{ending}")
-
-
-def print_wrapped(text: str) -> None:
-    """A line of at most 80 columns, unless a path alone is longer; paths are never broken."""
-    print(textwrap.fill(text, 78, break_long_words=False, break_on_hyphens=False))
 
 
 def report_excluded(data, total: int) -> None:

@@ -61,8 +61,8 @@ def run() -> None:
         write_json(folder / "data" / "model_comparison.json", origin.stamp(result))
         plot_comparison(result, folder / "figures" / "model_comparison.png")
     print_tables(result)
-    print(f"\nNumbers: {places.displayed(results / 'data' / 'model_comparison.json')}")
-    print(f"Figure:  {places.displayed(results / 'figures' / 'model_comparison.png')}")
+    print("\n" + places.told("Numbers", results / "data" / "model_comparison.json"))
+    print(places.told("Figure", results / "figures" / "model_comparison.png"))
 
 
 def keep_earlier(results: Path, revision: str) -> None:

@@ -159,7 +159,7 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace)
         for side, rates in result["refused"].items():
             before, after = (f"{rates[when]['rate']:.0%}" for when in ("before", "after"))
             print(f"Refused, {side} prompts: {before} before, {after} after")
-        print(f"Transcripts: {places.displayed(results / 'data' / TRANSCRIPTS)}")
+        print(places.told("Transcripts", results / "data" / TRANSCRIPTS))
 
 
 class Printer:

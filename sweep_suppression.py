@@ -102,8 +102,8 @@ def run() -> None:
         plot_sweep(result, folder / "figures" / "suppression_sweep.png")
     write_json(measured.folder / SWEEP, origin.stamp(result))
     print_tables(result)
-    print(f"\nNumbers: {places.displayed(results / 'data' / 'suppression_sweep.json')}")
-    print(f"Figure:  {places.displayed(results / 'figures' / 'suppression_sweep.png')}")
+    print("\n" + places.told("Numbers", results / "data" / "suppression_sweep.json"))
+    print(places.told("Figure", results / "figures" / "suppression_sweep.png"))
 
 
 def print_tables(result: dict) -> None:

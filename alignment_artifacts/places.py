@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from filelock import FileLock
 
 from alignment_artifacts.pairs import Pair, pairs_hash
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import CERTIFICATE, MANIFEST, TEMPORARY, cannot_write, read_json, write_json
+from gemma_refactored.files import CERTIFICATE, MANIFEST, TEMPORARY, cannot_write, displayed, read_json, write_json
 
 if TYPE_CHECKING:
     from gemma_refactored.model_loading import LoadedModel
@@ -64,9 +65,9 @@ def find_model(name: str | Path) -> str:
     return str(folder) if str(name).strip() and os.path.isdir(folder) else str(name).rstrip("/")
 
 
-def displayed(path: Path) -> str:
-    """A path in a message: relative where it lies below the current directory."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def told(label: str, path: Path) -> str:
+    """Where something lies, for a terminal of 80 columns; the path itself is never broken."""
+    return textwrap.fill(f"{label}: {displayed(path)}", 80, break_long_words=False, break_on_hyphens=False)
 
 
 def recorded(path: str | Path) -> str:

@@ -76,6 +76,12 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def displayed(path: str | Path) -> str:
+    """A path in a message: relative where it lies below the current directory."""
+    path, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def write_json(path: Path, content) -> None:
     """Indented UTF-8 JSON; refuses NaN and infinity, which JSON does not have."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)

@@ -252,6 +252,7 @@ def execute(
 ) -> None:
     """Run a job and write down what became of it; without a manifest, the texts only."""
     from .dry_run import refuse_without_room
+    from .files import displayed
     from .job import answer_prompts, open_collection, plan_batches
     from .npz_writer import NpzWriter
     from .prompt_processing import save_results
@@ -287,9 +288,9 @@ def execute(
     if arguments.verbose:
         for record in results:
             print(f"\n> {record['prompt']}\n{record['text']}")
-    log.info("Answers: %s", Path(arguments.output_dir) / "results.json")
+    log.info("Answers: %s", displayed(Path(arguments.output_dir) / "results.json"))
     if collection:
-        log.info("Activations of %d sites: %s", len(job.sites), arguments.activations_dir)
+        log.info("Activations of %d sites: %s", len(job.sites), displayed(arguments.activations_dir))
 
 
 def _readable(count: int) -> str:

@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
     results = experiment.run()
     plot_all(results, output / "plots")
     print_summary(results)
-    print(f"\nNumbers: {places.displayed(output / FULL)}\nPlots:   {places.displayed(output / 'plots')}/")
+    print("\n" + places.told("Numbers", output / FULL))
+    print(places.told("Plots", output / "plots"))
 
 
 def print_summary(results: dict) -> None:
