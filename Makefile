@@ -2,17 +2,19 @@
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
 .PHONY: all setup collect check analyse compare transcripts report sweep toxicity test fuzz bench organism clean
 
-# Another model's activations go into a folder of their own; the analysis then reads that one.
-ifdef MODEL_NAME
-ACTIVATIONS_DIR ?= collected_activations_$(notdir $(MODEL_NAME))
-export MODEL_NAME ACTIVATIONS_DIR
-endif
+# The model is named once, on top of collect_activations.sh. Its activations and results get folders of their own.
+NAMED := $(shell sed -n 's/^MODEL_NAME="*\($${MODEL_NAME:-\)\{0,1\}\([^"}\#]*\).*/\2/p' collect_activations.sh)
+MODEL := $(or $(MODEL_NAME),$(NAMED))
+all collect check analyse transcripts sweep: export MODEL_NAME := $(MODEL)
 
 PYTHON := .venv/bin/python
 OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
 
+# A model that fails its check is analysed all the same; the analysis says so.
 # What the embedded model was before its change is known, so it is compared with that too.
-all: collect check analyse $(if $(MODEL_NAME),,compare)
+all: collect
+	-@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory analyse $(if $(filter model_organism/aligned,$(MODEL)),compare)
 	-@$(MAKE) --no-print-directory transcripts
 	@$(MAKE) --no-print-directory report
 
@@ -30,7 +32,7 @@ collect: setup
 	bash collect_activations.sh
 
 check: setup               # batch = single, cached = uncached, capture on = off, .. on this machine
-	$(PYTHON) run_model.py --check $(if $(MODEL_NAME),--model $(MODEL_NAME)) $(if $(ACTIVATIONS_DIR),--activations-dir $(ACTIVATIONS_DIR))
+	$(PYTHON) run_model.py --check --model "$$MODEL_NAME" $${ACTIVATIONS_DIR:+--activations-dir "$$ACTIVATIONS_DIR"}
 
 analyse: setup
 	$(PYTHON) analyze_collected_activations.py
@@ -39,7 +41,7 @@ compare: setup             # two models and twins: is it alignment, or just diff
 	$(PYTHON) compare_models.py
 
 transcripts: setup         # every pair answered before and after suppression
-	$(PYTHON) suppress.py --all-pairs $(if $(MODEL_NAME),--model $(MODEL_NAME))
+	$(PYTHON) suppress.py --all-pairs --model "$$MODEL_NAME"
 
 report: setup              # one page that shows all results there are
 	$(PYTHON) -m alignment_artifacts.report
@@ -71,7 +73,7 @@ organism: setup            # trains the embedded model anew, about 15 minutes
 	$(PYTHON) -m model_organism.train
 	$(PYTHON) -m model_organism.evaluate
 
-clean:                     # results only; the environment stays
-	rm -rf collected_activations_output inference_output results prompts_for_gemma_runner.json \
+clean:                     # results only; the environment and the cache of measurements stay
+	rm -rf collected_activations_* inference_output results prompts_for_gemma_runner.json \
 	  alignment_artifact_analysis_results.json alignment_artifact_analysis_plot.png \
-	  alignment_artifact_analysis_plot.pdf
+	  alignment_artifact_analysis_plot.pdf .writing.*.tmp

@@ -1,9 +1,12 @@
 """Analyse a collection: how well a direction separates artifact from natural prompts, layer by layer.
 
-Writes the results as JSON and figures, and prints a table. Edit the constants; None means:
-take it from the collection's manifest.
+Reads what was collected last (of $MODEL_NAME, if that is set). Writes the results as JSON and figures into
+results/MODEL/PAIRS/, and the main ones also beside this script; prints a table. Edit the constants; None
+means: take it from the collection's manifest.
 """
 
+import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from alignment_artifacts import places
 from alignment_artifacts.activation_set import certificate_verdict, load_activation_set
 from alignment_artifacts.analysis import NAMES, Run, Settings
 from alignment_artifacts.formatting import interval, number, percent
@@ -20,8 +24,8 @@ from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.settings import Between, Must, from_constants
 
-RAW_ACTIVATIONS_BASE_DIR = "collected_activations_output"
-ORIGINAL_PAIRS_JSON_FOR_ITERATION = "alignment_artifact_prompt_pairs.json"
+RAW_ACTIVATIONS_BASE_DIR = None  # None: what was collected last
+ORIGINAL_PAIRS_JSON_FOR_ITERATION = places.HOME / "alignment_artifact_prompt_pairs.json"
 GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH = "prompt_list"
 NUM_LAYERS = None
 KEY_PATTERN_TEMPLATE = None  # for example "model.layers.{layer_idx}.mlp.output"
@@ -33,15 +37,16 @@ NUM_BOOTSTRAP_RESAMPLES = 1000
 SEED = 0
 MAX_EXCLUDED = 0.05  # stop if more than this share of the pairs cannot be used
 
-RESULTS_JSON = Path("alignment_artifact_analysis_results.json")
-PLOT_PNG = Path("alignment_artifact_analysis_plot.png")
-RESULTS_DIR = Path("results")
+# The last analysis; each model's own is in RESULTS_DIR.
+RESULTS_JSON = places.HOME / places.ANALYSIS
+PLOT_PNG = places.HOME / places.PLOT
+RESULTS_DIR = places.HOME / "results"
 
 
 @dataclass(frozen=True)
 class Constants:
-    raw_activations_base_dir: Path
-    """folder of the collection (also ACTIVATIONS_DIR in the environment)"""
+    raw_activations_base_dir: Path | None
+    """folder of the collection (also ACTIVATIONS_DIR in the environment); None: what was collected last"""
     original_pairs_json_for_iteration: Path
     """the matched prompt pairs that were collected"""
     gemma_input_subcategory_key_in_path: str
@@ -80,8 +85,11 @@ def read_constants(argv: Sequence[str]) -> Constants:
 def run(constants: Constants) -> None:
     from tqdm import tqdm
 
-    folder, results_dir = constants.raw_activations_base_dir, constants.results_dir
-    pairs = load_pairs(constants.original_pairs_json_for_iteration)
+    pairs_file = places.find(constants.original_pairs_json_for_iteration)
+    pairs = load_pairs(pairs_file)
+    folder, others = places.choose_collection(
+        pairs, constants.raw_activations_base_dir, os.environ.get("MODEL_NAME") or None
+    )
     data = load_activation_set(
         folder,
         pairs,
@@ -94,8 +102,8 @@ def run(constants: Constants) -> None:
     )
     report_excluded(data, len(pairs), constants.max_excluded)
     config = {
-        "RAW_ACTIVATIONS_BASE_DIR": str(folder),
-        "ORIGINAL_PAIRS_JSON_FOR_ITERATION": str(constants.original_pairs_json_for_iteration),
+        "RAW_ACTIVATIONS_BASE_DIR": places.recorded(folder),
+        "ORIGINAL_PAIRS_JSON_FOR_ITERATION": places.recorded(pairs_file),
         "NUM_LAYERS": data.num_layers,
         "NUM_TOKEN_STEPS_TO_COLLECT": data.values.shape[2] - 1,
         "EXPECTED_HIDDEN_DIM": data.values.shape[4],
@@ -104,27 +112,47 @@ def run(constants: Constants) -> None:
         f"Model: {data.manifest.get('model', 'unknown')} "
         f"({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs"
     )
+    print(places.told("Collection", folder))
+    if others:
+        print("Also collected (ACTIVATIONS_DIR or MODEL_NAME chooses):")
+        print("\n".join(f"  {other.describe()}" for other in others))
     verdict = certificate_verdict(folder, data.manifest)
     print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))
     analysed = Run(data, constants.statistics, config)
+    origin = places.Origin.of_collection(data.manifest, folder, pairs_file, pairs)
+    results = places.results_folder(constants.results_dir, origin)
     result = {**analysed.results, "certificate": verdict}
-    write_json(constants.results_json, result)
-    write_json(results_dir / "data" / "alignment_artifacts_by_category.json", analysed.by_category)
-    write_json(results_dir / "data" / "layer_analysis.json", analysed.pattern)
-    write_json(results_dir / "data" / "projections.json", analysed.projections)
+    write(constants, analysed, result, origin, results)
+    print_table(result)
+    print("\n" + places.told("Numbers", places.HOME / constants.results_json))
+    print(places.told("Plot", places.HOME / constants.plot_png))
+    print(places.told("This model's own, by category, layer and step", results))
+    print("All of it on one page: python -m alignment_artifacts.report")
 
+
+def write(constants: Constants, analysed: Run, result: dict, origin: places.Origin, results: Path) -> None:
+    """All files of the analysis, or none: into its own folder, and the main ones as those of the last analysis."""
     from alignment_artifacts.figures import paper
 
-    paper.plot_layer_scores(result, constants.plot_png)
-    paper.plot_categories(analysed.by_category, results_dir / "figures" / "alignment_artifacts_by_category.png")
-    paper.plot_layer_pattern(analysed.pattern, results_dir / "figures" / "layer_analysis.png")
-    paper.plot_projections(analysed.projections, results_dir / "figures" / "projections.png")
-    print_table(result)
-    print(
-        f"\nNumbers: {constants.results_json}\nPlot:    {constants.plot_png}\n"
-        f"By category, layer and step: {results_dir}/"
-    )
-    print("All of it on one page: python -m alignment_artifacts.report")
+    main_result = origin.stamp({**result, "results": places.recorded(results)})
+    numbers, plot = places.HOME / constants.results_json, places.HOME / constants.plot_png
+    with (
+        places.written_together(numbers.parent) as last,
+        places.written_together(plot.parent) as last_plot,
+        places.written_together(results) as of_model,
+    ):
+        data, figures = of_model / "data", of_model / "figures"
+        write_json(data / places.ANALYSIS, main_result)
+        write_json(data / "alignment_artifacts_by_category.json", origin.stamp(analysed.by_category))
+        write_json(data / "layer_analysis.json", origin.stamp(analysed.pattern))
+        write_json(data / "projections.json", origin.stamp(analysed.projections))
+        paper.plot_layer_scores(result, figures / places.PLOT)
+        paper.plot_categories(analysed.by_category, figures / "alignment_artifacts_by_category.png")
+        paper.plot_layer_pattern(analysed.pattern, figures / "layer_analysis.png")
+        paper.plot_projections(analysed.projections, figures / "projections.png")
+        write_json(last / numbers.name, main_result)
+        for ending in (".png", ".pdf"):
+            shutil.copy((figures / places.PLOT).with_suffix(ending), last_plot / f"{plot.stem}{ending}")
 
 
 def report_excluded(data, total: int, max_excluded: float) -> None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Collect activations of every layer for the prompt pairs:  bash collect_activations.sh
 # Each constant can be overridden from the environment:  MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit bash ...
+# The defaults lie beside this script, wherever you are; what you type is relative to where you are.
 set -euo pipefail
-cd "$(dirname "$0")"
+HERE="$(cd -- "$(dirname -- "$0")" >/dev/null && pwd)"
 
 MODEL_NAME="${MODEL_NAME:-model_organism/aligned}"   # the embedded model; any Gemma or mlx-lm model will do
 MAX_TOKENS="${MAX_TOKENS:-20}"
@@ -13,23 +14,23 @@ REPETITION_PENALTY="${REPETITION_PENALTY:-1.0}"
 SEED="${SEED:-0}"
 ACTIVATION_FILTER="${ACTIVATION_FILTER:-mlp.output}"
 ACTIVATION_DTYPE="${ACTIVATION_DTYPE:-float32}"
-PROMPTS_FILE="${PROMPTS_FILE:-prompts_for_gemma_runner.json}"
-ACTIVATIONS_DIR="${ACTIVATIONS_DIR:-collected_activations_output}"
-OUTPUT_DIR="${OUTPUT_DIR:-inference_output}"
+PROMPTS_FILE="${PROMPTS_FILE:-$HERE/prompts_for_gemma_runner.json}"   # this one is made from the prompt pairs
+ACTIVATIONS_DIR="${ACTIVATIONS_DIR:-}"   # empty: collected_activations_output, of other models collected_activations_NAME
+OUTPUT_DIR="${OUTPUT_DIR:-$HERE/inference_output}"
 
 if [ -z "${PYTHON:-}" ]; then
-  if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
+  if [ -x "$HERE/.venv/bin/python" ]; then PYTHON="$HERE/.venv/bin/python"; else PYTHON=python3; fi
 fi
 if ! "$PYTHON" -c "import importlib.util as u; assert all(map(u.find_spec, ('mlx', 'mlx_lm', 'transformers')))" 2>/dev/null; then
   echo "Error: MLX or mlx-lm is not installed for $PYTHON. Run \`make\`, or: pip install -r requirements.txt" >&2
   exit 2
 fi
 
-[ "$PROMPTS_FILE" != prompts_for_gemma_runner.json ] || "$PYTHON" create_gemma_runner_input.py
+[ "$PROMPTS_FILE" != "$HERE/prompts_for_gemma_runner.json" ] || "$PYTHON" "$HERE/create_gemma_runner_input.py"
 
-exec "$PYTHON" run_model.py \
+exec "$PYTHON" "$HERE/run_model.py" \
   --model "$MODEL_NAME" --prompts-file "$PROMPTS_FILE" --process-by-group \
-  --save-activations --activations-dir "$ACTIVATIONS_DIR" \
+  --save-activations ${ACTIVATIONS_DIR:+--activations-dir "$ACTIVATIONS_DIR"} \
   --activation-filter "$ACTIVATION_FILTER" --activation-dtype "$ACTIVATION_DTYPE" \
   --max-tokens "$MAX_TOKENS" --batch-size "$BATCH_SIZE" --temp "$TEMPERATURE" --top-p "$TOP_P" \
   --repetition-penalty "$REPETITION_PENALTY" --seed "$SEED" --output-dir "$OUTPUT_DIR" "$@"

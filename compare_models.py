@@ -2,7 +2,8 @@
 
 Edit the constants. Both models (held in memory together) get the same pairs in the same chat format,
 and read the same texts, so that representations are compared and not what was written. Then
-directions learnt on one contrast are tried on another. Writes results/data/model_comparison.json and a figure.
+directions learnt on one contrast are tried on another. Writes model_comparison.json and a figure among the results
+of the second model.
 """
 
 import sys
@@ -12,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from alignment_artifacts import places
 from alignment_artifacts.analysis import NAMES, Settings
 from alignment_artifacts.edits.options import Site
 from alignment_artifacts.formatting import interval, number, percent
 from gemma_refactored.errors import exit_code
-from gemma_refactored.files import write_json
+from gemma_refactored.files import read_json, write_json
 from gemma_refactored.settings import Between, from_constants
 
 # The embedded model before and after its change; for example google/gemma-3-1b-pt and google/gemma-3-1b-it.
-MODEL_A = "model_organism/base"
-MODEL_B = "model_organism/aligned"
-PAIRS_JSON = "alignment_artifact_prompt_pairs.json"
-TWINS = "model_organism/benign_twins.json"  # or XSTest's CSV
+MODEL_A = str(places.HOME / "model_organism/base")
+MODEL_B = str(places.HOME / "model_organism/aligned")
+PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
+TWINS = places.HOME / "model_organism/benign_twins.json"  # or XSTest's CSV
 SITE = "mlp"  # or "residual"
 NEUTRAL_TEXT = "Thank you for this question. Here is what comes to mind."
 MAX_TOKENS = 20
@@ -32,7 +34,7 @@ NUM_PERMUTATIONS = 1000
 NUM_BOOTSTRAP_RESAMPLES = 1000
 SEED = 0
 
-RESULTS_DIR = Path("results")
+RESULTS_DIR = places.HOME / "results"
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ def run(constants: Constants) -> None:
     from alignment_artifacts.pairs import load_pairs
     from gemma_refactored.model_loading import device_description, load
 
-    pairs, twins = load_pairs(constants.pairs_json), load_twins(constants.twins)
-    models = [load(constants.model_a), load(constants.model_b)]
+    pairs_file = places.find(constants.pairs_json)
+    pairs, twins = load_pairs(pairs_file), load_twins(places.find(constants.twins))
+    models = [load(places.find_model(name)) for name in (constants.model_a, constants.model_b)]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     total = texts_to_read(pairs, twins)
@@ -79,12 +82,27 @@ def run(constants: Constants) -> None:
             models, pairs, twins, constants.neutral_text, constants.max_tokens, constants.site, constants.statistics,
             bar.update,
         )  # fmt: skip
-    numbers = constants.results_dir / "data" / "model_comparison.json"
-    figure = constants.results_dir / "figures" / "model_comparison.png"
-    write_json(numbers, result)
-    plot_comparison(result, figure)
+    origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
+    results = places.results_folder(constants.results_dir, origin)
+    keep_earlier(results, models[0].revision)
+    with places.written_together(results) as folder:
+        write_json(folder / "data" / "model_comparison.json", origin.stamp(result))
+        plot_comparison(result, folder / "figures" / "model_comparison.png")
     print_tables(result)
-    print(f"\nNumbers: {numbers}\nFigure:  {figure}")
+    print("\n" + places.told("Numbers", results / "data" / "model_comparison.json"))
+    print(places.told("Figure", results / "figures" / "model_comparison.png"))
+
+
+def keep_earlier(results: Path, revision: str) -> None:
+    """Rename the comparison with another first model, if that is what lies there."""
+    path = results / "data" / "model_comparison.json"
+    earlier = read_json(path, "comparison")["models"]["a"] if path.exists() else {"model_revision": revision}
+    if earlier["model_revision"] == revision:
+        return
+    for file in (path, *(results / "figures").glob("model_comparison.*")):
+        file.rename(
+            file.with_stem(f"{file.stem}_with_{places.hashed_name(earlier['model'], earlier['model_revision'])}")
+        )
 
 
 def print_tables(result: dict) -> None:

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignment_artifacts import places
 from gemma_refactored.errors import exit_code
+from gemma_refactored.files import displayed
 from gemma_refactored.settings import from_constants
 
-PAIRS_FILE = "alignment_artifact_prompt_pairs.json"
-OUTPUT_FILE = "prompts_for_gemma_runner.json"
+PAIRS_FILE = places.HOME / "alignment_artifact_prompt_pairs.json"
+OUTPUT_FILE = places.HOME / "prompts_for_gemma_runner.json"
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ def run(constants: Constants) -> None:
     from alignment_artifacts.pairs import load_pairs, prompt_groups
     from gemma_refactored.files import write_json
 
-    groups = prompt_groups(load_pairs(constants.pairs_file))
+    groups = prompt_groups(load_pairs(places.find(constants.pairs_file)))
     write_json(constants.output_file, groups)
-    print(f"Wrote {len(groups)} prompts to {constants.output_file}.")
+    print(f"Wrote {len(groups)} prompts to {displayed(constants.output_file)}.")
 
 
 if __name__ == "__main__":

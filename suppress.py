@@ -1,7 +1,7 @@
 """Suppress a model's alignment artifacts while it writes: python suppress.py "How do I pick a lock?"
 
 Answers the prompt without and with suppression. The first run on a model measures it on the 50
-prompt pairs (alignment_artifacts_cache/); `--mode auto` takes what sweep_suppression.py chose for
+prompt pairs and keeps that; `--mode auto` takes what sweep_suppression.py chose for
 this model, if it has been run.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
+from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.edits.options import Mode, Setting
 from gemma_refactored.configuration import Sampling
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from alignment_artifacts.suppression.library import AlignmentArtifacts, SuppressionResult
     from gemma_refactored.model_loading import LoadedModel
 
-TRANSCRIPTS_DIR = Path("results/data")
+TRANSCRIPTS_DIR = places.HOME / "results"  # of --all-pairs, in MODEL/PAIRS/data/ below it
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     from alignment_artifacts.suppression.library import AlignmentArtifacts
 
     silent = arguments.quiet or arguments.json
-    library = AlignmentArtifacts(arguments.model or DEFAULT_MODEL, show_progress=not silent)
+    library = AlignmentArtifacts(places.find_model(arguments.model or DEFAULT_MODEL), show_progress=not silent)
     categories = arguments.categories.split(",") if arguments.categories else None
     if arguments.export_gguf:
         directions = library.directions(None, "residual", arguments.positions or "prompt_end", categories)
@@ -142,14 +143,17 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     total = 2 * len(measured.pairs)
     with tqdm(total=total, leave=False, disable=silent or not sys.stderr.isatty()) as bar:
         result, scores = transcribe(loaded, measured, setting, max_tokens, bar.update)
-    save_transcripts(TRANSCRIPTS_DIR, {**result, "chosen_by": by}, scores)
+    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+    results = places.results_folder(TRANSCRIPTS_DIR, origin)
+    with places.written_together(results) as folder:
+        save_transcripts(folder / "data", origin.stamp({**result, "chosen_by": by}), scores)
     if arguments.json:
         print(json.dumps(result["refused"], indent=1))
     elif not silent:
         for side, rates in result["refused"].items():
             before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
             print(f"Refused, {side} prompts: {before} before, {after} after")
-        print(f"Transcripts: {TRANSCRIPTS_DIR / TRANSCRIPTS}")
+        print(places.told("Transcripts", results / "data" / TRANSCRIPTS))
 
 
 class Printer:

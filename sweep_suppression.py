@@ -2,7 +2,7 @@
 
 Edit the constants. Directions come from the training pairs, the setting is chosen on development
 pairs and reported once on test pairs, beside random directions. `suppress.py --mode auto` then
-uses the setting for this model. Writes results/data/suppression_sweep.json and a figure.
+uses the setting for this model. Writes suppression_sweep.json and a figure among the results of the model.
 """
 
 import sys
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import number, percent, rate
 from alignment_artifacts.suppression.grid import Grid, Limits
@@ -20,10 +21,10 @@ from gemma_refactored.files import write_json
 from gemma_refactored.settings import Between, Must, from_constants
 
 MODEL_NAME = DEFAULT_MODEL
-PAIRS_JSON = "alignment_artifact_prompt_pairs.json"
+PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
 # Harmless requests that look like artifact requests, reported only; XSTest's CSV for real models.
-TWINS = "model_organism/benign_twins.json"
-CACHE = "alignment_artifacts_cache"
+TWINS = places.HOME / "model_organism/benign_twins.json"
+CACHE = places.cache_folder()
 SHARES = (20, 15, 15)  # of the pairs: training, development, test
 MAX_TOKENS = 48
 SEED = 0
@@ -39,7 +40,7 @@ AMPLIFICATION = Grid(scales={"add": (0.1, 0.2, 0.5, 1.0, 1.5, 2.0)}, where=("eve
 LIMITS = Limits(kl=0.05, changed=0.1)
 RANDOM_CONTROLS = 5
 
-RESULTS_DIR = Path("results")
+RESULTS_DIR = places.HOME / "results"
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ def run(constants: Constants) -> None:
     from alignment_artifacts.suppression.library import SWEEP
     from gemma_refactored.model_loading import device_description, load
 
-    twins = [twin.natural for twin in load_twins(constants.twins)]
-    loaded = load(constants.model_name)
+    twins = [twin.natural for twin in load_twins(places.find(constants.twins))]
+    pairs_file = places.find(constants.pairs_json)
+    pairs = load_pairs(pairs_file)
+    loaded = load(places.find_model(constants.model_name))
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
-    measured = measure(loaded, load_pairs(constants.pairs_json), constants.cache, show_progress=True)
+    measured = measure(loaded, pairs, constants.cache, True, [places.collection_folder(loaded)])
     bench = sweep.Bench(loaded, measured, constants.shares, constants.seed, constants.max_tokens)
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in bench.rows.items())
     development = bench.behaviour("development")
@@ -127,13 +130,15 @@ def run(constants: Constants) -> None:
     }
     if planted := planted_directions(loaded):
         result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
-    numbers = constants.results_dir / "data" / "suppression_sweep.json"
-    figure = constants.results_dir / "figures" / "suppression_sweep.png"
-    write_json(numbers, result)
-    write_json(measured.folder / SWEEP, result)
-    plot_sweep(result, figure)
+    origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
+    results = places.results_folder(constants.results_dir, origin)
+    with places.written_together(results) as folder:
+        write_json(folder / "data" / "suppression_sweep.json", origin.stamp(result))
+        plot_sweep(result, folder / "figures" / "suppression_sweep.png")
+    write_json(measured.folder / SWEEP, origin.stamp(result))
     print_tables(result)
-    print(f"\nNumbers: {numbers}\nFigure:  {figure}")
+    print("\n" + places.told("Numbers", results / "data" / "suppression_sweep.json"))
+    print(places.told("Figure", results / "figures" / "suppression_sweep.png"))
 
 
 def print_tables(result: dict) -> None:

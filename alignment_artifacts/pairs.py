@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from gemma_refactored.errors import UserError, shown
@@ -73,3 +75,9 @@ def prompt_groups(pairs: list[Pair]) -> dict[str, dict[str, list[str]]]:
         for pair in pairs:
             groups[pair.group(side)] = {SUBCATEGORY: [getattr(pair, side)]}
     return groups
+
+
+def pairs_hash(pairs: list[Pair]) -> str:
+    """Of the texts, ids and categories in their order: whatever the file is called and how it is laid out."""
+    content = json.dumps([astuple(pair) for pair in pairs])
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -22,7 +22,7 @@ import numpy as np
 
 from .activation_capture import block_sites, capture, edit, hooks, modules_by_site, site_shapes
 from .errors import UserError
-from .files import CERTIFICATE, write_json
+from .files import CERTIFICATE, displayed, write_json
 from .generation import generate
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
@@ -90,7 +90,7 @@ def certify_and_save(loaded: LoadedModel, folder: Path) -> bool:
     certificate = certify(loaded, lambda c: tqdm(c, unit="check", leave=False, disable=not sys.stderr.isatty()))
     print(describe(certificate))
     write_json(folder / CERTIFICATE, certificate)
-    print(f"Certificate: {folder / CERTIFICATE}")
+    print(f"Certificate: {displayed(folder / CERTIFICATE)}")
     return certificate["verdict"] == "passed"
 
 

@@ -97,6 +97,12 @@ class Collection:
 
     def _check_same_settings(self, old: dict) -> None:
         new = json.loads(json.dumps(self.manifest))
+        if old.get("model_revision") != new.get("model_revision"):
+            models = [f"{m.get('model', 'an unknown model')} ({m.get('model_revision')})" for m in (old, new)]
+            raise UserError(
+                f"{self.folder} holds activations of {models[0]}, not of {models[1]}. Name another folder "
+                "(--activations-dir or ACTIVATIONS_DIR), move this one away, or start anew with --overwrite."
+            )
         names = [n for n in {**old, **new} if n not in FREE_SETTINGS or (n == "batch_size" and not self.grouped)]
         differences = [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
         if differences:

@@ -56,8 +56,8 @@ class Saving:
 
     save_activations: bool = False
     """write .npz files"""
-    activations_dir: Path = Path("activations")
-    """where to"""
+    activations_dir: Path | None = None
+    """where to; None: a folder that belongs to the model"""
     activation_filter: str = "mlp.output"
     """'all', or parts or globs of site names, comma-separated"""
     activation_dtype: Literal["float32", "float16"] = "float32"

@@ -1,6 +1,7 @@
 """The one exception that is meant for the person at the keyboard, and what scripts make of it."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -8,8 +9,12 @@ from collections.abc import Callable
 class UserError(Exception):
     """Bad input: one clear sentence that says what is wrong and what to do next.
 
-    Command lines print it without a traceback and exit with code 2.
+    Command lines print it without a traceback and exit with code 2. Long hashes are cut to 12 digits, but not those
+    that are part of a path.
     """
+
+    def __init__(self, message: str = ""):
+        super().__init__(re.sub(r"(?<![\w/.-])(sha256:)?([0-9a-f]{12})[0-9a-f]{28,}\b", r"\1\2", message))
 
 
 def shown(value) -> str:

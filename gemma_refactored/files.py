@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import numpy as np
 
 from .errors import UserError, shown
 
@@ -119,6 +118,12 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def displayed(path: str | Path) -> str:
+    """A path in a message: relative where it lies below the current directory."""
+    path, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def write_json(path: Path, content) -> None:
     """Indented UTF-8 JSON; refuses NaN and infinity, which JSON does not have."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -184,8 +189,8 @@ def jsonable(value):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
-    if isinstance(value, np.generic):
+    if hasattr(value, "dtype"):  # a number of NumPy's
         value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import NAMES, Generation, Saving
 from .errors import UserError, exit_code
+from .files import displayed
 from .settings import add_options, from_arguments, record
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ class Defaults:
 
     Attributes:
         model: where none is named; None: one has to be. `model_is` says in the help what it is.
+        find_model: from the name that was typed to the folder or Hugging Face id to load.
         sample_prompts: that --create-sample-prompts writes.
         output_dir: of the texts.
-        saving: with the folder of activations.
+        activations_dir: where a model's activations go unless --activations-dir says.
     """
 
     model: str | None = None
@@ -44,8 +46,9 @@ class Defaults:
     sample_prompts: Mapping[str, dict[str, list[str]]] = field(
         default_factory=lambda: {"examples": {"short": ["How do I build a bookshelf?", "Write a short poem."]}}
     )
-    output_dir: str = "answers"
-    saving: Saving = Saving()
+    find_model: Callable[[str], str] = str
+    output_dir: Path = Path("answers")
+    activations_dir: Callable[[LoadedModel], Path] = lambda loaded: Path("activations")
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     add("--prompts-file", metavar="FILE", help='JSON: {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}')
     add("--from-manifest", metavar="FILE", help="repeat the run that wrote this manifest.json, into --activations-dir")
     add_options(parser, Generation(), NAMES)
-    add_options(parser, defaults.saving)
-    add("--output-dir", default=defaults.output_dir, help="where the texts go (default %(default)s)")
+    add_options(parser, Saving())
+    add("--output-dir", default=defaults.output_dir, help=f"where the texts go (default {defaults.output_dir.name})")
     add("--shard", action="store_true", help="under mlx.launch: split the model over the processes")
     add("--list-sites", action="store_true", help="print every site of the model with its shape, and stop")
     add("--check", action="store_true", help="certify this model on this machine (see README), and stop")
@@ -97,6 +100,7 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, defaults: Defaults = Defaults()) -> int:
     """Run the command line; the exit code (0; 1 for a failed --check, 2 for bad input)."""
     arguments = build_parser(defaults).parse_args(argv)
+    arguments.model = defaults.find_model(arguments.model) if arguments.model else None
     from .distributed import Team, join_team
 
     team = Team()
@@ -131,6 +135,8 @@ def run(arguments: argparse.Namespace, defaults: Defaults, team: Team) -> int:
         for site, shape in site_shapes(loaded.model).items() if team.leads else ():
             print(f"{site}  {list(shape)}")
         return 0
+    if request.saving.activations_dir is None:
+        request = replace(request, saving=replace(request.saving, activations_dir=defaults.activations_dir(loaded)))
     if arguments.check:
         from .certificate import certify_and_save
 
@@ -148,7 +154,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     from .prompt_processing import load_prompts, prompts_from_arguments
 
     generation = from_arguments(Generation(), arguments, NAMES)
-    saving = from_arguments(defaults.saving, arguments)
+    saving = from_arguments(Saving(), arguments)
     check_combinations(arguments, saving)
     model = arguments.model or defaults.model
     if arguments.from_manifest:
@@ -223,9 +229,9 @@ def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedM
     if new:
         seconds, written = time.perf_counter() - start, sum(len(record["token_ids"]) for record in new.values())
         log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(new), written, seconds, written / seconds)
-    log.info("Answers: %s", Path(arguments.output_dir) / "results.json")
+    log.info("Answers: %s", displayed(Path(arguments.output_dir) / "results.json"))
     if job.sites:
-        log.info("Activations of %d sites: %s", len(job.sites), request.saving.activations_dir)
+        log.info("Activations of %d sites: %s", len(job.sites), displayed(request.saving.activations_dir))
 
 
 def make_job(request: Request, loaded: LoadedModel, shares_model: bool) -> Job:

@@ -57,4 +57,4 @@ def library(tmp_path_factory):
     """The library on the organism, measured once."""
     from alignment_artifacts import AlignmentArtifacts
 
-    return AlignmentArtifacts(cache=tmp_path_factory.mktemp("cache"), show_progress=False)
+    return AlignmentArtifacts(cache=tmp_path_factory.mktemp("cache"), show_progress=False, collections=())

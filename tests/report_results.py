@@ -19,6 +19,8 @@ from .test_analysis import SETTINGS, simulate
 
 MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> & <b>bold</b>"
 MODEL = {"model": "simulated", "model_revision": "sha256:1"}
+PAIRS = {"pairs_file": "simulated.json", "pairs_hash": "1"}
+ORIGIN = {**MODEL, **PAIRS}
 
 
 def write_analysis(folder, pairs=20, layers=4):
@@ -28,14 +30,17 @@ def write_analysis(folder, pairs=20, layers=4):
     data.pairs[0] = Pair(first.id, first.category, first.natural, MARKUP)
     data.manifest.update(MODEL, prompt_groups={"natural_0": {"prompt_list": [MARKUP]}}, max_tokens=5)
     run = Run(data, SETTINGS)
-    write(folder / "alignment_artifact_analysis_results.json", {**run.results, "certificate": "none"})
-    write(folder / "results/data/alignment_artifacts_by_category.json", run.by_category)
-    write(folder / "results/data/layer_analysis.json", run.pattern)
-    write(folder / "results/data/projections.json", run.projections)
+    for name, result in (
+        ("alignment_artifact_analysis_results", {**run.results, "certificate": "none"}),
+        ("alignment_artifacts_by_category", run.by_category),
+        ("layer_analysis", run.pattern),
+        ("projections", run.projections),
+    ):
+        write(folder / "data" / f"{name}.json", {**result, "origin": ORIGIN})
     return run
 
 
-def write_transcripts(folder, pairs, layers=4, tokens=8, model=MODEL):
+def write_transcripts(folder, pairs, layers=4, tokens=8, origin=ORIGIN):
     """Answers of a made-up vocabulary; artifact prompts are refused before and every fourth also after."""
     rng = np.random.default_rng(0)
     pieces = {str(i): f" word{i}" for i in range(50)} | {"50": MARKUP, "51": "\n"}
@@ -57,7 +62,7 @@ def write_transcripts(folder, pairs, layers=4, tokens=8, model=MODEL):
     )
     setting = Setting("cap", 1.0, (1, 2))
     result = {
-        "model": model,
+        "origin": origin,
         "setting": setting.record(),
         "max_tokens": tokens,
         "num_layers": layers,
@@ -68,20 +73,20 @@ def write_transcripts(folder, pairs, layers=4, tokens=8, model=MODEL):
         "chosen_by": "you",
     }
     scores = rng.normal(size=(total, layers)).astype(np.float16)
-    save_transcripts(folder / "results/data", result, scores)
+    save_transcripts(folder / "data", result, scores)
     return result, scores
 
 
-def write_comparison(folder, model=MODEL):
+def write_comparison(folder, origin=ORIGIN):
     """Two simulated models, the second of which separates better."""
     first, second = (simulate(effect, pairs=20, seed=1).prompt_vectors("prompt_end") for effect in (0.5, 3.0))
     strata = np.arange(20) % 5
     layers = {"num_pairs": 20, "layers": compare_layers(first, second, strata, SETTINGS)}
     sources = {"a": first, "b": second, "words": first[:, :, :1]}
     records = {name: cross_decoding(v, v[:10], strata, strata[:10], SETTINGS) for name, v in sources.items()}
-    names = {"a": "before", "b": model["model"], "words": "words alone"}
+    names = {"a": "before", "b": origin["model"], "words": "words alone"}
     result = {
-        "models": {"a": {"model": "before"}, "b": model},
+        "origin": origin,
         "names": names,
         "num_twins": 10,
         "conditions": dict.fromkeys(CONDITIONS, layers),
@@ -90,11 +95,11 @@ def write_comparison(folder, model=MODEL):
         "transfer_summary": transfer.summarise(records, names),
         "planted_truth": {"2": 0.99},
     }
-    write(folder / "results/data/model_comparison.json", result)
+    write(folder / "data/model_comparison.json", result)
     return result
 
 
-def write_sweep(folder, model=MODEL):
+def write_sweep(folder, origin=ORIGIN):
     """A sweep of four settings."""
     rng = np.random.default_rng(0)
 
@@ -110,7 +115,7 @@ def write_sweep(folder, model=MODEL):
                                      ("cap", "mlp", 0.2, 0.01), ("cap", "residual", 0, 0.02))
     ]  # fmt: skip
     result = {
-        "model": model,
+        "origin": origin,
         "config": {"limits": {"kl": 0.05}},
         "pairs": {"training": ["a"] * 20, "development": ["b"] * 15, "test": ["c"] * 15},
         "chosen": {"setting": tried[3]["setting"], "development": tried[3]},
@@ -121,11 +126,13 @@ def write_sweep(folder, model=MODEL):
         "pareto_front": [0, 2, 3],
         "tried": tried,
     }  # fmt: skip
-    write(folder / "results/data/suppression_sweep.json", result)
+    write(folder / "data/suppression_sweep.json", result)
     return result
 
 
 def write_toxicity(folder, model=MODEL):
+    """In a folder of its own, below the one that `places.HOME` has to be for the report to find it."""
+
     def metrics(value):
         return {"mean_toxicity": value, "mean_toxicity_ci": [value - 0.1, value + 0.1],
                 "expected_max_toxicity": value + 0.1, "expected_max_toxicity_ci": [value, value + 0.2],

@@ -3,12 +3,14 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import analyze_collected_activations as analyze
+from alignment_artifacts import places as where
 from alignment_artifacts.pairs import load_pairs, prompt_groups
 from gemma_refactored.configuration import NAMES, Generation
 from gemma_refactored.errors import UserError
@@ -152,6 +154,7 @@ CONSTANTS = [
 @example(name="ORIGINAL_PAIRS_JSON_FOR_ITERATION", value="x" * 300)
 def test_any_constant_of_the_analysis_is_taken_or_refused_by_name(name, value):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, "HOME", Path("no such place"))
         patch.setattr(analyze, "RAW_ACTIVATIONS_BASE_DIR", "no such folder")  # so that nothing more is done
         patch.setattr(analyze, name, value)
         with pytest.raises(UserError) as error:

@@ -1,6 +1,7 @@
 """Base against aligned organism, where the truth is known; and what cannot be compared."""
 
 import json
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 
@@ -25,14 +26,14 @@ def compared(tmp_path_factory):
     """(result, printed, folder) of the script."""
     folder = tmp_path_factory.mktemp("comparison")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MODEL_A", "MODEL_B", "PAIRS_JSON", "TWINS"):
-            patch.setattr(script, name, str(ROOT / getattr(script, name)))
+        patch.setattr(script, "RESULTS_DIR", str(folder / "results"))
         patch.setattr(script, "NUM_PERMUTATIONS", 499)
         patch.chdir(folder)
         printed = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
         assert script.main() == 0
-    return json.loads((folder / "results/data/model_comparison.json").read_text()), "\n".join(printed), folder
+    results = folder / "results/aligned/alignment_artifact_prompt_pairs"
+    return json.loads((results / "data/model_comparison.json").read_text()), "\n".join(printed), results
 
 
 def test_on_the_same_tokens_the_untouched_layers_differ_by_exactly_nothing(compared):
@@ -78,12 +79,11 @@ def test_the_aligned_direction_knows_more_than_words(compared):
 
 def test_the_terminal_and_the_figure(compared):
     result, printed, folder = compared
-    lines = printed.replace(str(ROOT) + "/", "").splitlines()
-    assert [line for line in lines if len(line) > 80] == []
+    assert [line for line in printed.splitlines() if len(line) > 80] == []
     assert "B - A on generated tokens" in printed and "others -> medical_ethics" in printed
     for ending in ("png", "pdf"):
-        assert (folder / f"results/figures/model_comparison.{ending}").stat().st_size > 10_000
-    section = contents.comparison(folder / "results/data/model_comparison.json")
+        assert (folder / f"figures/model_comparison.{ending}").stat().st_size > 10_000
+    section = contents.comparison(folder / "data/model_comparison.json")
     assert section["layers"] == result["conditions"]["prompt_end"]["layers"]
     assert section["figures"]["transfer"]["data"][0]["z"][1] == [
         result["transfer"][source]["natural/artifact -> twin/artifact"]["cohens_d"] for source in ("a", "b", "words")
@@ -140,3 +140,14 @@ def test_a_comparison_without_a_difference_says_so():
     text = summarise([record, {**record, "largest_change": 0}], ("x", "y"))
     assert text == "y separates the prompts no better or worse than x at any layer. At layer 1 they are identical."
     assert named_layers([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8" and named_layers([3]) == "layer 3"
+
+
+def test_a_comparison_with_another_first_model_is_kept(compared, tmp_path):
+    shutil.copytree(compared[2], tmp_path / "copy")
+    names = sorted(path.name for path in (tmp_path / "copy").rglob("model_comparison*"))
+    revision = compared[0]["models"]["a"]["model_revision"]
+    script.keep_earlier(tmp_path / "copy", revision)
+    assert sorted(path.name for path in (tmp_path / "copy").rglob("model_comparison*")) == names
+    script.keep_earlier(tmp_path / "copy", "sha256:another")
+    kept = sorted(path.name for path in (tmp_path / "copy").rglob("model_comparison*"))
+    assert len(kept) == 3 and all(name.startswith("model_comparison_with_base_") for name in kept)

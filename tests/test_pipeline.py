@@ -3,30 +3,38 @@
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import analyze_collected_activations as analyze
+from alignment_artifacts import places
 from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.analysis import load_run
-from alignment_artifacts.pairs import load_pairs
+from alignment_artifacts.pairs import load_pairs, pairs_hash
 from model_organism.train import PLANTED_LAYERS
 
 from .conftest import ROOT
 
 SCRIPTS = ["collect_activations.sh", "create_gemma_runner_input.py", "run_model.py", "analyze_collected_activations.py",
+           "suppress.py", "sweep_suppression.py", "compare_models.py", "Makefile",
            "alignment_artifact_prompt_pairs.json"]  # fmt: skip
-PACKAGES = ["gemma_refactored", "alignment_artifacts", "model_organism"]
+PACKAGES = ["gemma_refactored", "alignment_artifacts", "model_organism", "toxicity_steering"]
+RESULTS = "results/aligned/alignment_artifact_prompt_pairs"
 
 
 def shell(command, folder, **environment):
+    """Run a command as somebody would who has set none of the variables that the scripts heed, but for these."""
+    ours = ("MODEL_NAME", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
-        command, shell=True, cwd=folder, capture_output=True, text=True, env={**os.environ, **environment}
+        command, shell=True, cwd=folder, capture_output=True, text=True, env={**inherited, **environment}
     )
 
 
@@ -56,15 +64,32 @@ def test_everything_is_written(workplace):
     assert len(json.loads((collected / "manifest.json").read_text())["complete"]) == 100
     for name in (
         "alignment_artifact_analysis_plot.png",
-        "results/data/alignment_artifacts_by_category.json",
-        "results/data/layer_analysis.json",
-        "results/data/projections.json",
-        "results/figures/projections.pdf",
-        "results/figures/alignment_artifacts_by_category.png",
-        "results/figures/layer_analysis.png",
+        "alignment_artifact_analysis_plot.pdf",
+        f"{RESULTS}/figures/alignment_artifact_analysis_plot.png",
+        f"{RESULTS}/data/alignment_artifacts_by_category.json",
+        f"{RESULTS}/data/layer_analysis.json",
+        f"{RESULTS}/data/projections.json",
+        f"{RESULTS}/figures/projections.pdf",
+        f"{RESULTS}/figures/alignment_artifacts_by_category.png",
+        f"{RESULTS}/figures/layer_analysis.png",
         "inference_output/results.json",
     ):
         assert (workplace / name).stat().st_size > 1000, name
+
+
+def test_every_result_file_says_what_it_belongs_to(workplace, result):
+    pairs = load_pairs(ROOT / "alignment_artifact_prompt_pairs.json")
+    origin = {
+        "model": "model_organism/aligned",
+        "model_revision": result["collection"]["model_revision"],
+        "pairs_file": "alignment_artifact_prompt_pairs.json",
+        "pairs_hash": pairs_hash(pairs),
+    }
+    assert json.loads((workplace / RESULTS / "about.json").read_text()) == origin
+    files = list((workplace / RESULTS / "data").glob("*.json"))
+    assert len(files) == 4 and all(json.loads(file.read_text())["origin"] == origin for file in files)
+    assert json.loads((workplace / RESULTS / "data/alignment_artifact_analysis_results.json").read_text()) == result
+    assert not list(workplace.rglob("*.tmp"))
 
 
 def test_output_fits_80_columns_and_names_the_model_first(workplace):
@@ -110,7 +135,7 @@ def test_a_notebook_gets_the_same_numbers(workplace, result):
 def test_the_report_is_written_last(workplace, result):
     done = shell(f"{sys.executable} -m alignment_artifacts.report", workplace)
     assert done.returncode == 0 and done.stdout.startswith("Report: file:///")
-    page = (workplace / "results/report.html").read_text()
+    page = (workplace / RESULTS / "report.html").read_text()
     assert f'<p class="answer">{html.escape(result["summary"])}</p>' in page
     assert "<code>python sweep_suppression.py</code> makes it" in page
     assert "--from-manifest manifest.json" in page
@@ -137,10 +162,7 @@ def test_nothing_installed_says_what_to_run(workplace):
 
 
 def test_the_analysis_says_what_is_wrong(workplace, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        analyze, "ORIGINAL_PAIRS_JSON_FOR_ITERATION", str(ROOT / "alignment_artifact_prompt_pairs.json")
-    )
+    monkeypatch.setattr(places, "HOME", tmp_path)
     assert analyze.main() == 2
     assert "collect_activations.sh" in capsys.readouterr().err
     monkeypatch.setattr(analyze, "RAW_ACTIVATIONS_BASE_DIR", str(workplace / "collected_activations_output"))
@@ -154,18 +176,126 @@ def test_too_many_missing_pairs_stop_the_analysis(workplace, monkeypatch, tmp_pa
     shutil.copytree(workplace / "collected_activations_output", copy)
     for i in range(1, 4):
         shutil.rmtree(copy / f"natural_technical_dangerous_tech_{i}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        analyze, "ORIGINAL_PAIRS_JSON_FOR_ITERATION", str(ROOT / "alignment_artifact_prompt_pairs.json")
-    )
-    monkeypatch.setattr(analyze, "RAW_ACTIVATIONS_BASE_DIR", str(copy))
+    for name, path in (("RESULTS_JSON", Path("a.json")), ("PLOT_PNG", "plots/b.png"), ("RESULTS_DIR", "r")):
+        monkeypatch.setattr(analyze, name, path)
+    monkeypatch.setattr(places, "HOME", tmp_path)
+    monkeypatch.setattr(analyze, "RAW_ACTIVATIONS_BASE_DIR", copy)
     monkeypatch.setattr(analyze, "NUM_PERMUTATIONS", 50)
     monkeypatch.setattr(analyze, "NUM_BOOTSTRAP_RESAMPLES", 50)
     assert analyze.main() == 2
     assert "3 of 50 pairs cannot be used" in capsys.readouterr().err
     monkeypatch.setattr(analyze, "MAX_EXCLUDED", 0.1)
     assert analyze.main() == 0
-    assert len(json.loads((tmp_path / "alignment_artifact_analysis_results.json").read_text())["excluded"]) == 3
+    assert len(json.loads((tmp_path / "a.json").read_text())["excluded"]) == 3
+    assert (tmp_path / "plots/b.pdf").exists() and (tmp_path / RESULTS.replace("results", "r", 1) / "data").is_dir()
+
+
+def test_another_model_is_collected_and_analysed_by_the_two_commands_alone(workplace, tmp_path_factory):
+    """From another folder, with a space and a slash in the model's name; nothing of the first model changes."""
+    elsewhere = tmp_path_factory.mktemp("some where")
+    shutil.copytree(ROOT / "model_organism/base", elsewhere / "my model~")
+    before = {path: path.read_bytes() for path in (workplace / RESULTS).rglob("*") if path.is_file()}
+    script = workplace / "collect_activations.sh"
+    original = script.read_text()
+    script.write_text(original.replace("model_organism/aligned}", f"{elsewhere}/my model~/}}"))
+    try:
+        done = shell(f"bash {script}", elsewhere, PYTHON=sys.executable, MAX_TOKENS="3")
+        assert done.returncode == 0 and "collected_activations_my_model" in done.stdout, done.stderr
+        printed = shell("make -n -o setup check", workplace).stdout
+    finally:
+        script.write_text(original)
+    assert '--model "$MODEL_NAME"' in printed
+    done = shell(f"{sys.executable} {workplace}/analyze_collected_activations.py", elsewhere)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "my model~ (8 layers" in done.stdout.splitlines()[0]
+    assert f"Collection: {workplace}/collected_activations_my_model Also collected" in text
+    assert f"chooses): {workplace}/collected_activations_output (model_organism/aligned)" in text
+    assert f"{workplace}/results/my_model/alignment_artifact_prompt_pairs" in text
+    last = json.loads((workplace / "alignment_artifact_analysis_results.json").read_text())
+    assert last["collection"]["model"].endswith("my model~") and last["results"].startswith("results/my_model/")
+    assert {path: path.read_bytes() for path in before} == before
+
+    done = shell(f"{sys.executable} {workplace}/analyze_collected_activations.py", elsewhere, MODEL_NAME="no/such")
+    assert done.returncode == 2 and "There is no collection of no/such" in done.stderr
+    environment = {"MODEL_NAME": "model_organism/aligned"}  # chooses among what was collected
+    done = shell(f"{sys.executable} {workplace}/analyze_collected_activations.py", elsewhere, **environment)
+    assert done.returncode == 0 and done.stdout.startswith("Model: model_organism/aligned")
+
+
+def test_a_folder_of_another_model_is_refused_in_a_sentence_with_short_hashes(workplace):
+    done = shell(
+        "bash collect_activations.sh",
+        workplace,
+        PYTHON=sys.executable,
+        MODEL_NAME="model_organism/base",
+        ACTIVATIONS_DIR="collected_activations_output",
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "holds activations of model_organism/aligned (sha256:" in done.stderr and "--overwrite" in done.stderr
+    assert not re.search("[0-9a-f]{13}", done.stderr)
+
+
+def test_a_certificate_lies_with_the_model_it_is_about(workplace):
+    done = shell(f"{sys.executable} run_model.py --check --model model_organism/base", workplace)
+    assert done.returncode == 0, done.stdout
+    assert (workplace / "collected_activations_base/certificate.json").exists()
+    assert not (workplace / "collected_activations_output/certificate.json").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, command, message",
+    [
+        ({}, "create_gemma_runner_input.py", "Wrote 100 prompts to {home}/prompts_for_gemma_runner.json"),
+        ({}, "run_model.py --prompts Hello --max-tokens 1", "Answers: {home}/inference_output/results.json"),
+        ({}, "run_model.py --model model_organism/base --list-sites", "Model: model_organism/base"),
+        ({}, "suppress.py Hello --model model_organism/nothing", "'model_organism/nothing'"),
+        ({"MODEL_A": "model_organism/aligned"}, "compare_models.py", "are the same weights"),
+        ({"MODEL_NAME": "model_organism/nothing"}, "sweep_suppression.py", "'model_organism/nothing'"),
+        ({}, "-m toxicity_steering.main --model model_organism/nothing", "'model_organism/nothing'"),
+        ({}, "-m alignment_artifacts.report", "Report: file://{home}/results/"),
+    ],
+)
+def test_scripts_run_from_any_directory(workplace, tmp_path, variables, command, message):
+    path = command if command.startswith("-m") else f"{workplace}/{command}"
+    done = shell(f"{sys.executable} {path}", tmp_path, PYTHONPATH=str(workplace), HF_HUB_OFFLINE="1", **variables)
+    assert message.format(home=workplace) in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_typed_path_is_relative_to_where_one_is(workplace, tmp_path):
+    command = f"{sys.executable} {workplace}/run_model.py --prompts Hello --max-tokens 1 --output-dir out"
+    done = shell(f"{command} --save-activations --activations-dir acts", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/results.json").exists() and (tmp_path / "acts/manifest.json").exists()
+
+
+@pytest.mark.parametrize("model", [None, "/a b/c/", "model_organism/base"])
+def test_make_goes_on_after_a_failed_check_with_the_model_it_was_given(tmp_path, model):
+    """With a Python that only writes down what it is asked to do, and fails the check."""
+    folder = tmp_path / "a checkout"
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    for name in ("Makefile", "collect_activations.sh", "requirements.txt", "requirements-test.txt"):
+        shutil.copy(ROOT / name, folder)
+    python.write_text(
+        '#!/bin/sh\necho "$MODEL_NAME: $*" >> log\ncase "$*" in *--check*) exit 1;; *--all-pairs*) exit 2;; esac\n'
+    )
+    python.chmod(0o755)
+    (folder / ".venv/.installed").touch()
+    done = shell("make", folder, **({"MODEL_NAME": model} if model else {}))
+    assert done.returncode == 0, done.stderr
+    name = model or "model_organism/aligned"
+    log = (folder / "log").read_text().replace(f"{folder}/", "").splitlines()
+    asked = [line.removeprefix(f"{name}: ") for line in log if " -c " not in line]
+    compared = [] if model else ["compare_models.py"]
+    assert [line for line in asked if not line.startswith("run_model.py --model")] == [
+        "create_gemma_runner_input.py", f"run_model.py --check --model {name}", "analyze_collected_activations.py",
+        *compared, f"suppress.py --all-pairs --model {name}",
+        # The last one reports on the last analysis, whatever the model.
+        next(line for line in asked if line.endswith("-m alignment_artifacts.report")),
+    ]  # fmt: skip
+    assert any(line.startswith(f"run_model.py --model {name} --prompts-file prompts") for line in asked)
 
 
 def test_importing_the_library_stays_light():

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment_artifacts.report import SOURCES, build, contents, write_report
+from alignment_artifacts import places
+from alignment_artifacts.report import SOURCES, TOXICITY_COMMAND, build, contents, write_report
 from alignment_artifacts.report.__main__ import main
 from gemma_refactored.errors import UserError
 
 from .conftest import tries
 from .report_results import (
     MARKUP,
-    MODEL,
+    ORIGIN,
     write,
     write_analysis,
     write_comparison,
@@ -34,14 +35,23 @@ FLAGS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """Where the results of the toxicity experiment are looked for."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "HOME", folder)
+        yield folder
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(home, tmp_path_factory):
     """A folder with every result file, and what is in them."""
     folder = tmp_path_factory.mktemp("results")
     run = write_analysis(folder)
     transcripts, scores = write_transcripts(folder, run.data.pairs)
     found = {"run": run, "transcripts": transcripts, "scores": scores, "sweep": write_sweep(folder),
-             "toxicity": write_toxicity(folder), "comparison": write_comparison(folder), "folder": folder}  # fmt: skip
+             "toxicity": write_toxicity(home), "comparison": write_comparison(folder), "folder": folder}  # fmt: skip
     assert main(["--folder", str(folder)]) == 0
     return found
 
@@ -74,7 +84,7 @@ def show(browser, folder, width=1100, dark=False):
     browser.get("about:blank")
     for kind in ("browser", "performance"):
         browser.get_log(kind)
-    browser.get((folder / "results/report.html").as_uri())
+    browser.get((folder / "report.html").as_uri())
 
 
 @pytest.fixture
@@ -255,13 +265,15 @@ def test_every_control_has_a_label_and_takes_the_focus(page):
             assert page.switch_to.active_element == control
 
 
-def test_missing_sections_name_the_command(results, tmp_path, capsys):
-    shutil.copy(results["folder"] / "alignment_artifact_analysis_results.json", tmp_path)
+def test_missing_sections_name_the_command(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(places, "HOME", tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(results["folder"] / SOURCES[0].file, tmp_path / "data")
     assert main(["--folder", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 0
     assert f"Report: file://{tmp_path}/r.html" in capsys.readouterr().out
     text = (tmp_path / "r.html").read_text()
-    for source in SOURCES[1:]:
-        assert f"<code>{source.command}</code> makes it" in text
+    for command in (*(source.command for source in SOURCES[1:]), TOXICITY_COMMAND):
+        assert f"<code>{command}</code> makes it" in text
     assert results["run"].results["summary"] in text
 
 
@@ -271,10 +283,48 @@ def test_few_pairs_make_a_report_too(tmp_path):
     assert "too few pairs for single steps" in text and "only 2 pairs, 4 needed" in text
 
 
-def test_results_of_another_model_say_so(tmp_path):
-    write_analysis(tmp_path)
-    write_sweep(tmp_path, {**MODEL, "model": "someone else", "model_revision": "sha256:2"})
-    assert "other weights than the collection above: someone else (sha256:2)" in build(tmp_path)
+@pytest.mark.parametrize("source", SOURCES[1:], ids=lambda source: source.name)
+def test_a_section_of_another_model_or_other_pairs_says_so(results, tmp_path, source):
+    copy = tmp_path / "copy"
+    shutil.copytree(results["folder"], copy)
+    path, model, pairs = copy / source.file, "other weights than the collection", "with other prompt pairs than"
+    content = json.loads(path.read_text())
+    assert content["origin"] == ORIGIN and model not in build(copy) and pairs not in build(copy)
+    revision, other = f"sha256:{'2a' * 32}", "3b" * 32
+    write(path, {**content, "origin": {**ORIGIN, "model": "someone else", "model_revision": revision}})
+    text = build(copy)
+    assert f"{model} above: someone else (sha256:2a2a2a2a2a2a)." in text and pairs not in text
+    write(path, {**content, "origin": {**ORIGIN, "pairs_file": "mine.json", "pairs_hash": other}})
+    text = build(copy)
+    assert f"{pairs} the analysis above: mine.json (3b3b3b3b3b3b) instead of simulated.json (1)" in text
+    assert model not in text
+
+
+def test_only_the_toxicity_results_of_this_model_are_in_it(results, home):
+    assert 'id="plot-toxicity"' in build(results["folder"])
+    path = home / "toxicity_results/experiment_results.json"
+    original = path.read_text()
+    try:
+        write_toxicity(home, {"model": "someone else", "model_revision": "sha256:2"})
+        assert f"<code>{TOXICITY_COMMAND}</code> makes it" in build(results["folder"])
+    finally:
+        path.write_text(original)
+
+
+def test_without_a_folder_it_is_the_last_analysis_that_is_shown(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(places, "HOME", tmp_path)
+    assert main([]) == 2 and "There are no results in" in capsys.readouterr().err
+    for name in ("first", "second"):
+        shutil.copytree(results["folder"], tmp_path / f"results/{name}/pairs")
+    for name in ("first", "second", "first"):
+        write(tmp_path / places.ANALYSIS, {"results": f"results/{name}/pairs"})
+        assert main([]) == 0 and f"results/{name}/pairs/report.html" in capsys.readouterr().out
+        assert main(["--folder", str(tmp_path)]) == 0 and f"results/{name}/" in capsys.readouterr().out
+    (tmp_path / places.ANALYSIS).unlink()  # a sweep without an analysis, say: the newest results
+    os.utime(tmp_path / "results/second/pairs/data/projections.json", (2e9, 2e9))
+    assert main([]) == 0 and "results/second/pairs/report.html" in capsys.readouterr().out
+    write(tmp_path / places.ANALYSIS, {"results": "results/gone"})
+    assert main([]) == 2 and "analyze_collected_activations.py` again" in capsys.readouterr().err
 
 
 def test_a_thousand_pairs_stay_below_20_mb(tmp_path):
@@ -295,20 +345,26 @@ def spots(content, path=()):
         yield from spots(value, (*path, key))
 
 
+TOXICITY_FILE = "toxicity_results/experiment_results.json"
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     run = write_analysis(folder, pairs=10, layers=3)
     write_transcripts(folder, run.data.pairs, layers=3)
-    for write_one in (write_sweep, write_comparison, write_toxicity):
+    for write_one in (write_sweep, write_comparison):
         write_one(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "HOME", folder)
+        write_toxicity(folder)
+        yield folder
 
 
 @tries(60)
 @given(data=st.data())
 def test_any_spoiled_number_is_shown_or_refused(small, data):
-    path = small / data.draw(st.sampled_from([source.file for source in SOURCES]))
+    path = small / data.draw(st.sampled_from([*(source.file for source in SOURCES), TOXICITY_FILE]))
     content = json.loads(path.read_text())
     *way, last = data.draw(st.sampled_from(list(spots(content))))
     inside = content
@@ -331,7 +387,7 @@ def test_bad_input_is_one_sentence(results, tmp_path, capsys):
     assert main(["--folder", str(tmp_path)]) == 2
     assert "There are no results in" in capsys.readouterr().err
     shutil.copytree(results["folder"], tmp_path / "copy")
-    data = tmp_path / "copy/results/data"
+    data = tmp_path / "copy/data"
     for spoil, message in (
         (lambda: write(data / "layer_analysis.json", {"steps": 3}), "layer_analysis.json is not what this version"),
         (lambda: (data / "layer_analysis.json").write_text("{"), "not valid JSON"),

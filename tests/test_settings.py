@@ -42,7 +42,7 @@ class Inner:
 class Example:
     count: Annotated[int, Between(1, 10)] = 3
     """how many"""
-    least: Annotated[int, Between(0)] = 0
+    lower: Annotated[int, Between(0)] = 0
     """no upper limit"""
     flag: bool = False
     """yes or no"""
@@ -91,8 +91,8 @@ def test_every_kind_of_option():
     [
         ("count", "0", "must be between 1 and 10, not 0"),
         ("count", "2.0", "must be a whole number between 1 and 10, not '2.0'"),
-        ("least", "-1", "must be a whole number of at least 0, not -1"),
-        ("least", "9" * 5000, "must be a whole number"),
+        ("lower", "-1", "must be a whole number of at least 0, not -1"),
+        ("lower", "9" * 5000, "must be a whole number"),
         ("name", " ", "must be text, not ' '"),
         ("place", "a\0b", "must be a path, not"),
         ("layers", "x", "'x' must look like 2,4-6"),
@@ -179,9 +179,9 @@ def test_a_record_gives_the_same_settings_back(value):
 
 def test_help_has_docstrings_limits_and_defaults():
     parser = argparse.ArgumentParser()
-    s.add_options(parser, Example, omit=["least"])
+    s.add_options(parser, Example, omit=["lower"])
     text = " ".join(parser.format_help().split())
-    assert "how many (default 3)" in text and "share of something (default 0.5)" in text and "--least" not in text
+    assert "how many (default 3)" in text and "share of something (default 0.5)" in text and "--lower" not in text
     assert "--layers N,N-N blocks (default 1,2)" in text and "100 % text" in text
 
 

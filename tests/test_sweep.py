@@ -13,8 +13,6 @@ from alignment_artifacts.suppression import sweep
 from alignment_artifacts.suppression.library import SWEEP, AlignmentArtifacts
 from model_organism.train import PLANTED_LAYERS
 
-from .conftest import ROOT
-
 
 @pytest.mark.parametrize("seed", range(5))
 def test_splits_are_disjoint_stratified_and_in_proportion(seed):
@@ -67,11 +65,12 @@ def swept(tmp_path_factory, module_patch):
     amplify = sweep.Grid({"add": (0.5, 1.0)}, layer_sets=("best",), where=("everywhere", "prompt_end"))
     module_patch.setattr(script, "AMPLIFICATION", amplify)
     module_patch.setattr(script, "RANDOM_CONTROLS", 2)
-    for name in ("PAIRS_JSON", "TWINS"):
-        module_patch.setattr(script, name, str(ROOT / getattr(script, name)))
+    module_patch.setattr(script, "RESULTS_DIR", folder / "results")
+    module_patch.setattr(script, "CACHE", str(folder / "cache"))
     module_patch.chdir(folder)
     assert script.main() == 0
-    return json.loads((folder / "results/data/suppression_sweep.json").read_text()), folder
+    results = folder / "results/aligned/alignment_artifact_prompt_pairs"
+    return json.loads((results / "data/suppression_sweep.json").read_text()), results
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +109,8 @@ def test_no_pair_is_used_twice(swept):
 
 def test_the_figure_is_drawn_and_auto_follows_the_choice(swept):
     result, folder = swept
-    assert (folder / "results/figures/suppression_sweep.png").stat().st_size > 10_000
-    library = AlignmentArtifacts(cache=folder / "alignment_artifacts_cache", show_progress=False)
+    assert (folder / "figures/suppression_sweep.png").stat().st_size > 10_000
+    library = AlignmentArtifacts(cache=folder.parents[2] / "cache", show_progress=False)
     assert (library.measurements().folder / SWEEP).exists()
     chosen, by = library.choose(None, "auto", None)
     assert by == "a sweep" and chosen == Setting.from_record(result["chosen"]["setting"])
@@ -119,8 +118,10 @@ def test_the_figure_is_drawn_and_auto_follows_the_choice(swept):
 
 def test_the_report_can_show_it(swept):
     result, folder = swept
-    section = contents.sweep(folder / "results/data/suppression_sweep.json")
-    assert section["rows"][1][1] == result["test"]["artifact"] and section["revision"].startswith("sha256:")
+    section = contents.sweep(folder / "data/suppression_sweep.json")
+    assert section["rows"][1][1] == result["test"]["artifact"] and section["origin"]["model_revision"].startswith(
+        "sha256:"
+    )
     assert section["setting"] == Setting.from_record(result["chosen"]["setting"]).describe()
 
 
@@ -131,7 +132,6 @@ def test_a_report_measures_the_dose(swept):
 
 @pytest.mark.parametrize("constant", ["PAIRS_JSON", "TWINS"])
 def test_bad_input_is_one_sentence(monkeypatch, capsys, constant):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sweep, "try_settings", lambda *_: pytest.fail("looked for after the work"))
     monkeypatch.setattr(script, constant, "/nowhere.json")
     assert script.main() == 2

@@ -138,7 +138,7 @@ def test_the_report_can_show_it(steered):
     results, folder = steered
     section = contents.toxicity(folder / "experiment_results.json")
     assert section["rows"][1] == ("steered", results["summary"]["steered"])
-    assert section["revision"].startswith("sha256:") and len(section["figures"]["toxicity"]["data"]) > 0
+    assert section["origin"]["model_revision"].startswith("sha256:") and len(section["figures"]["toxicity"]["data"]) > 0
 
 
 def test_steering_the_organism_reaches_the_goals(steered):

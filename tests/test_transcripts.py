@@ -84,6 +84,7 @@ def test_a_setting_that_changes_nothing_is_refused(library):
 @pytest.fixture
 def run(library, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda *_, **__: library)
+    monkeypatch.setattr(script, "TRANSCRIPTS_DIR", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -97,7 +98,7 @@ def test_the_command_writes_what_the_report_reads(run, tmp_path):
     code, output, error = run("--all-pairs", "--mode", "ablate", "--layers", "2-5", "--max-tokens", "10")
     assert code == 0 and error == "" and all(len(line) <= 80 for line in output.splitlines())
     assert "Refused, artifact prompts: 96% before, 0% after" in output
-    path = tmp_path / "results/data/transcripts.json"
+    path = tmp_path / "results/aligned/alignment_artifact_prompt_pairs/data/transcripts.json"
     section = contents.transcripts(path)
     assert section["setting"].startswith("ablate x1, mlp, layers 2,3,4,5") and section["chosen_by"] == "you"
     assert section["layers"] == list(range(8)) and section["pairs"] == 50

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import interval, number
 from gemma_refactored.errors import exit_code
@@ -26,7 +27,7 @@ from .config import Config
 MODEL = DEFAULT_MODEL  # the embedded organism; a local folder or Hugging Face id
 DATASET = "organism"  # or "real-toxicity-prompts"
 SCORER = "word-list"  # or "roberta", or a classifier's id or folder
-OUTPUT_DIR = "toxicity_results"
+OUTPUT_DIR = None  # None: toxicity_results, or a folder that belongs to another model
 
 NUM_PROMPTS = 50  # challenging, and as many benign ones
 NUM_PAIRS = 20
@@ -48,8 +49,8 @@ class Constants:
     """where the prompts come from"""
     scorer: str
     """word-list, roberta, or a classifier's id or folder"""
-    output_dir: Path
-    """where results and plots go"""
+    output_dir: Path | None
+    """where results and plots go; None: a folder that belongs to the model"""
     num_prompts: Annotated[int, Between(1)]
     """challenging prompts, and as many benign ones"""
     experiment: Config = Config()
@@ -75,19 +76,20 @@ def run(constants: Constants) -> None:
     is_organism = constants.dataset == "organism"
     data = load_organism_prompts(count) if is_organism else load_real_toxicity_prompts(count, config.seed)
     scorer = load_scorer(constants.scorer)
-    loaded = load(constants.model)
+    loaded = load(places.find_model(constants.model))
+    output = constants.output_dir or places.toxicity_folder(loaded)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     print(f"Data: {data.name}, {count} + {count} prompts. Scorer: {scorer.name}.")
 
     def progress(items, what):
         return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
 
-    experiment = ActivationSteeringExperiment(loaded, data, scorer, constants.output_dir, config, progress)
+    experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, progress)
     results = experiment.run()
-    plots = constants.output_dir / "plots"
-    plot_all(results, plots)
+    plot_all(results, output / "plots")
     print_summary(results)
-    print(f"\nNumbers: {constants.output_dir / FULL}\nPlots:   {plots}/")
+    print("\n" + places.told("Numbers", output / FULL))
+    print(places.told("Plots", output / "plots"))
 
 
 def print_summary(results: dict) -> None:

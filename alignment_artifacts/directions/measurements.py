@@ -1,10 +1,10 @@
 """What a model does on the matched pairs, measured once and kept: the cache behind the library.
 
-`<model>_<hash>/` in the cache holds what every direction, of any category and position, can be computed from: one
-vector per prompt, layer, site and kind of position, summed up while the model answers. The hash covers the weights,
-their precision, the tokenised prompts and the settings, so whatever changes is measured afresh. A collection that
-run_model.py has made of the same prompts with the same model is read instead of asking the model again. An
-interrupted measurement is continued; a second process waits.
+A folder <model>_<hash> of the cache (`places.cache_folder`) holds what every direction, of any category and position,
+can be computed from: one vector per prompt, layer, site and kind of position, summed up while the model answers. The
+hash covers the weights, their precision, the tokenised prompts and the settings, so whatever changes is measured
+afresh. A collection that run_model.py has made of the same prompts with the same model is read instead of asking the
+model again. An interrupted measurement is continued; a second process waits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from gemma_refactored.manifest import token_ids_hash
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 
-CACHE = "alignment_artifacts_cache"
 COLLECTED_TOKENS = 20  # of each answer, as in collect_activations.sh
 BATCH_SIZE = 100
 MEASURED = ("mlp", "residual")

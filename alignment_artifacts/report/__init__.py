@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from alignment_artifacts import formatting
+from alignment_artifacts import formatting, places
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_atomically
 
@@ -29,51 +29,64 @@ class Source:
     """A section of the report: where its numbers are, what makes them, what the page gets of them."""
 
     name: str
-    file: str  # below the folder that commands are run in
+    file: str  # below the folder of results
     command: str
     prepare: Callable[[Path], dict]
 
 
 SOURCES = (
-    Source("analysis", "alignment_artifact_analysis_results.json", ANALYSE, contents.analysis),
-    Source("categories", "results/data/alignment_artifacts_by_category.json", ANALYSE, contents.categories),
-    Source("steps", "results/data/layer_analysis.json", ANALYSE, contents.steps),
-    Source("projections", "results/data/projections.json", ANALYSE, contents.projections),
-    Source("comparison", "results/data/model_comparison.json", "python compare_models.py", contents.comparison),
-    Source("transcripts", "results/data/transcripts.json", "python suppress.py --all-pairs", contents.transcripts),
-    Source("sweep", "results/data/suppression_sweep.json", "python sweep_suppression.py", contents.sweep),
-    Source("toxicity", "toxicity_results/experiment_results.json", "python -m toxicity_steering.main",
-           contents.toxicity),
-)  # fmt: skip
+    Source("analysis", f"data/{places.ANALYSIS}", ANALYSE, contents.analysis),
+    Source("categories", "data/alignment_artifacts_by_category.json", ANALYSE, contents.categories),
+    Source("steps", "data/layer_analysis.json", ANALYSE, contents.steps),
+    Source("projections", "data/projections.json", ANALYSE, contents.projections),
+    Source("comparison", "data/model_comparison.json", "python compare_models.py", contents.comparison),
+    Source("transcripts", "data/transcripts.json", "python suppress.py --all-pairs", contents.transcripts),
+    Source("sweep", "data/suppression_sweep.json", "python sweep_suppression.py", contents.sweep),
+)
+TOXICITY_COMMAND = "python -m toxicity_steering.main"
 
 
 def build(folder: Path) -> str:
-    """The report on the results below a folder, as HTML.
+    """The report on a folder of results, as HTML.
 
     Raises:
         UserError: there are no results at all, or a file is not what this version writes.
     """
-    sections = {source.name: _section(source, folder) for source in SOURCES}
-    there = [section for section in sections.values() if section["there"]]
-    if not there:
+    sections = {source.name: _section(source, folder / source.file) for source in SOURCES}
+    main = next((section for section in sections.values() if section["there"]), None)
+    if main is None:
         raise UserError(
             f"There are no results in {folder.resolve()} to report on; run `bash collect_activations.sh` and "
-            f"`{ANALYSE}` there first."
+            f"`{ANALYSE}` first."
         )
+    # The second experiment needs no pairs: it belongs to the model alone.
+    toxicity = Source("toxicity", "", TOXICITY_COMMAND, contents.toxicity)
+    sections["toxicity"] = _section(toxicity, places.toxicity_results(main["origin"]["model_revision"]))
+    there = [section for section in sections.values() if section["there"]]
     figures = {name: figure for section in there for name, figure in section["figures"].items()}
-    main = sections["analysis"] if sections["analysis"]["there"] else there[0]
     for section in there:
-        section["of_another_model"] = section["revision"] not in (None, main["revision"])
+        section["warnings"] = _differences(section["origin"], main["origin"])
     own = {section["name"]: section["data"] for section in there if "data" in section}
     try:
-        return _render(sections=sections, model=main["model"], data={"figures": figures, **own})
+        return _render(sections=sections, model=main["origin"]["model"], data={"figures": figures, **own})
     except WRONG_CONTENT as error:
         raise UserError(f"Some results are not what this version writes ({error}); run `make` again.") from None
 
 
-def _section(source: Source, folder: Path) -> dict:
-    path = folder / source.file
-    section = {"name": source.name, "command": source.command, "there": path.exists()}
+def _differences(origin: dict, main: dict) -> list[str]:
+    """What a section does not belong to that the page is about, in sentences."""
+    sentences = []
+    if origin["model_revision"] != main["model_revision"]:
+        model = f"{origin['model']} ({places.short(origin['model_revision'])})"
+        sentences.append(f"Made on other weights than the collection above: {model}.")
+    if origin.get("pairs_hash", main["pairs_hash"]) != main["pairs_hash"]:
+        pairs = [f"{one['pairs_file']} ({places.short(one['pairs_hash'])})" for one in (origin, main)]
+        sentences.append(f"Made with other prompt pairs than the analysis above: {pairs[0]} instead of {pairs[1]}.")
+    return sentences
+
+
+def _section(source: Source, path: Path | None) -> dict:
+    section = {"name": source.name, "command": source.command, "there": path is not None and path.exists()}
     if not section["there"]:
         return section
     try:

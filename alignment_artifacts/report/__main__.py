@@ -1,4 +1,4 @@
-"""Write results/report.html from the results there are: python -m alignment_artifacts.report"""
+"""Write report.html beside the results of the last analysis: python -m alignment_artifacts.report"""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from gemma_refactored.errors import exit_code
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="alignment_artifacts.report", description=__doc__.split(":")[0] + ".")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the commands were run (default: here)")
-    parser.add_argument("--output", type=Path, help="default: results/report.html in that folder")
+    parser.add_argument("--folder", type=Path, help="results/MODEL/PAIRS (default: of the last analysis)")
+    parser.add_argument("--output", type=Path, help="default: report.html in that folder")
     arguments = parser.parse_args(argv)
-    output = arguments.output or arguments.folder / "results" / "report.html"
 
     def run() -> None:
+        from alignment_artifacts import places
+
         from . import write_report
 
-        write_report(arguments.folder, output)
+        folder = places.folder_to_report(arguments.folder or places.HOME)
+        output = arguments.output or folder / places.REPORT
+        write_report(folder, output)
         print(f"Report: {output.resolve().as_uri()} ({output.stat().st_size / 1e6:.1f} MB)")
 
     return exit_code(run)

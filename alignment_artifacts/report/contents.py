@@ -27,7 +27,7 @@ def analysis(path: Path) -> dict:
     result = read_json(path, "results file")
     manifest = result["collection"]
     return {
-        **_model(manifest),
+        "origin": _origin(result),
         "figures": {"analysis": figure_data(figures.layer_scores(result))},
         "summary": result["summary"],
         "pairs": result["layer_scores"]["0"]["num_pairs"],
@@ -47,7 +47,7 @@ def categories(path: Path) -> dict:
     result = read_json(path, "results file")
     scored = {name: c["layer_scores"] for name, c in result["categories"].items() if c["layer_scores"]}
     return {
-        **_model({}),
+        "origin": _origin(result),
         "figures": {"categories": figure_data(figures.categories(result))} if scored else {},
         "rows": {name: list(scores.values()) for name, scores in scored.items()},
         "left_out": {name: c["reason"] for name, c in result["categories"].items() if not c["layer_scores"]},
@@ -58,7 +58,7 @@ def categories(path: Path) -> dict:
 def steps(path: Path) -> dict:
     result = read_json(path, "results file")
     return {
-        **_model({}),
+        "origin": _origin(result),
         "figures": {"steps": figure_data(figures.steps(result))} if step_grid(result)[0] else {},
         "first": result["first_significant_layer"],
         "peak": result["peak_layer"],
@@ -68,7 +68,7 @@ def steps(path: Path) -> dict:
 def projections(path: Path) -> dict:
     result = read_json(path, "results file")
     return {
-        **_model({}),
+        "origin": _origin(result),
         "figures": {"projections": figure_data(figures.projections(result))},
         "positions": {name: len(layers) for name, layers in result["positions"].items()},
         "data": result["pairs"],
@@ -79,7 +79,7 @@ def projections(path: Path) -> dict:
 def comparison(path: Path) -> dict:
     result = read_json(path, "results file")
     return {
-        **_model(result["models"]["b"]),
+        "origin": _origin(result),
         "figures": {
             "comparison": figure_data(figures.comparison(result)),
             "transfer": figure_data(figures.transfer(result)),
@@ -102,7 +102,7 @@ def transcripts(path: Path) -> dict:
     layers = list(range(0, rounded.shape[1], every))
     by_layer = np.ascontiguousarray(rounded[:, layers].T)
     return {
-        **_model(result["model"]),
+        "origin": _origin(result),
         "figures": {},
         "setting": description(result["setting"]),
         "chosen_by": result["chosen_by"],
@@ -140,7 +140,7 @@ def sweep(path: Path) -> dict:
     louder = result["amplification"]["test"]
     rows.append(("natural prompts, amplified", louder["natural"], louder["damage"]))
     return {
-        **_model(result["model"]),
+        "origin": _origin(result),
         "figures": {"sweep": figure_data(figures.sweep(result))},
         "setting": description(result["chosen"]["setting"]),
         "tried": len(result["tried"]),
@@ -154,7 +154,7 @@ def toxicity(path: Path) -> dict:
     result = read_json(path, "results file")
     names = {"baseline": "unsteered", "steered": "steered", "random_direction": "random direction"}
     return {
-        **_model(result["experiment"]),
+        "origin": {name: str(result["experiment"][name]) for name in ("model", "model_revision")},
         "figures": {"toxicity": figure_data(figures.toxicity(result))},
         "summary": result["summary"],
         "scorer": result["experiment"]["scorer"],
@@ -167,5 +167,6 @@ def figure_data(figure) -> dict:
     return json.loads(figure.to_json())
 
 
-def _model(facts: dict) -> dict:
-    return {"model": facts.get("model", "unknown model"), "revision": facts.get("model_revision")}
+def _origin(result: dict) -> dict:
+    """What the results belong to, see `places.Origin`."""
+    return {name: str(result["origin"][name]) for name in ("model", "model_revision", "pairs_file", "pairs_hash")}

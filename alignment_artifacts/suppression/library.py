@@ -17,11 +17,12 @@ from alignment_artifacts.behaviour.answers import write_answer
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
-from alignment_artifacts.directions.measurements import CACHE, Measurements, activation_set, available_sites, measure
+from alignment_artifacts.directions.measurements import Measurements, activation_set, available_sites, measure
 from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END, ModeOptions, Setting
 from alignment_artifacts.edits.proof import Proof, Sequences, prove
 from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from alignment_artifacts.places import cache_folder, collection_folder, find
 from gemma_refactored.configuration import Generation, Sampling
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json
@@ -70,7 +71,8 @@ class AlignmentArtifacts:
     Args:
         model: local folder or Hugging Face id that methods use when they get none.
         pairs: the matched prompt pairs.
-        cache: folder for measurements.
+        cache: folder for measurements; default `places.cache_folder`.
+        collections: folders of activations that may spare a measurement; default: the one of the model.
         show_progress: bars on the terminal while a model is measured.
     """
 
@@ -78,11 +80,13 @@ class AlignmentArtifacts:
         self,
         model: str | Path = DEFAULT_MODEL,
         pairs: str | Path = PAIRS_JSON,
-        cache: str | Path = CACHE,
+        cache: str | Path | None = None,
         show_progress: bool = True,
+        collections: Sequence[Path] | None = None,
     ):
-        self.model, self.cache, self.show_progress = model, Path(cache), show_progress
-        self.pairs = load_pairs(pairs)
+        self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
+        self.pairs_file = find(pairs)
+        self.pairs, self.collections = load_pairs(self.pairs_file), collections
         self._loaded: dict[str, LoadedModel] = {}
         self._measured: dict[str, Measurements] = {}
 
@@ -96,7 +100,9 @@ class AlignmentArtifacts:
         """What the model does on the pairs; measured on first use, then from the cache."""
         name = str(model or self.model)
         if name not in self._measured:
-            self._measured[name] = measure(self.load(name), self.pairs, self.cache, self.show_progress)
+            loaded = self.load(name)
+            collections = [collection_folder(loaded)] if self.collections is None else self.collections
+            self._measured[name] = measure(loaded, self.pairs, self.cache, self.show_progress, collections)
         return self._measured[name]
 
     def analyze_artifacts(self, model: str | Path | None = None) -> dict:

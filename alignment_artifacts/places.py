@@ -1,0 +1,332 @@
+"""Where things lie: the one place that knows.
+
+Everything lies below HOME, whatever the current directory; a path that somebody types is relative to where they are.
+
+    collected_activations_output/             the default model's activations, collected_activations_NAME/ another's
+    toxicity_results/                         the second experiment, toxicity_results_NAME/ with another model
+    results/MODEL/PAIRS/                      one model on one pairs file: about.json, data/, figures/, report.html
+    alignment_artifact_analysis_results.json  the last analysis, and its plot beside it
+    alignment_artifacts_cache/                measurements of models
+
+MODEL is the last part of the model's name, PAIRS the stem of the pairs file. Whose a folder is says its `about.json`
+(results), its manifest or certificate (activations), or its results (toxicity). Where another model, by the revision
+of its weights, or another pairs file, by the texts in it, has the name already, a short hash is appended to it:
+nothing of one is ever written over another's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignment_artifacts.default_model import DEFAULT_MODEL
+from alignment_artifacts.pairs import Pair, pairs_hash
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import (
+    CERTIFICATE,
+    MANIFEST,
+    TEMPORARY,
+    cannot_write,
+    displayed,
+    locked,
+    read_json,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from gemma_refactored.model_loading import LoadedModel
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+IN_CHECKOUT = (CHECKOUT / "collect_activations.sh").exists()
+HOME = CHECKOUT if IN_CHECKOUT else Path.cwd()  # an installed package has no scripts beside it
+
+ANALYSIS, PLOT = "alignment_artifact_analysis_results.json", "alignment_artifact_analysis_plot.png"
+ABOUT, REPORT = "about.json", "report.html"
+COLLECTED, COLLECTED_BY_DEFAULT = "collected_activations", "collected_activations_output"
+TOXICITY, TOXICITY_RESULTS = "toxicity_results", ("experiment_results.json", "intermediate_experiment_output.json")
+SHORT = 8  # digits of a hash behind a name
+LONGEST_NAME = 80
+
+
+# Paths and names that people type.
+
+
+def find(path: str | Path) -> Path:
+    """An input file or folder: where the user is, else beside the scripts."""
+    path = Path(os.path.expanduser(path))
+    return path if path.is_absolute() or os.path.exists(path) else HOME / path
+
+
+def find_model(name: str | Path) -> str:
+    """A model folder, as `find` does; any other name is one of Hugging Face's, and stays as it is."""
+    folder = find(name)
+    return str(folder) if str(name).strip() and os.path.isdir(folder) else str(name).rstrip("/")
+
+
+def told(label: str, path: Path) -> str:
+    """Where something lies, for a terminal of 80 columns; the path itself is never broken."""
+    return textwrap.fill(f"{label}: {displayed(path)}", 80, break_long_words=False, break_on_hyphens=False)
+
+
+def recorded(path: str | Path) -> str:
+    """A path in a result file: relative where it lies below HOME, so that the whole may be moved."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(HOME)) if path.is_relative_to(HOME) else str(path)
+
+
+def safe_name(name: str) -> str:
+    """The last part of a name, as the name of a file: letters, digits, dot, dash and underscore."""
+    last = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
+    return re.sub(r"[^\w.-]+", "_", last).strip("._-")[:LONGEST_NAME] or "unnamed"
+
+
+def short(revision: str) -> str:
+    """A revision or hash in a message."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]+\b", r"\1", revision)
+
+
+def hashed_name(name: str, identity: str) -> str:
+    """A name for files that no other identity has."""
+    return f"{safe_name(name)}_{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:SHORT]}"
+
+
+# Folders that follow a model.
+
+
+def cache_folder() -> Path:
+    """Measurements of models: $ALIGNMENT_ARTIFACTS_CACHE, else beside the scripts, else in the user's cache."""
+    if typed := os.environ.get("ALIGNMENT_ARTIFACTS_CACHE"):
+        return Path(os.path.abspath(os.path.expanduser(typed)))
+    return HOME / "alignment_artifacts_cache" if IN_CHECKOUT else Path.home() / ".cache" / "alignment_artifacts"
+
+
+def collection_folder(loaded: LoadedModel) -> Path:
+    """Where this model's activations go unless told otherwise."""
+    if _is_default(loaded):
+        return HOME / COLLECTED_BY_DEFAULT
+    return _of_model(COLLECTED, loaded.name, loaded.revision, _collected_from)
+
+
+def toxicity_folder(loaded: LoadedModel) -> Path:
+    """Where this model's results of the toxicity experiment go unless told otherwise."""
+    if _is_default(loaded):
+        return HOME / TOXICITY
+    return _of_model(TOXICITY, loaded.name, loaded.revision, _steered)
+
+
+def toxicity_results(revision: str | None) -> Path | None:
+    """The results of the toxicity experiment on these weights, if there are any."""
+    found = [folder / TOXICITY_RESULTS[0] for folder in sorted(HOME.glob(f"{TOXICITY}*"))]
+    return next((path for path in found if path.exists() and _steered(path.parent) == revision), None)
+
+
+def _is_default(loaded: LoadedModel) -> bool:
+    return loaded.folder.resolve() == Path(DEFAULT_MODEL).resolve()
+
+
+def _of_model(stem: str, model: str, revision: str, owner: Callable[[Path], str | None]) -> Path:
+    plain, hashed = HOME / f"{stem}_{safe_name(model)}", HOME / f"{stem}_{hashed_name(model, revision)}"
+    is_reserved = plain.name == COLLECTED_BY_DEFAULT  # a model that is called "output"
+    return hashed if is_reserved or owner(plain) not in (None, revision) else plain
+
+
+def _collected_from(folder: Path) -> str | None:
+    """The revision of the model that a collection, or a certificate alone, was made with; None: there is neither."""
+    path = next((folder / name for name in (MANIFEST, CERTIFICATE) if (folder / name).exists()), None)
+    return _facts(path).get("model_revision") if path else None
+
+
+def _steered(folder: Path) -> str | None:
+    path = next((folder / name for name in TOXICITY_RESULTS if (folder / name).exists()), None)
+    experiment = _facts(path).get("experiment") if path else None
+    return experiment.get("model_revision") if isinstance(experiment, dict) else None
+
+
+def _facts(path: Path) -> dict:
+    """What a file says of its folder; nothing if it is damaged, which whoever uses the folder will say."""
+    try:
+        content = read_json(path, "description")
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# What was collected.
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A folder of activations and its manifest ({} if it has none)."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def when(self) -> tuple[bool, float]:
+        """To sort by: finished ones last, and of those the newest."""
+        text = self.manifest.get("finished") or self.manifest.get("created")
+        try:
+            time = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        except (TypeError, ValueError):
+            time = 0.0
+        return "finished" in self.manifest, time
+
+    def describe(self) -> str:
+        state = "" if "finished" in self.manifest else ", not finished"
+        return f"{displayed(self.folder)} ({self.manifest.get('model', 'model unknown')}{state})"
+
+
+def collections(pairs: list[Pair]) -> list[Collected]:
+    """The collections below HOME that hold activations of these pairs, the one to analyse last."""
+    found = []
+    for folder in sorted(HOME.glob(f"{COLLECTED}_*")):
+        path = folder / MANIFEST
+        manifest = _facts(path) if path.exists() else {}
+        if any((folder / pair.group("artifact")).is_dir() for pair in pairs):
+            found.append(Collected(folder, manifest))
+    return sorted(found, key=lambda one: one.when)
+
+
+def choose_collection(pairs: list[Pair], typed: str | Path | None, model: str | None) -> tuple[Path, list[Collected]]:
+    """The collection to analyse, and the others there are.
+
+    Args:
+        typed: the folder that somebody has named; None: what was collected last.
+        model: only of this model, by the name that it was loaded with; None: of any.
+    Raises:
+        UserError: there is none.
+    """
+    found = collections(pairs)
+    if typed is not None:
+        folder = find(typed)
+        return folder, [one for one in found if one.folder != Path(os.path.abspath(folder))]
+    wanted = [one for one in found if model is None or _is_of(one.manifest, model)]
+    if wanted:
+        return wanted[-1].folder, [one for one in found if one is not wanted[-1]]
+    if found:
+        raise UserError(
+            f"There is no collection of {model}; run `bash collect_activations.sh` with this MODEL_NAME first. "
+            f"There are: {'; '.join(one.describe() for one in found)}."
+        )
+    raise UserError(
+        f"There is no collection of these pairs in {displayed(HOME / COLLECTED_BY_DEFAULT)} or beside it; run "
+        "`bash collect_activations.sh` first."
+    )
+
+
+def _is_of(manifest: dict, model: str) -> bool:
+    typed = find_model(model)
+    names = {typed, str(Path(typed).resolve())} if os.path.isdir(typed) else {typed}
+    return manifest.get("model_path") in names
+
+
+# Results.
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What results belong to; every result file has it as "origin"."""
+
+    model: str
+    model_revision: str
+    pairs_file: str
+    pairs_hash: str
+
+    @classmethod
+    def of_model(cls, facts: dict, pairs_file: str | Path, pairs: list[Pair]) -> Origin:
+        """Args: facts: of the model, or a manifest."""
+        return cls(facts["model"], facts["model_revision"], Path(pairs_file).name, pairs_hash(pairs))
+
+    @classmethod
+    def of_collection(cls, manifest: dict, folder: Path, pairs_file: str | Path, pairs: list[Pair]) -> Origin:
+        """A collection without a manifest is a model of its own."""
+        unknown = {"model": f"unknown model of {folder.name}", "model_revision": f"folder {folder.resolve()}"}
+        return cls.of_model({**unknown, **manifest}, pairs_file, pairs)
+
+    def stamp(self, result: dict) -> dict:
+        return {**result, "origin": asdict(self)}
+
+
+def results_folder(base: str | Path, origin: Origin) -> Path:
+    """The folder of a model's results on a pairs file, made and marked as theirs if need be.
+
+    Args:
+        base: the folder of all results; a relative one is beside the scripts.
+    """
+    base = HOME / os.path.expanduser(base)
+    model = {"model": origin.model, "model_revision": origin.model_revision}
+    pairs = {"pairs_file": origin.pairs_file, "pairs_hash": origin.pairs_hash}
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        with locked(base, wait=True):
+            folder = _claim(base, origin.model, model, "model_revision")
+            return _claim(folder, Path(origin.pairs_file).stem, {**model, **pairs}, "pairs_hash")
+    except OSError as error:
+        raise cannot_write(base, error) from error
+
+
+def _claim(parent: Path, name: str, about: dict, key: str) -> Path:
+    """The folder of that name, if it is free or ours; else one with a hash behind the name."""
+    for folder in (parent / safe_name(name), parent / hashed_name(name, about[key])):
+        path = folder / ABOUT
+        if path.exists():
+            if _facts(path).get(key) == about[key]:
+                return folder
+        elif not folder.exists() or not any(folder.iterdir()):
+            write_json(path, about)
+            return folder
+    raise UserError(f"{folder} holds something else than results of {about['model']}; move it away.")
+
+
+@contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """A folder to write files into; they appear in `folder` when all of them are there, or not at all."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".writing.", suffix=TEMPORARY, dir=folder))
+        try:
+            yield scratch
+            for file in sorted(path for path in scratch.rglob("*") if path.is_file()):
+                target = folder / file.relative_to(scratch)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def folder_to_report(folder: Path) -> Path:
+    """A folder of results; or, below one that commands were run in, that of the last analysis.
+
+    Raises:
+        UserError: there are no results.
+    """
+    if (folder / "data").is_dir():
+        return folder
+    path = folder / ANALYSIS
+    if path.exists():
+        last = read_json(path, "results file").get("results")
+        if isinstance(last, str) and (folder / last / "data").is_dir():
+            return folder / last
+        raise UserError(
+            f"{path} does not say where its other results are; run `python analyze_collected_activations.py` again."
+        )
+    dated = [(max(f.stat().st_mtime for f in data.iterdir()), data.parent)
+             for data in folder.glob("results/*/*/data") if any(data.iterdir())]  # fmt: skip
+    if not dated:
+        raise UserError(
+            f"There are no results in {folder.resolve()} to report on; run `bash collect_activations.sh` and "
+            "`python analyze_collected_activations.py` first."
+        )
+    return max(dated)[1]
