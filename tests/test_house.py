@@ -21,7 +21,7 @@ ROOMS = (
     {"directions"},
     {"places"},
     {"analysis"},
-    {"activation_set"},
+    {"activation_set", "places"},
     {"pairs"},
     {"separation", "rates", "formatting", "figures", "default_model"},
 )
