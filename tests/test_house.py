@@ -21,6 +21,7 @@ ROOMS = (
     {"directions"},
     {"analysis"},
     {"activation_set"},
+    {"places"},
     {"pairs"},
     {"separation", "rates", "formatting", "figures", "default_model"},
 )
