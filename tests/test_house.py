@@ -19,6 +19,7 @@ ROOMS = (
     {"behaviour"},
     {"edits"},
     {"directions"},
+    {"places"},
     {"analysis"},
     {"activation_set"},
     {"places"},
