@@ -19,7 +19,6 @@ ROOMS = (
     {"behaviour"},
     {"edits"},
     {"directions"},
-    {"places"},
     {"analysis"},
     {"activation_set", "places"},
     {"pairs"},
