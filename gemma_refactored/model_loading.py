@@ -25,6 +25,11 @@ from .model_architecture import Gemma, GemmaConfig
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parent.parent / "model_organism" / "aligned")
 FILES_NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
+# What decides how text becomes token ids, besides tokenizer_config.json, which holds the chat template too.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.*", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "*.tiktoken",
+)  # fmt: skip
 OWN_ARCHITECTURES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
 log = logging.getLogger(__name__)
@@ -46,6 +51,7 @@ class LoadedModel:
     num_parameters: int
     context_length: int
     dtype: str
+    hashes: dict[str, str]  # of what besides the weights decides the numbers, see `_content_hashes`
 
     @property
     def is_own(self) -> bool:
@@ -60,6 +66,10 @@ class LoadedModel:
         """
         return self.is_own or padding_is_harmless(self.model)
 
+    def identity(self) -> dict[str, str]:
+        """Everything that decides which numbers a text gets, as short hashes: results with another are not mixed."""
+        return {"weights": self.revision.removeprefix("sha256:")[:12], **self.hashes, "precision": self.dtype}
+
     def facts(self) -> dict:
         """What identifies the model in a manifest."""
         return {
@@ -69,6 +79,7 @@ class LoadedModel:
             "hidden_size": self.hidden_size,
             "num_parameters": self.num_parameters,
             "weights_dtype": self.dtype,
+            "identity": self.identity(),
         }
 
 
@@ -127,6 +138,7 @@ def load(
         num_parameters=num_parameters,
         context_length=text.get("max_position_embeddings") or 2**31,
         dtype=dtype.removeprefix("mlx.core."),
+        hashes=_content_hashes(folder, tokenizer),
     )
 
 
@@ -263,6 +275,34 @@ def _revision(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _content_hashes(folder: Path, tokenizer) -> dict[str, str]:
+    """Short hashes of config.json, generation_config.json, the tokenizer's files and the chat template.
+
+    JSON counts by its content, not by its layout; a file that is not there is "none".
+    """
+
+    def json_content(name: str, without: str = "") -> bytes:
+        path = folder / name
+        if not path.exists():
+            return b""
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            content.pop(without, None)
+        return json.dumps(content, sort_keys=True).encode()
+
+    files = sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
+    contents = {
+        "config": json_content("config.json"),
+        "generation_config": json_content("generation_config.json"),
+        "tokenizer": json_content("tokenizer_config.json", without="chat_template")
+        + b"".join(path.name.encode() + path.read_bytes() for path in files),
+        "chat_template": json.dumps(tokenizer.chat_template, sort_keys=True).encode()
+        if tokenizer.chat_template
+        else b"",
+    }
+    return {name: hashlib.sha256(data).hexdigest()[:12] if data else "none" for name, data in contents.items()}
 
 
 def count_parameters(model: nn.Module) -> int:

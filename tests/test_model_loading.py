@@ -101,6 +101,45 @@ def test_the_revision_follows_the_weights(tmp_path):
     assert load(write_checkpoint(tmp_path / "c", changed)).revision != first
 
 
+def edit_json(path, **changes):
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **changes}))
+
+
+CHANGES = {
+    "config": lambda f: edit_json(f / "config.json", rms_norm_eps=1e-5),
+    "generation_config": lambda f: edit_json(f / "generation_config.json", eos_token_id=[1, 5, 7]),
+    "tokenizer": lambda f: edit_json(f / "tokenizer_config.json", bos_token="<eos>"),
+    "chat_template": lambda f: edit_json(f / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}!"),
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_the_identity_names_the_one_part_that_changed(tmp_path, part):
+    folder = write_checkpoint(tmp_path / "m", random_gemma())
+    before = load(folder).identity()
+    assert all(len(value) <= 12 for value in before.values())
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))  # another layout of the same content
+    assert load(folder).identity() == before
+    CHANGES[part](folder)
+    after = load(folder).identity()
+    assert {name for name in before if before[name] != after[name]} == {part}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_collection_is_not_continued_by_another_config_or_template(tmp_path, capsys, part):
+    from gemma_refactored.main import main
+
+    folder = write_checkpoint(tmp_path / "m", random_gemma())
+    run = ["--model", str(folder), "--prompts", "one river", "--save-activations", "--max-tokens", "2"]
+    run += ["--activations-dir", str(tmp_path / "acts"), "--output-dir", str(tmp_path / "out"), "-q"]
+    assert main(run) == 0 and main(run) == 0
+    CHANGES[part](folder)
+    assert main(run) == 2
+    assert f"(identity {part}: '" in capsys.readouterr().err
+
+
 def damage(name):
     """(what to do to a good checkpoint folder, what the error must say)."""
 
