@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace, team: Team) -> int:
         from .certificate import certify_and_save
 
         return 0 if certify_and_save(loaded, Path(arguments.activations_dir)) else 1
-    run_prompts(arguments, loaded, prompts, team)
+    run_prompts(arguments, loaded, prompts, team, repeated)
     return 0
 
 
@@ -188,9 +188,22 @@ def parse_logit_bias(items: list[str] | None, vocabulary: int) -> dict[int, floa
     return biases
 
 
-def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: list[Prompt], team: Team) -> None:
+def earlier_manifest(arguments: argparse.Namespace) -> dict | None:
+    """The manifest of the collection that this run would continue."""
+    from .files import MANIFEST, read_json
+
+    path = Path(arguments.activations_dir) / MANIFEST
+    if not arguments.save_activations or arguments.overwrite or not path.exists():
+        return None
+    return read_json(path, "manifest")
+
+
+def run_prompts(
+    arguments: argparse.Namespace, loaded: LoadedModel, prompts: list[Prompt], team: Team, repeated: dict | None
+) -> None:
     """Generate for all prompts that are not complete yet, and save what was asked for."""
     from .activation_capture import select_sites
+    from .chat_template import ChatFormat, facts_of_prompts, rendering_date
     from .dry_run import estimate
     from .files import locked
     from .generation import Sampling
@@ -199,7 +212,10 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
     from .model_loading import DEFAULT_MODEL
     from .prompt_processing import encode_prompts
 
-    token_ids = encode_prompts(loaded.tokenizer, [prompt.text for prompt in prompts], arguments.chat_mode)
+    # Templates may write today's date: a run that continues or repeats another takes that one's.
+    chat_format = ChatFormat(date=rendering_date(repeated or earlier_manifest(arguments)))
+    texts = [prompt.text for prompt in prompts]
+    token_ids = encode_prompts(loaded.tokenizer, texts, arguments.chat_mode, chat_format)
     check_context(prompts, token_ids, arguments.max_tokens, loaded.context_length)
     bias = parse_logit_bias(arguments.logit_bias, len(loaded.tokenizer))
     sampling = Sampling(arguments.temp, arguments.top_p, arguments.repetition_penalty, bias, arguments.seed)
@@ -228,6 +244,7 @@ def run_prompts(arguments: argparse.Namespace, loaded: LoadedModel, prompts: lis
         )
         print(estimate(job, loaded, dtype, compress, grouped).describe())
         return
+    storage |= facts_of_prompts(loaded.tokenizer, token_ids, chat_format)
     manifest = new_manifest(loaded.facts(), {**settings, **storage}, prompts)
     with locked(Path(arguments.activations_dir)) if team.leads else nullcontext():
         execute(arguments, loaded, job, settings, manifest, team)

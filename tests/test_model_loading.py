@@ -153,12 +153,12 @@ def damage(name):
     return {
         "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
         "bad config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-        "no model type": (change_config(model_type=None), "cannot be loaded"),
+        "no model type": (change_config(model_type=None), "does not say its model_type"),
         "unknown architecture": (change_config(model_type="martian"), "'martian'.*cannot be loaded"),
         "wrong shapes": (change_config(hidden_size=32), "cannot be loaded"),
-        "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no model\*.safetensors"),
-        "weights cut short": (cut_short, "cannot be loaded"),
-        "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer"),
+        "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+        "weights cut short": (cut_short, "cut short: 5000 of"),
+        "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer: it lacks"),
         "code in the checkpoint": (change_config(model_file="evil.py"), "cannot be loaded"),
     }[name]
 
