@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -42,31 +43,26 @@ def encode_chat(tokenizer, texts: Sequence[str], chat_format: ChatFormat) -> lis
         UserError: the template fails, or does not contain the prompt.
     """
     in_parts = _wants_parts(tokenizer, chat_format)
-    encoded, quoted = [], 0
+    encoded, quoted = [], []
     for prompt in texts:
-        rendered = render(tokenizer, [("user", prompt)], chat_format, in_parts=in_parts)
+        rendered = render(tokenizer, [("user", prompt)], chat_format, in_parts)
         if prompt.strip() not in rendered:
             raise UserError(
                 f"The model's chat template changes or leaves out the prompt {shown(prompt)}; "
                 "--no-chat-mode sends plain text."
             )
-        typed = () if chat_format.keeps_control_tokens else _control_tokens_in(tokenizer, prompt)
-        if typed:
-            quoted += 1
-            encoded.append(_encode_as_text(tokenizer, rendered, prompt.strip(), typed))
-        else:
+        typed = next((token for token in tokenizer.get_added_vocab() if token.strip() and token in prompt), None)
+        if typed is None or chat_format.keeps_control_tokens:
             encoded.append(tokenizer.encode(rendered, add_special_tokens=False))
+        else:
+            quoted.append(typed)
+            options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
+            encoded.append(list(render(tokenizer, [("user", prompt)], chat_format, in_parts, **options)))
     if quoted:
         log.warning(
-            "%d prompt(s) contain control tokens of the model, such as %s: read as text.",
-            quoted,
-            typed_example(tokenizer, texts),
+            "Control tokens of the model in %d of the prompts (%s ..) are read as text.", len(quoted), quoted[0]
         )
     return encoded
-
-
-def typed_example(tokenizer, texts: Sequence[str]) -> str:
-    return next(token for text in texts for token in _control_tokens_in(tokenizer, text))
 
 
 def facts_of_prompts(tokenizer, token_ids: Sequence[Sequence[int]], chat_format: ChatFormat) -> dict:
@@ -95,17 +91,12 @@ def uses_date(tokenizer) -> bool:
     return any("strftime_now" in source for source in sources)
 
 
-def render(
-    tokenizer,
-    messages: Sequence[tuple[str, str]],
-    chat_format: ChatFormat,
-    in_parts: bool = False,
-    add_generation_prompt: bool = True,
-) -> str:
-    """The text that the template makes of (role, content) messages.
+def render(tokenizer, messages: Sequence[tuple[str, str]], chat_format: ChatFormat, in_parts: bool = False, **options):
+    """What the template makes of (role, content) messages: a text, where `options` do not ask for token ids.
 
     Args:
         in_parts: content as a list of typed parts, as templates of multimodal models expect it.
+        options: of `apply_chat_template`.
     Raises:
         UserError: no such template, or it fails.
     """
@@ -113,13 +104,10 @@ def render(
         {"role": role, "content": [{"type": "text", "text": content}] if in_parts else content}
         for role, content in messages
     ]
-    template = _chosen_template(tokenizer, chat_format.template)
-    moment = datetime.datetime.combine(chat_format.date, datetime.time())
+    options = {"tokenize": False, "add_generation_prompt": True, **options}
+    template = _dated(_chosen_template(tokenizer, chat_format.template), chat_format.date)
     try:
-        return tokenizer.apply_chat_template(
-            conversation, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
-            strftime_now=moment.strftime,
-        )  # fmt: skip
+        return tokenizer.apply_chat_template(conversation, chat_template=template, **options)
     # A template is somebody else's program: any exception may come out of it.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -128,14 +116,29 @@ def render(
         ) from None
 
 
-def _chosen_template(tokenizer, name: str | None) -> str | None:
+def _dated(template: str, date: datetime.date) -> str:
+    """The template with the given date in place of its calls for today's."""
+
+    def written(call: re.Match) -> str:
+        return json.dumps(date.strftime(call[2]))
+
+    dated = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
+    if re.search(r"strftime_now\s*\(", dated):
+        raise UserError(
+            "The model's chat template writes the time in a way that cannot be held fixed; --no-chat-mode sends "
+            "plain text."
+        )
+    return dated
+
+
+def _chosen_template(tokenizer, name: str | None) -> str:
     """The template of that name; None stands for the tokenizer's only or default one."""
     templates = tokenizer.chat_template
     if not isinstance(templates, dict):
         if name is not None:
             raise UserError(f"This model has one chat template, without a name; leave {shown(name)} out.")
-        return None
-    name = name or "default"
+        return templates
+    name, templates = name or "default", {key: value for key, value in templates.items() if value}
     if name not in templates:
         raise UserError(
             f"This model has several chat templates ({', '.join(sorted(templates))}) and none is called {name!r}; "
@@ -153,56 +156,10 @@ def _wants_parts(tokenizer, chat_format: ChatFormat) -> bool:
     failure = None
     for in_parts in (False, True):
         try:
-            if PROBE in render(tokenizer, [("user", PROBE)], chat_format, in_parts=in_parts):
+            if PROBE in render(tokenizer, [("user", PROBE)], chat_format, in_parts):
                 return in_parts
         except UserError as error:
             failure = failure or error
     raise failure or UserError(
         "The model's chat template leaves the prompt out, as text and in parts; --no-chat-mode sends plain text."
-    )
-
-
-def _control_tokens_in(tokenizer, text: str) -> list[str]:
-    return [str(token) for token in _control_tokens(tokenizer) if str(token) in text]
-
-
-def _control_tokens(tokenizer) -> list[str]:
-    return [
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content.strip()
-    ]
-
-
-def _encode_as_text(tokenizer, rendered: str, prompt: str, typed: Sequence[str]) -> list[int]:
-    """Token ids in which only the template's own control tokens are control tokens.
-
-    The tokenizer encodes the stretches between control tokens one by one, so the stretch with the prompt in it can be
-    encoded apart, its control tokens as text.
-    """
-    before, _, after = rendered.rpartition(prompt) if rendered.count(prompt) == 1 else _refuse_typed(typed)
-    controls = _control_tokens(tokenizer)
-    start = max((before.rfind(token) + len(token) for token in controls if token in before), default=0)
-    end = min((after.find(token) for token in controls if token in after), default=len(after))
-
-    def encode(text: str, as_text: bool = False) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=as_text)
-
-    def joined(stretch: str) -> list[int]:
-        around = before[start:], after[:end]
-        return encode(before[:start]) + encode(around[0] + stretch + around[1], as_text=True) + encode(after[end:])
-
-    if joined(PROBE) != encode(before + PROBE + after) or set(_ids(tokenizer, typed)) & set(
-        encode(prompt, as_text=True)
-    ):
-        _refuse_typed(typed)  # this tokenizer's stretches depend on each other, or it knows the token otherwise
-    return joined(prompt)
-
-
-def _ids(tokenizer, tokens: Sequence[str]) -> list[int]:
-    return [tokenizer.convert_tokens_to_ids(token) for token in tokens]
-
-
-def _refuse_typed(typed: Sequence[str]):
-    raise UserError(
-        f"A prompt contains {typed[0]}, a control token of this model, which its tokenizer cannot encode as text; "
-        "remove it from the prompt."
     )

@@ -100,6 +100,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none, some are missing or cut short, or the index is not one of .safetensors files.
     """
+    if (folder / INDEX).exists():
+        refuse_lfs_pointer(folder / INDEX)  # the rest of such a folder is not to be trusted either
     if (folder / SINGLE).exists():
         files = [folder / SINGLE]
     elif (folder / INDEX).exists():

@@ -69,6 +69,8 @@ def complete(config: dict) -> dict | None:
 def _modern(config: dict) -> dict:
     """A copy without the spellings that transformers itself translates too late, or in reading files only."""
     config = json.loads(json.dumps(config), object_hook=_special_float)
+    if config["model_type"] == "gemma" and config.get("hidden_act") == "gelu":
+        config["hidden_act"] = "gelu_pytorch_tanh"  # early configs say gelu; every Gemma was trained with the tanh form
     for section in (config, config.get("text_config")):
         if not isinstance(section, dict):
             continue
@@ -145,7 +147,8 @@ def _audit_section(section: dict) -> list[str]:
         allowed = record["keys"].get(key)
         if value != usual.get(key) and (key in record["unmoved"] or (allowed is not None and value not in allowed)):
             raise _lost(model_type, key, value)
-    _audit_rope(section, record)
+    if section.get("rope_parameters") != usual.get("rope_parameters"):
+        _audit_rope(section, record)
     _audit_window(section, record)
     return unheard
 
@@ -186,8 +189,8 @@ def _audit_window(section: dict, record: dict) -> None:
 
 def _lost(model_type: str, key: str, value) -> UserError:
     return UserError(
-        f"config.json: {key} = {shown(value)} changes the numbers of the layout {model_type!r}, but mlx-lm's implementation "
-        "does not do it as transformers does, so this model is not run."
+        f"config.json: {key} = {shown(value)} changes the numbers of the layout {model_type!r}, but the implementation "
+        "here does not do it as transformers does, so this model is not run."
     )
 
 
@@ -228,6 +231,7 @@ OTHER_NAMES = {
     "apertus": lambda c: {"mlp_bias": False, "post_norm": False, "qk_norm": True},
     "granitemoehybrid": lambda c: {
         "layer_types": [{"linear_attention": "mamba", "full_attention": "attention"}.get(t, t) for t in c["layer_types"]],
+        "position_embedding_type": c.get("position_embedding_type") or "nope",
     },
     "exaone4": lambda c: {
         "sliding_window_pattern": "".join("L" if t == "sliding_attention" else "G" for t in c["layer_types"]),

@@ -38,8 +38,8 @@ ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 PARTIAL_ROTARY = ("glm",)  # of mlx-lm, which rotate whole heads where transformers rotates a part
 # Architectures of mlx-lm whose attention sees everything, whatever window the config gives.
 WITHOUT_WINDOW = (
-    "mistral", "mixtral", "ministral3", "phi3", "phimoe", "starcoder2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "dots1",
-    "minimax_m2", "glm4_moe", "solar_open", "seed_oss",
+    "mistral", "mixtral", "ministral3", "phi3", "phimoe", "starcoder2", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "dots1", "minimax_m2", "glm4_moe", "solar_open", "seed_oss",
 )  # fmt: skip
 # Architectures of mlx-lm that compute another activation than the one their config has by default.
 OTHER_ACTIVATION = ("starcoder2", "gpt_bigcode", "gpt_neox")

@@ -7,8 +7,10 @@ import json
 import logging
 import platform
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from textwrap import shorten
 
@@ -185,8 +187,11 @@ def load_weights(folder: Path, config: dict, completed: dict | None) -> tuple[nn
             (Path(view) / extra.name).symlink_to(extra.resolve())
         (Path(view) / "config.json").write_text(json.dumps(in_mlx_lm_names(config, completed)))
         try:
-            model, translated = load_model(Path(view), lazy=True, get_model_classes=classes)
-        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SystemExit) as error:
+            with redirect_stdout(StringIO()) as printed:  # what mlx-lm prints before it gives up
+                model, translated = load_model(Path(view), lazy=True, get_model_classes=classes)
+        except SystemExit:
+            raise UserError(f"{folder}: mlx-lm needs another package: {printed.getvalue().strip()}.") from None
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
             raise UserError(_why_not_loaded(folder, config, error)) from error
     if not isinstance(model, Gemma):
         correct_layout(model, completed)
@@ -197,8 +202,6 @@ def _why_not_loaded(folder: Path, config: dict, error: BaseException) -> str:
     reason = " ".join(str(error).split())
     what = f"{folder} (model type {config['model_type']!r}) cannot be loaded"
     version = f"the installed mlx-lm ({importlib.metadata.version('mlx-lm')})"
-    if isinstance(error, SystemExit):
-        return f"{what}: {version} needs another package for this architecture."
     if "not supported" in reason and reason.startswith("Model type"):
         return f"{what}: {version} does not have this architecture. The files are complete; another mlx-lm may have it."
     return (

@@ -17,9 +17,9 @@ import numpy as np
 class ScaledRoPE(nn.Module):
     """Rotates by given wavelengths, after multiplying queries and keys by the attention factor `mscale`."""
 
-    def __init__(self, dims: int, traditional: bool, wavelengths: np.ndarray, mscale: float = 1.0, scale: float = 1.0):
+    def __init__(self, dims: int, traditional: bool, wavelengths: np.ndarray, mscale: float = 1.0):
         super().__init__()
-        self.dims, self.traditional, self.mscale, self.scale = dims, traditional, mscale, scale
+        self.dims, self.traditional, self.mscale = dims, traditional, mscale
         self._wavelengths = mx.array(wavelengths.astype(np.float32))  # [dims / 2], per 2 pi
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
@@ -29,7 +29,7 @@ class ScaledRoPE(nn.Module):
 
     def rotate(self, x: mx.array, offset: int | mx.array, wavelengths: mx.array) -> mx.array:
         return mx.fast.rope(
-            x, self.dims, traditional=self.traditional, base=None, scale=self.scale, offset=offset, freqs=wavelengths
+            x, self.dims, traditional=self.traditional, base=None, scale=1.0, offset=offset, freqs=wavelengths
         )
 
 
@@ -65,7 +65,7 @@ def scaled_rope(dims: int, traditional: bool, settings: dict, context: int) -> n
     kind, base, factor = settings["rope_type"], settings["rope_theta"], settings.get("factor")
     wavelengths = _wavelengths(dims, base)
     if kind == "linear":
-        return ScaledRoPE(dims, traditional, wavelengths * factor)
+        return nn.RoPE(dims, traditional, base, scale=1 / factor)
     if kind == "dynamic":
         return DynamicRoPE(dims, traditional, base, factor, context)
     if kind == "llama3":
