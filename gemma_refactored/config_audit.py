@@ -42,8 +42,10 @@ NEVER_NUMBERS = frozenset(
 )  # fmt: skip
 # Read through `layer_types` or RoPE settings, whose effect is what is compared.
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "sliding_window_pattern")
-ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rotary_pct",
-             "rotary_emb_base", "original_max_position_embeddings")  # fmt: skip
+ROPE_KEYS = (
+    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rotary_pct",
+    "rotary_emb_base", "original_max_position_embeddings",
+)  # fmt: skip
 
 
 def complete(config: dict) -> dict | None:
@@ -224,13 +226,14 @@ READ_SCALING = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "longcat_flash",
     "kimi_linear", "hunyuan_v1_dense", "gemma", "gemma2", "gemma3_text", "gemma3", "mistral4", "gemma4_text", "laguna",
 )  # fmt: skip
+GRANITE_LAYERS = {"linear_attention": "mamba", "full_attention": "attention"}
 # Keys that an mlx-lm class wants and transformers 5 writes under another name, or not at all.
 OTHER_NAMES = {
     "gpt2": lambda c: {"n_ctx": c["n_positions"]},
     "gpt_neox": lambda c: {"rotary_emb_base": c["rope_theta"], "rotary_pct": c.get("partial_rotary_factor", 0.25)},
     "apertus": lambda c: {"mlp_bias": False, "post_norm": False, "qk_norm": True},
     "granitemoehybrid": lambda c: {
-        "layer_types": [{"linear_attention": "mamba", "full_attention": "attention"}.get(t, t) for t in c["layer_types"]],
+        "layer_types": [GRANITE_LAYERS.get(layer, layer) for layer in c["layer_types"]],
         "position_embedding_type": c.get("position_embedding_type") or "nope",
     },
     "exaone4": lambda c: {
@@ -239,8 +242,9 @@ OTHER_NAMES = {
     "mamba2": lambda c: {"intermediate_size": int(c["expand"] * c["hidden_size"])},
     "gemma3": lambda c: {"text_config": {**c["text_config"], "tie_word_embeddings": c["tie_word_embeddings"]}},
     "lfm2": lambda c: {
-        "block_dim": c["hidden_size"], "block_ff_dim": c["intermediate_size"], "conv_bias": False, "conv_L_cache": 3,
-        "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True,
+        **{"conv_bias": False, "conv_L_cache": 3, "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0},
+        **{"block_dim": c["hidden_size"], "block_ff_dim": c["intermediate_size"], "block_auto_adjust_ff_dim": True},
+        **c,
     },
     "exaone": lambda c: {"num_layers": c["num_hidden_layers"], "layer_norm_epsilon": c["rms_norm_eps"]},
     "minimax": lambda c: {

@@ -66,6 +66,8 @@ def closing_token(tokenizer) -> set[int]:
     """The control token right after an answer in the chat template; empty if there is none."""
     from .chat_template import PROBE, ChatFormat, render
 
+    if not tokenizer.chat_template:
+        return set()
     try:
         text = render(tokenizer, [("user", "Hello"), ("assistant", PROBE)], ChatFormat(), add_generation_prompt=False)
     except UserError:  # prompts will tell what is wrong with it
