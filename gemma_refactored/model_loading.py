@@ -120,6 +120,10 @@ def load(
         model.set_dtype(mx.float32)
         if isinstance(model, Gemma):
             use_cpu_kernels(model)
+    elif isinstance(model, Gemma) and weights_dtype(model) == "float16":
+        # The residual stream of Gemma 3 exceeds the range of float16 (65,504); bfloat16 or float32 hold it.
+        log.warning("The weights are float16, which Gemma's residual stream can overflow: running in float32.")
+        model.set_dtype(mx.float32)
     num_parameters = count_parameters(model)
     if split:
         shard(model, config["model_type"])
@@ -128,7 +132,6 @@ def load(
     tokenizer = load_tokenizer(folder)
     text = completed or translated
     text = text.get("text_config") or text
-    dtype = str(next(v.dtype for _, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating)))
     return LoadedModel(
         name=display_name(name),
         folder=folder,
@@ -141,9 +144,15 @@ def load(
         hidden_size=text.get("hidden_size") or embedding_width(find_embedding(model)),
         num_parameters=num_parameters,
         context_length=text.get("max_position_embeddings") or position_rows(model) or 2**31,
-        dtype=dtype.removeprefix("mlx.core."),
+        dtype=weights_dtype(model),
         hashes=content_hashes(folder, tokenizer.chat_template),
     )
+
+
+def weights_dtype(model: nn.Module) -> str:
+    """ "float32", "float16" or "bfloat16"; of a quantised model, the type of what its numbers are scaled by."""
+    dtypes = (value.dtype for _, value in tree_flatten(model.parameters()))
+    return str(next(dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating))).removeprefix("mlx.core.")
 
 
 def float32_weights(loaded: LoadedModel) -> dict[str, mx.array]:
