@@ -123,6 +123,8 @@ def correct_rope(model: nn.Module, config: dict) -> None:
         if config["model_type"] in PARTIAL_ROTARY:
             dims = rope.dims = int(dims * of_layer.get("partial_rotary_factor", 1.0))
         if of_layer.get("rope_type", "default") in ("default", "proportional"):
+            if of_layer is not settings and isinstance(rope, nn.RoPE):  # each kind of layer may have a base of its own
+                rope.base = of_layer["rope_theta"]
             continue
         make = LongRoPE if of_layer["rope_type"] == "longrope" else scaled_rope
         try:

@@ -29,3 +29,28 @@ def write_layout(folder: Path, config: dict, shapes: dict[str, list[int]]) -> Pa
     weights = {name: seeded(name, shape) for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def documented(table: dict[str, dict]) -> str:
+    """The table of layouts in docs/models.md, from gemma_refactored/config_keys.json."""
+    lines = ["| layout | against transformers | refused by name |", "| --- | --- | --- |"]
+    scalings = ("linear", "dynamic", "yarn", "llama3", "longrope")
+    for name, record in table.items():
+        verdict = {True: "equal", False: "other numbers: refused", None: "not compared"}[record["agrees"]]
+        lost = []
+        if record["agrees"]:
+            lost += [f"other `{key}`" for key in record["keys"]]
+            has_rope = set(scalings) & set(record["rope"])
+            lost += [f"{kind} RoPE" for kind in scalings if has_rope and kind not in record["rope"]]
+            lost += {"all": [], "usual": ["unusual `layer_types`"], "none": ["`sliding_window`"]}[record["windows"]]
+        lines.append(f"| {name} | {verdict} | {', '.join(lost)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":  # python -m tests.layouts: write it
+    from gemma_refactored.config_audit import compared
+
+    path = Path(__file__).parent.parent / "docs" / "models.md"
+    before, start, rest = path.read_text().partition("<!-- layouts -->\n")
+    after = rest.partition("<!-- end of layouts -->")[2]
+    path.write_text(f"{before}{start}{documented(compared())}\n<!-- end of layouts -->{after}")

@@ -40,7 +40,7 @@ FAMILIES = {
     "phi3": {**COMMON, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 256, "pad_token_id": 0},
     "mixtral": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma4": dict(text_config={**COMMON, "model_type": "gemma4_text", "global_head_dim": 16, "sliding_window": 8,
-                                "num_hidden_layers": 4, "num_kv_shared_layers": 1,
+                                "num_hidden_layers": 4, "num_kv_shared_layers": 1, "use_double_wide_mlp": False,
                                 "layer_types": ["sliding_attention", "full_attention"] * 2,
                                 "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 1448,
                                 "rope_parameters": None},
