@@ -24,6 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .checks import refuse_beyond_tables
 from .errors import UserError
 from .longrope import rope_lengths
 from .model_architecture import HookPoint
@@ -299,9 +300,12 @@ def forward(
     Args:
         texts: token ids.
         edits: site -> what becomes of its activation in this pass.
+    Raises:
+        UserError: a token id or a position that the model's tables do not have.
     Returns:
         [texts, positions, vocabulary], and site -> [texts, positions, width] as the edits leave it.
     """
+    refuse_beyond_tables(model, texts, max_tokens=0)
     lengths = [len(text) for text in texts]
     rows = mx.array([[*text, *[0] * (max(lengths) - len(text))] for text in texts])
     with rope_lengths(model, lengths), edit(model, edits or {}), capture(model, sites) as activations:

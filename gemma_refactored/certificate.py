@@ -21,6 +21,8 @@ import mlx.nn as nn
 import numpy as np
 
 from .activation_capture import block_sites, capture, edit, hooks, modules_by_site, site_shapes
+from .checkpoint_files import read_config
+from .config_audit import complete
 from .errors import UserError
 from .files import CERTIFICATE, displayed, write_json
 from .generation import generate
@@ -36,6 +38,9 @@ PROMPTS = [
     "Please explain in a few sentences why the sky looks blue at noon and red in the evening.",
 ]
 DECODED = 6  # generated tokens that the checks of generation look at
+
+TRANSFORMERS = "= transformers"  # the name of the check that an independent implementation makes
+LONGEST_REFERENCE, LAST_POSITIONS = 4096, 32  # tokens that it reads at most, and how many of them are compared
 
 States = dict[str, np.ndarray]  # site -> [positions, hidden]
 
@@ -69,6 +74,7 @@ def certify(loaded: LoadedModel, progress: Callable = lambda checks: checks) -> 
         checks.append(result)
     return {
         "verdict": "failed" if any(check.passed is False for check in checks) else "passed",
+        "not_compared": _not_compared(loaded, checks),
         "model": loaded.name,
         "model_revision": loaded.revision,
         "dtype": loaded.dtype,
@@ -79,6 +85,17 @@ def certify(loaded: LoadedModel, progress: Callable = lambda checks: checks) -> 
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "checks": [asdict(check) for check in checks],
     }
+
+
+def _not_compared(loaded: LoadedModel, checks: Sequence[Check]) -> str:
+    """What the verdict leaves open: whatever was not computed a second time by an independent implementation."""
+    (reference,) = [check for check in checks if check.name == TRANSFORMERS]
+    if reference.passed is None:
+        return "None of these numbers was compared with an independent implementation: install PyTorch for that."
+    length = len(_reference_ids(loaded))
+    if length < loaded.context_length:
+        return f"Positions beyond {length} of {loaded.context_length} were not compared with transformers."
+    return ""
 
 
 def certify_and_save(loaded: LoadedModel, folder: Path) -> bool:
@@ -109,6 +126,8 @@ def describe(certificate: dict) -> str:
         f"{certificate['verdict'].capitalize()}: {passed.count(True)} of {len(passed) - passed.count(None)} checks, "
         f"{passed.count(None)} not applicable (tolerance {certificate['tolerance']:g}, {certificate['dtype']})."
     )
+    if certificate["not_compared"]:
+        lines += textwrap.wrap(certificate["not_compared"], 80)
     return "\n".join(lines)
 
 
@@ -133,6 +152,19 @@ def _long_ids(loaded: LoadedModel, beyond: int) -> list[int]:
     """A prompt that is `beyond` tokens longer than the sliding window, where there is one (else 40 tokens)."""
     window = loaded.model.config.sliding_window if _has_window(loaded) else 40 - beyond
     length = min(window + beyond, loaded.context_length - DECODED)
+    ids = sum(_prompt_ids(loaded), [])
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+def _reference_ids(loaded: LoadedModel) -> list[int]:
+    """Tokens for the comparison with transformers: beyond every window and the length before RoPE scaling."""
+    completed = complete(read_config(loaded.folder)) or loaded.config
+    text = completed.get("text_config") or completed
+    rope = text.get("rope_parameters") or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    limits = [text.get("sliding_window"), *(kind.get("original_max_position_embeddings") for kind in kinds)]
+    length = max([24, *(limit for limit in limits if limit)]) + 16
+    length = min(length, LONGEST_REFERENCE, loaded.context_length)
     ids = sum(_prompt_ids(loaded), [])
     return (ids * (length // len(ids) + 1))[:length]
 
@@ -281,18 +313,18 @@ def check_sliding_window(loaded: LoadedModel) -> Check:
 
 def check_transformers(loaded: LoadedModel) -> Check:
     """States and logits = those of transformers in float32, where PyTorch is there."""
-    name = "= transformers"
+    name = TRANSFORMERS
     if importlib.util.find_spec("torch") is None:
         return Check(name, note="PyTorch is not installed (pip install torch); it is only needed for this check.")
-    tokens = _long_ids(loaded, beyond=16)
+    tokens = _reference_ids(loaded)
     try:
         expected = _transformers_states(loaded, tokens)
     except UserError as error:
         return Check(name, note=str(error))
     sites = block_sites(loaded.model)
     with capture(loaded.model, sites) as activations:
-        seen = {"logits": _numpy(loaded.model(mx.array([tokens]))[0])}
-        seen |= {site: _numpy(activations[site][0]) for site in sites}
+        seen = {"logits": _numpy(loaded.model(mx.array([tokens]))[0, -LAST_POSITIONS:])}
+        seen |= {site: _numpy(activations[site][0, -LAST_POSITIONS:]) for site in sites}
     return Check(name, relative_differences(seen, expected))
 
 
@@ -331,14 +363,14 @@ def _transformers_states(loaded: LoadedModel, tokens: list[int]) -> States:
 
     def keep(site):
         def hook(module, inputs, output):
-            seen[site] = (output[0] if isinstance(output, tuple) else output)[0].numpy()
+            seen[site] = (output[0] if isinstance(output, tuple) else output)[0, -LAST_POSITIONS:].numpy()
 
         return hook
 
     for site, block in zip(block_sites(loaded.model), blocks, strict=True):
         block.register_forward_hook(keep(site))
     with torch.no_grad():
-        seen["logits"] = model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+        seen["logits"] = model(torch.tensor([tokens]), use_cache=False).logits[0, -LAST_POSITIONS:].numpy()
     return seen
 
 

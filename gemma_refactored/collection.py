@@ -104,7 +104,7 @@ class Collection:
                 "(--activations-dir or ACTIVATIONS_DIR), move this one away, or start anew with --overwrite."
             )
         names = [n for n in {**old, **new} if n not in FREE_SETTINGS or (n == "batch_size" and not self.grouped)]
-        differences = [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]
+        differences = [text for n in names for text in _differences(n, old.get(n), new.get(n))]
         if differences:
             raise UserError(
                 f"{self.folder} holds a collection made with other settings ({'; '.join(differences)}). "
@@ -191,3 +191,10 @@ class Collection:
         self.manifest["complete"] = sorted(f"{p.group}/{p.subcategory}/{p.number}" for p in done)
         self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._save_manifest()
+
+
+def _differences(name: str, old, new) -> list[str]:
+    """What differs, by name; in the model's identity only the parts that do."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [text for key in {**old, **new} for text in _differences(f"{name} {key}", old.get(key), new.get(key))]
+    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]

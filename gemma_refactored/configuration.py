@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .settings import Between, Written
+from .settings import Between, Must, Written
 
 NAMES = {"temperature": "temp"}  # what run_model.py and the manifest call a field, where that is something else
 
@@ -33,6 +34,13 @@ class Sampling:
     """of all random choices"""
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class Generation:
     """How answers are written."""
@@ -47,6 +55,12 @@ class Generation:
     """write on after the end of the turn"""
     keep_precision: bool = False
     """Linux CPU: do not expand weights to float32"""
+    chat_template: Annotated[str, Written("NAME")] | None = None
+    """which chat template, of a checkpoint with several"""
+    date: Annotated[str, Must(_is_date, "look like 2025-01-31"), Written("YYYY-MM-DD")] | None = None
+    """what chat templates that write the date take for today"""
+    control_tokens: bool = False
+    """control tokens typed into a prompt act as such, instead of being text"""
     sampling: Sampling = Sampling()
 
 

@@ -28,6 +28,7 @@ from mlx_lm.models.cache import (
 from mlx_lm.sample_utils import apply_top_p
 
 from .activation_capture import Edit, capturing, edit
+from .checks import mark_not_finite, refuse_beyond_tables, refuse_not_finite
 from .configuration import Sampling
 from .errors import UserError
 from .longrope import rope_lengths
@@ -119,6 +120,7 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
         raise UserError("A prompt has no tokens at all; give it some text.")
+    refuse_beyond_tables(model, prompts, max_tokens)
     longest = max(lengths)
     padding = [longest - n for n in lengths]
     tokens = np.array([[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, padding, strict=True)])
@@ -136,7 +138,7 @@ def generate(
         activations.clear()
         with rope, everywhere, at_prompt_end if is_prompt_end else nullcontext(), reading:
             logits = model(token[:, None], cache=cache)[:, -1]
-        chosen = sampler(logits) if sample else None
+        chosen = mark_not_finite(sampler(logits), logits) if sample else None
         states = {site: x.astype(mx.float32) for site, x in activations.items()}
         # Without a sample, the last pass still has to happen, for its activations.
         mx.async_eval(*states.values(), *([chosen] if sample else []))
@@ -151,6 +153,7 @@ def generate(
         if index + 1 < max_tokens:
             following = launch(chosen, sample=index + 2 < max_tokens)
         read = np.array(token_read)
+        refuse_not_finite(read)
         if index > PREFILL:
             active = active & ~np.isin(read, list(end_tokens))
             if not active.any():

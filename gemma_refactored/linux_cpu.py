@@ -10,6 +10,8 @@ import ctypes
 import importlib.metadata
 import logging
 import platform
+import sys
+from pathlib import Path
 
 LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -41,14 +43,29 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-IS_SLOW = False
-if is_linux_cpu():
-    IS_SLOW = not load_openblas()
+def slowness() -> str | None:
+    """Why matrix products will be slow and what to do, having done what can be; None if they will not be."""
+    if not is_linux_cpu():
+        return None
+    came_late = "mlx.core" in sys.modules and "/libopenblas" not in Path("/proc/self/maps").read_text()
+    has_openblas = load_openblas()
     keep_freed_memory()
+    if not has_openblas:
+        return "OpenBLAS not found: matrix products will be about 20 times slower (apt install libopenblas0)."
+    if came_late:
+        return (
+            "mlx.core was imported before gemma_refactored, so it keeps its own BLAS: matrix products will be about 20 "
+            "times slower. Import gemma_refactored first."
+        )
+    return None
+
+
+SLOWNESS = slowness()
 
 
 def warn_if_slow() -> None:
-    if IS_SLOW:
-        logging.getLogger(__name__).warning(
-            "OpenBLAS not found: matrix products will be about 20 times slower (apt install libopenblas0)."
-        )
+    """Say once why matrix products are slow."""
+    global SLOWNESS
+    if SLOWNESS:
+        logging.getLogger(__name__).warning(SLOWNESS)
+        SLOWNESS = None

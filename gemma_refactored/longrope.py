@@ -1,4 +1,4 @@
-"""Correct mlx-lm's longrope (Phi-3, Phi-4-mini): short prompts use the short factors.
+"""LongRoPE (Phi-3, Phi-4-mini): the factors of a sequence depend on its length.
 
 LongRoPE (arXiv 2402.13753) has two sets of frequency factors. transformers takes the short ones for
 sequences of up to `original_max_position_embeddings` and the long ones beyond; mlx-lm takes the
@@ -7,12 +7,15 @@ long ones always, which moves the logits of a short prompt by some 20 %.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.rope_utils import SuScaledRoPE
+import numpy as np
+
+from .rope import ScaledRoPE
 
 
 class _Rows(threading.local):
@@ -25,39 +28,32 @@ class _Rows(threading.local):
 _ROWS = _Rows()
 
 
-class LongRoPE(nn.Module):
+class LongRoPE(ScaledRoPE):
     """Rotary embedding that chooses its factors by the length of the sequence.
 
     Inside of `rope_lengths` each row uses the factors for its prompt's length; elsewhere the length of the
     pass at hand decides, which is right for one pass over a whole sequence.
+
+    Args:
+        settings: `rope_parameters` of the config; `context` is its max_position_embeddings.
     """
 
-    def __init__(self, original: SuScaledRoPE, base: float, short_factor: Sequence[float]):
-        super().__init__()
-        self.dims, self.limit = original.dim, original.original_max_position_embeddings
-        self._scale, self._long = original._scale, original._freqs
-        exponents = mx.arange(0, self.dims, 2, dtype=mx.float32) / self.dims
-        self._short = mx.array(short_factor, mx.float32) * base**exponents
+    def __init__(self, dims: int, traditional: bool, settings: dict, context: int):
+        wavelengths = settings["rope_theta"] ** (np.arange(0, dims, 2) / dims)
+        limit = settings["original_max_position_embeddings"]
+        factor = settings.get("factor") or context / limit
+        mscale = settings.get("attention_factor")
+        if mscale is None:
+            mscale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(limit))
+        super().__init__(dims, traditional, wavelengths * np.array(settings["short_factor"]), mscale)
+        self.limit = limit
+        self._long = mx.array((wavelengths * np.array(settings["long_factor"])).astype(np.float32))
 
-    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        x = x.at[..., : self.dims].multiply(self._scale)
-
-        def rotate(freqs):
-            return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
-
+    def rotate(self, x: mx.array, offset: int | mx.array, wavelengths: mx.array) -> mx.array:
         is_long = _ROWS.is_long.get(id(self), x.shape[-2] > self.limit)
         if isinstance(is_long, bool):
-            return rotate(self._long if is_long else self._short)
-        return mx.where(is_long, rotate(self._long), rotate(self._short))
-
-
-def correct_longrope(model: nn.Module, config: dict) -> None:
-    """Replace every longrope module of an mlx-lm model by `LongRoPE`."""
-    scaling = config.get("rope_scaling") or {}
-    for module in model.modules():
-        rope = module.get("rope")
-        if isinstance(rope, SuScaledRoPE) and "short_factor" in scaling:
-            module.rope = LongRoPE(rope, config.get("rope_theta", 10000.0), scaling["short_factor"])
+            return super().rotate(x, offset, self._long if is_long else wavelengths)
+        return mx.where(is_long, super().rotate(x, offset, self._long), super().rotate(x, offset, wavelengths))
 
 
 class rope_lengths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import logging
 import sys
 import time
@@ -18,6 +19,7 @@ from .files import displayed
 from .settings import add_options, from_arguments, record
 
 if TYPE_CHECKING:
+    from .chat_template import ChatFormat
     from .collection import Collection
     from .distributed import Team
     from .job import Job
@@ -210,7 +212,8 @@ def load_model(request: Request, shard: bool, team: Team) -> LoadedModel:
 
 def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, team: Team) -> None:
     """Generate for all prompts that are not complete yet, and save what was asked for."""
-    job = make_job(request, loaded, arguments.shard)
+    chat_format = choose_chat_format(request)
+    job = make_job(request, loaded, chat_format, arguments.shard)
     if arguments.dry_run:
         from .dry_run import estimate
 
@@ -219,7 +222,7 @@ def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedM
     show_progress = team.leads and not arguments.quiet
     start = time.perf_counter()
     if request.saving.save_activations:
-        finished, new = collect(job, request, loaded, team, show_progress)
+        finished, new = collect(job, request, loaded, chat_format, team, show_progress)
     else:
         finished, new = {}, answer(job, request.saving, loaded, None, team, show_progress)
     if not team.leads:
@@ -234,7 +237,24 @@ def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedM
         log.info("Activations of %d sites: %s", len(job.sites), displayed(request.saving.activations_dir))
 
 
-def make_job(request: Request, loaded: LoadedModel, shares_model: bool) -> Job:
+def choose_chat_format(request: Request) -> ChatFormat:
+    """Templates may write today's date: a run that continues or repeats another takes that one's."""
+    from .chat_template import ChatFormat, rendering_date
+    from .files import MANIFEST, is_file, read_json
+
+    generation, saving = request.generation, request.saving
+    if generation.date:
+        date = datetime.date.fromisoformat(generation.date)
+    elif request.repeated:
+        date = request.repeated.date
+    else:
+        path = saving.activations_dir / MANIFEST
+        continues = saving.save_activations and not saving.overwrite and is_file(path, "manifest")
+        date = rendering_date(read_json(path, "manifest") if continues else None)
+    return ChatFormat(generation.chat_template, date, generation.control_tokens)
+
+
+def make_job(request: Request, loaded: LoadedModel, chat_format: ChatFormat, shares_model: bool) -> Job:
     """The whole job, as if nothing of it were complete.
 
     Raises:
@@ -245,7 +265,8 @@ def make_job(request: Request, loaded: LoadedModel, shares_model: bool) -> Job:
     from .prompt_processing import encode_prompts
 
     generation, saving = request.generation, request.saving
-    token_ids = encode_prompts(loaded.tokenizer, [prompt.text for prompt in request.prompts], generation.chat_mode)
+    texts = [prompt.text for prompt in request.prompts]
+    token_ids = encode_prompts(loaded.tokenizer, texts, generation.chat_mode, chat_format)
     check_context(request.prompts, token_ids, generation.max_tokens, loaded.context_length)
     check_bias(generation.sampling.logit_bias, len(loaded.tokenizer))
     return Job(
@@ -267,13 +288,14 @@ def check_bias(bias: Mapping[int, float], vocabulary: int) -> None:
 
 
 def collect(
-    job: Job, request: Request, loaded: LoadedModel, team: Team, show_progress: bool
+    job: Job, request: Request, loaded: LoadedModel, chat_format: ChatFormat, team: Team, show_progress: bool
 ) -> tuple[dict[Prompt, dict], dict[Prompt, dict]]:
     """Answer into a collection; the records that an earlier run has left there, and the new ones of all processes."""
+    from .chat_template import facts_of_prompts
     from .dry_run import refuse_without_room
     from .files import is_folder, locked
     from .job import open_collection
-    from .manifest import new_manifest, token_ids_hash
+    from .manifest import new_manifest
 
     saving, folder = request.saving, request.saving.activations_dir
     is_local = is_folder(request.model, "model folder")
@@ -284,7 +306,7 @@ def collect(
         "compressed": saving.compress_activations,
         "layout": "grouped" if saving.process_by_group else "flat",
         "sites": job.sites,
-        "token_ids_hash": token_ids_hash(job.token_ids),
+        **facts_of_prompts(loaded.tokenizer, job.token_ids, chat_format),
         "model_path": str(Path(request.model).resolve()) if is_local else request.model,
     }
     manifest = new_manifest(loaded.facts(), settings, job.prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .chat_template import rendering_date
 from .configuration import NAMES, Generation, Saving
 from .errors import UserError, shown
 from .files import read_json
@@ -40,6 +42,7 @@ class RunToRepeat:
     Attributes:
         model: folder or Hugging Face id, None for a default model.
         saved: fields of `Saving` that decide what is in the files.
+        date: that was written into its prompts, for templates that write one.
     """
 
     model: str | None
@@ -47,6 +50,7 @@ class RunToRepeat:
     generation: Generation
     saved: dict
     prompts: list[Prompt]
+    date: datetime.date
 
     @property
     def hub_revision(self) -> str | None:
@@ -71,11 +75,6 @@ def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -
         "machine": platform.platform(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def token_ids_hash(token_ids: Sequence[Sequence[int]]) -> str:
-    """Of what the model reads: it covers texts, tokenizer, chat template and everything that was rendered into them."""
-    return hashlib.sha256(json.dumps([list(ids) for ids in token_ids]).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> RunToRepeat:
@@ -106,6 +105,7 @@ def read_manifest(path: Path) -> RunToRepeat:
         generation=from_record(Generation, manifest, str(path), NAMES),
         saved=saved,
         prompts=parse_prompts(manifest["prompt_groups"], path),
+        date=rendering_date(manifest),
     )
 
 

@@ -98,7 +98,8 @@ class GemmaConfig:
             rope_scale=scale,
             has_qk_norm=model_type == "gemma3_text",
             has_post_norms=model_type != "gemma",
-            attention_softcap=config.get("attn_logit_softcapping", 50.0 if model_type == "gemma2" else None),
+            # transformers does not read this key of a Gemma 3.
+            attention_softcap=config.get("attn_logit_softcapping", 50.0) if model_type == "gemma2" else None,
             logit_softcap=config.get("final_logit_softcapping", 30.0 if model_type == "gemma2" else None),
             tie_word_embeddings=config.get("tie_word_embeddings", True),
         )

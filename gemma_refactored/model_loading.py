@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib.metadata
 import json
 import logging
 import platform
+import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
+from textwrap import shorten
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, dequantize_model, load_model
+from mlx_lm.utils import dequantize_model, load_model
 
+from .checkpoint_files import content_hashes, locate, read_config, weight_files, weights_revision
+from .checks import embedding_width, find_embedding, position_rows
+from .config_audit import audit, complete, in_mlx_lm_names
 from .cpu_kernels import use_cpu_kernels
 from .distributed import shard
 from .errors import UserError
-from .files import is_anything, is_folder
+from .files import is_folder
 from .generation import padding_is_harmless
+from .layout_corrections import correct_layout, translated_classes
 from .linux_cpu import warn_if_slow
-from .longrope import correct_longrope
 from .model_architecture import Gemma, GemmaConfig
+from .tokenizer_loading import end_tokens, load_tokenizer
 
-FILES_NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 OWN_ARCHITECTURES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
 log = logging.getLogger(__name__)
@@ -46,6 +53,7 @@ class LoadedModel:
     num_parameters: int
     context_length: int
     dtype: str
+    hashes: dict[str, str]  # of what besides the weights decides the numbers: `checkpoint_files.content_hashes`
 
     @property
     def is_own(self) -> bool:
@@ -60,6 +68,10 @@ class LoadedModel:
         """
         return self.is_own or padding_is_harmless(self.model)
 
+    def identity(self) -> dict[str, str]:
+        """Everything that decides which numbers a text gets, as short hashes: results with another are not mixed."""
+        return {"weights": self.revision.removeprefix("sha256:")[:12], **self.hashes, "precision": self.dtype}
+
     def facts(self) -> dict:
         """What identifies the model in a manifest."""
         return {
@@ -69,6 +81,7 @@ class LoadedModel:
             "hidden_size": self.hidden_size,
             "num_parameters": self.num_parameters,
             "weights_dtype": self.dtype,
+            "identity": self.identity(),
         }
 
 
@@ -98,41 +111,54 @@ def load(
     """
     warn_if_slow()
     folder = locate(name, revision)
-    config = _read_config(folder)
-    model, config = _load_weights(folder, config)
+    config = read_config(folder)
+    completed = complete(config)
+    audit(config, completed)
+    model, translated = load_weights(folder, config, completed)
     if runs_on_linux_cpu() and not keep_precision:
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
         if isinstance(model, Gemma):
             use_cpu_kernels(model)
-    correct_longrope(model, config)
+    elif isinstance(model, Gemma) and weights_dtype(model) == "float16":
+        # The residual stream of Gemma 3 exceeds the range of float16 (65,504); bfloat16 or float32 hold it.
+        log.warning("The weights are float16, which Gemma's residual stream can overflow: running in float32.")
+        model.set_dtype(mx.float32)
     num_parameters = count_parameters(model)
     if split:
         shard(model, config["model_type"])
     model.eval()
     mx.eval(model.parameters())
-    tokenizer = _load_tokenizer(folder)
-    text = config.get("text_config") or config
-    dtype = str(next(v.dtype for _, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating)))
+    tokenizer = load_tokenizer(folder)
+    text = completed or translated
+    text = text.get("text_config") or text
     return LoadedModel(
         name=display_name(name),
         folder=folder,
         model=model,
         tokenizer=tokenizer,
-        config=config,
-        end_tokens=_end_tokens(folder, config, tokenizer),
-        revision=_revision(folder),
+        config=translated,
+        end_tokens=end_tokens(folder, config, tokenizer),
+        revision=weights_revision(folder, weight_files(folder)),
         num_layers=len(model.layers),
-        hidden_size=text.get("hidden_size") or find_embedding(model).weight.shape[-1],
+        hidden_size=text.get("hidden_size") or embedding_width(find_embedding(model)),
         num_parameters=num_parameters,
-        context_length=text.get("max_position_embeddings") or 2**31,
-        dtype=dtype.removeprefix("mlx.core."),
+        context_length=text.get("max_position_embeddings") or position_rows(model) or 2**31,
+        dtype=weights_dtype(model),
+        hashes=content_hashes(folder, tokenizer.chat_template),
     )
+
+
+def weights_dtype(model: nn.Module) -> str:
+    """ "float32", "float16" or "bfloat16"; of a quantised model, the type of what its numbers are scaled by."""
+    dtypes = (value.dtype for _, value in tree_flatten(model.parameters()))
+    return str(next(dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating))).removeprefix("mlx.core.")
 
 
 def float32_weights(loaded: LoadedModel) -> dict[str, mx.array]:
     """What the weights on disk stand for: loaded anew, expanded, by name."""
-    model = dequantize_model(_load_weights(loaded.folder, _read_config(loaded.folder))[0])
+    config = read_config(loaded.folder)
+    model = dequantize_model(load_weights(loaded.folder, config, complete(config))[0])
     model.set_dtype(mx.float32)
     return dict(tree_flatten(model.parameters()))
 
@@ -147,122 +173,50 @@ def device_description() -> str:
     return f"GPU ({mx.device_info().get('device_name', 'unknown')})"
 
 
-def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model, downloading it first if `name` is a hub id."""
-    folder = Path(name).expanduser()
-    if is_folder(folder, "model folder"):
-        return folder
-    text = str(name)
-    if is_anything(folder, "model folder") or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise UserError(
-            f"There is no model folder {text!r}. Give a folder with config.json and .safetensors files, "
-            "or a Hugging Face id such as mlx-community/gemma-3-1b-it-qat-4bit."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def load_weights(folder: Path, config: dict, completed: dict | None) -> tuple[nn.Module, dict]:
+    """Our own Gemma where it applies, mlx-lm's architectures for the rest; its loader for both.
 
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=FILES_NEEDED))
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"The model {text!r} is not on this machine and huggingface.co cannot be reached. "
-            "Connect to the network, or give the path of a local model folder."
-        ) from None
-    except HFValidationError as error:
-        raise UserError(f"{text!r} is not a valid Hugging Face id: {error}") from None
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"Hugging Face does not give out {text!r} ({error.response.status_code}). Check the name; for a gated "
-            "model accept its licence on the website and run `hf auth login`."
-        ) from None
-
-
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json, so it is not a model folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download the model again.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{path} does not say its model_type, so its architecture is unknown.")
-    return config
-
-
-def _load_weights(folder: Path, config: dict) -> tuple[nn.Module, dict]:
-    """Our own Gemma where it applies, mlx-lm's architectures for the rest; its loader for both."""
+    Args:
+        config: as on disk; `completed`: see `config_audit.complete`.
+    Returns:
+        The model, weights not read yet, and its config in the names of mlx-lm.
+    Raises:
+        UserError: missing or damaged files, an unknown architecture, weights of another layout.
+    """
+    files = weight_files(folder)
 
     def classes(config: dict):
-        return (Gemma, GemmaConfig) if config["model_type"] in OWN_ARCHITECTURES else _get_classes(config)
+        return (Gemma, GemmaConfig) if config["model_type"] in OWN_ARCHITECTURES else translated_classes(config)
 
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if missing := [shard for shard in shards if not (folder / shard).exists()]:
-            raise UserError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(shards)} shards missing).")
-    elif not list(folder.glob("model*.safetensors")):
-        raise UserError(f"{folder} has no model*.safetensors file; other weight formats are not read.")
-    try:
-        return load_model(folder, lazy=True, get_model_classes=classes, model_config=_older_rope_names(config))
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
-        raise UserError(
-            f"{folder} (model type {config['model_type']!r}) cannot be loaded: {reason}. "
-            "The files may be incomplete, or the architecture newer than the installed mlx-lm."
-        ) from error
-
-
-def _older_rope_names(config: dict) -> dict:
-    """RoPE settings as mlx-lm's architectures read them, from a config that transformers 5 wrote.
-
-    Without this they would fall back to their defaults without a word.
-    """
-    settings = config.get("rope_parameters")
-    if not isinstance(settings, dict) or config["model_type"] in OWN_ARCHITECTURES or "rope_theta" not in settings:
-        return {}
-    names = {"rope_theta": settings["rope_theta"]}
-    if "partial_rotary_factor" in settings:
-        names["partial_rotary_factor"] = settings["partial_rotary_factor"]
-    rope_type = settings.get("rope_type", "default")
-    if rope_type != "default":
-        names["rope_scaling"] = {**settings, "type": rope_type}
-    return {name: value for name, value in names.items() if name not in config}
+    # mlx-lm's loader takes every file that is called model*.safetensors, so it is shown those that count.
+    with tempfile.TemporaryDirectory() as view:
+        for number, path in enumerate(files):
+            (Path(view) / f"model-{number}.safetensors").symlink_to(path.resolve())
+        if (extra := folder / "hf_quant_config.json").exists():
+            (Path(view) / extra.name).symlink_to(extra.resolve())
+        (Path(view) / "config.json").write_text(json.dumps(in_mlx_lm_names(config, completed)))
+        try:
+            with redirect_stdout(StringIO()) as printed:  # what mlx-lm prints before it gives up
+                model, translated = load_model(Path(view), lazy=True, get_model_classes=classes)
+        except SystemExit:
+            raise UserError(f"{folder}: mlx-lm needs another package: {printed.getvalue().strip()}.") from None
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+            raise UserError(_why_not_loaded(folder, config, error)) from error
+    if not isinstance(model, Gemma):
+        correct_layout(model, completed)
+    return model, translated
 
 
-def _load_tokenizer(folder: Path):
-    # transformers would otherwise tell every user of MLX that PyTorch is missing.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{folder} has no tokenizer that transformers can read: {reason}") from error
-
-
-def _end_tokens(folder: Path, config: dict, tokenizer) -> tuple[int, ...]:
-    """Every token that ends an answer: from the generation config, the config and the chat format."""
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
-    ends = set()
-    for source in (generation.get("eos_token_id"), config.get("eos_token_id"), tokenizer.eos_token_id):
-        ends |= set(source if isinstance(source, list) else [source])
-    known = tokenizer.get_vocab()
-    ends |= {known.get(token) for token in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")}
-    return tuple(sorted(ends - {None}))
-
-
-def _revision(folder: Path) -> str:
-    """The hub commit of a downloaded snapshot; else a hash over the weight files."""
-    if folder.parent.name == "snapshots":
-        return folder.name
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
+def _why_not_loaded(folder: Path, config: dict, error: BaseException) -> str:
+    reason = " ".join(str(error).split())
+    what = f"{folder} (model type {config['model_type']!r}) cannot be loaded"
+    version = f"the installed mlx-lm ({importlib.metadata.version('mlx-lm')})"
+    if "not supported" in reason and reason.startswith("Model type"):
+        return f"{what}: {version} does not have this architecture. The files are complete; another mlx-lm may have it."
+    return (
+        f"{what}: {shorten(reason, 300)} The files are complete; {version} has this architecture in another layout "
+        "than this checkpoint's."
+    )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -275,16 +229,3 @@ def count_parameters(model: nn.Module) -> int:
             packed = hasattr(module, "bits") and name == "weight"
             total += value.size * 32 // module.bits if packed else value.size
     return total
-
-
-def find_embedding(model: nn.Module) -> nn.Module:
-    """The token embedding: the embedding module with most rows (others may hold positions)."""
-    found = [
-        module
-        for path, module in model.named_modules()
-        # Gemma 3n and 4 also look up a small second vector of each token for every layer.
-        if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)) and not path.endswith("_per_layer")
-    ]
-    if not found:
-        raise UserError("This model has no token embedding module.")
-    return max(found, key=lambda module: module.weight.shape[0])

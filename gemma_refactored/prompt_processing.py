@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .chat_template import ChatFormat, encode_chat
 from .errors import UserError, shown
 from .files import read_json, write_json
 
@@ -82,29 +83,25 @@ def check_name(name, path) -> None:
         )
 
 
-def encode_prompts(tokenizer, texts: Sequence[str], chat_mode: bool = True) -> list[list[int]]:
+def encode_prompts(
+    tokenizer, texts: Sequence[str], chat_mode: bool = True, chat_format: ChatFormat | None = None
+) -> list[list[int]]:
     """Token ids of each prompt text, in the model's chat format or as plain text; never a doubled <bos>.
 
-    A tokenizer without a chat template gets plain prompts, with a warning.
-    """
-    from jinja2 import TemplateError  # of transformers, which renders templates in its sandbox
+    A tokenizer without a chat template gets plain prompts, with a warning. In plain text a control token that is
+    typed into a prompt is one; in the chat format it is text (see `ChatFormat`).
 
+    Raises:
+        UserError: the chat template fails, or leaves a prompt out.
+    """
     if chat_mode and not tokenizer.chat_template:
         log.warning("This model's tokenizer has no chat template: prompts are sent as plain text.")
         chat_mode = False
-    if not chat_mode:
-        return [_single_bos(tokenizer, tokenizer.encode(text)) for text in texts]
-    encoded = []
-    for prompt in texts:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # of the template's own making, or something its sandbox forbids
-            raise UserError(
-                f"The model's chat template cannot be used ({error}); --no-chat-mode sends plain text."
-            ) from None
-        encoded.append(_single_bos(tokenizer, tokenizer.encode(text, add_special_tokens=False)))
-    return encoded
+    if chat_mode:
+        encoded = encode_chat(tokenizer, texts, chat_format or ChatFormat())
+    else:
+        encoded = [tokenizer.encode(text) for text in texts]
+    return [_single_bos(tokenizer, ids) for ids in encoded]
 
 
 def _single_bos(tokenizer, ids: list[int]) -> list[int]:

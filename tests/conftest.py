@@ -8,8 +8,9 @@ import pytest
 from hypothesis import settings
 from mlx_lm.utils import dequantize_model
 
-from gemma_refactored.longrope import correct_longrope
-from gemma_refactored.model_loading import _load_weights, _read_config
+from gemma_refactored.checkpoint_files import read_config
+from gemma_refactored.config_audit import complete
+from gemma_refactored.model_loading import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -37,10 +38,10 @@ def relative_error(actual, expected) -> float:
 def load_golden(name: str, expand: bool = True):
     """A checkpoint of tests/golden through the real loader, and what transformers made of it."""
     folder = GOLDEN / name
-    model, config = _load_weights(folder, _read_config(folder))
+    config = read_config(folder)
+    model, _ = load_weights(folder, config, complete(config))
     if expand:
         model = dequantize_model(model)
-    correct_longrope(model, config)
     return model, mx.load(str(folder / "golden.safetensors"))
 
 

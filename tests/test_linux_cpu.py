@@ -30,8 +30,10 @@ def test_only_the_linux_cpu_build_is_touched(monkeypatch):
 def test_a_missing_library_is_said_in_one_line(monkeypatch, caplog):
     monkeypatch.setattr(linux_cpu, "LIBRARIES", ("libnot-there.so",))
     assert not linux_cpu.load_openblas()
-    monkeypatch.setattr(linux_cpu, "IS_SLOW", True)
+    monkeypatch.setattr(linux_cpu, "is_linux_cpu", lambda: True)
+    monkeypatch.setattr(linux_cpu, "SLOWNESS", linux_cpu.slowness())
     with caplog.at_level(logging.WARNING):
+        linux_cpu.warn_if_slow()
         linux_cpu.warn_if_slow()
     assert [record.message.count("apt install libopenblas0") for record in caplog.records] == [1]
 
@@ -53,3 +55,13 @@ print(faults())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert int(done.stdout) < 1000  # of the 60 * 2048 pages there would be
+
+
+@pytest.mark.skipif(
+    not linux_cpu.is_linux_cpu() or not linux_cpu.load_openblas(), reason="needs OpenBLAS on a Linux CPU"
+)
+@pytest.mark.parametrize("first", ["mlx.core", "gemma_refactored"])
+def test_the_order_of_imports_is_said_where_it_costs(first):
+    program = f"import {first}, gemma_refactored.linux_cpu as l; l.warn_if_slow()"
+    output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert output.stderr.count("Import gemma_refactored first.") == (first == "mlx.core")

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from gemma_refactored import config_audit, model_loading
 from gemma_refactored.activation_capture import capture, read
 from gemma_refactored.generation import generate
 from gemma_refactored.longrope import rope_lengths
 
-from . import conftest
 from .conftest import load_golden, relative_error
 
 TOLERANCE = 1e-4
@@ -43,7 +43,8 @@ def test_short_and_long_prompts_agree_with_transformers(model, golden):
 
 def test_mlx_lm_alone_is_wrong_on_short_prompts(monkeypatch):
     """If this fails, mlx-lm has been corrected and longrope.py can go."""
-    monkeypatch.setattr(conftest, "correct_longrope", lambda model, config: None)
+    monkeypatch.setattr(config_audit, "READ_SCALING", ("phi3",))
+    monkeypatch.setattr(model_loading, "correct_layout", lambda model, completed: None)
     uncorrected, golden = load_golden("phi")
     short = uncorrected(golden["tokens"][:, :12])
     assert relative_error(short, golden["logits_of_first_12"]) > 0.01

@@ -27,11 +27,11 @@ from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.activation_capture import layer_sites
+from gemma_refactored.chat_template import token_ids_hash
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import MANIFEST, PROMPT_MARKER, locked, read_json, write_json, write_safetensors
 from gemma_refactored.generation import collect_answers, collect_means, generate, length_sorted_batches
 from gemma_refactored.job import check_context, mean_prompt_embeddings
-from gemma_refactored.manifest import token_ids_hash
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 

@@ -1,0 +1,169 @@
+"""A prompt in the model's chat format.
+
+Templates come with checkpoints and are programs: they may fail, leave the prompt out, or write today's date. What
+they make of a prompt is looked at before it is believed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .errors import UserError, shown
+
+log = logging.getLogger(__name__)
+
+PROBE = "zqx7 probe zqx7"  # a text that no template writes by itself
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How prompts are put into a model's chat format.
+
+    Attributes:
+        template: the name of one of several templates of a checkpoint; None takes its default.
+        date: what templates that write the date take for today.
+        keeps_control_tokens: a control token typed into a prompt (`<end_of_turn>`) acts as one, instead of being text.
+    """
+
+    template: str | None = None
+    date: datetime.date = field(default_factory=datetime.date.today)
+    keeps_control_tokens: bool = False
+
+
+def encode_chat(tokenizer, texts: Sequence[str], chat_format: ChatFormat) -> list[list[int]]:
+    """Token ids of each prompt as the user's one message, up to where the model's answer begins.
+
+    Raises:
+        UserError: the template fails, or does not contain the prompt.
+    """
+    in_parts = _wants_parts(tokenizer, chat_format)
+    encoded, quoted = [], []
+    for prompt in texts:
+        rendered = render(tokenizer, [("user", prompt)], chat_format, in_parts)
+        if prompt.strip() not in rendered:
+            raise UserError(
+                f"The model's chat template changes or leaves out the prompt {shown(prompt)}; "
+                "--no-chat-mode sends plain text."
+            )
+        typed = next((token for token in tokenizer.get_added_vocab() if token.strip() and token in prompt), None)
+        if typed is None or chat_format.keeps_control_tokens:
+            encoded.append(tokenizer.encode(rendered, add_special_tokens=False))
+        else:
+            quoted.append(typed)
+            options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
+            encoded.append(list(render(tokenizer, [("user", prompt)], chat_format, in_parts, **options)))
+    if quoted:
+        log.warning(
+            "Control tokens of the model in %d of the prompts (%s ..) are read as text.", len(quoted), quoted[0]
+        )
+    return encoded
+
+
+def facts_of_prompts(tokenizer, token_ids: Sequence[Sequence[int]], chat_format: ChatFormat) -> dict:
+    """What a manifest keeps of the prompts as the model reads them: a hash of their token ids, and the date in them.
+
+    `rendering_date` is null where the template writes none.
+    """
+    date = chat_format.date.isoformat() if uses_date(tokenizer) else None
+    return {"token_ids_hash": token_ids_hash(token_ids), "rendering_date": date}
+
+
+def token_ids_hash(token_ids: Sequence[Sequence[int]]) -> str:
+    """Of what the model reads: it covers texts, tokenizer, chat template and everything that was rendered into them."""
+    return hashlib.sha256(json.dumps([list(map(int, ids)) for ids in token_ids]).encode()).hexdigest()[:12]
+
+
+def rendering_date(manifest: dict | None) -> datetime.date:
+    """The date that an earlier run wrote into its prompts, so that its continuation does the same; else today's."""
+    date = (manifest or {}).get("rendering_date")
+    try:
+        return datetime.date.fromisoformat(date) if date else datetime.date.today()
+    except (TypeError, ValueError):
+        raise UserError(f"The manifest's rendering_date must look like 2025-01-31, not {shown(date)}.") from None
+
+
+def uses_date(tokenizer) -> bool:
+    """Does what the template writes depend on the day?"""
+    template = tokenizer.chat_template
+    sources = template.values() if isinstance(template, dict) else [template or ""]
+    return any("strftime_now" in source for source in sources)
+
+
+def render(tokenizer, messages: Sequence[tuple[str, str]], chat_format: ChatFormat, in_parts: bool = False, **options):
+    """What the template makes of (role, content) messages: a text, where `options` do not ask for token ids.
+
+    Args:
+        in_parts: content as a list of typed parts, as templates of multimodal models expect it.
+        options: of `apply_chat_template`.
+    Raises:
+        UserError: no such template, or it fails.
+    """
+    conversation = [
+        {"role": role, "content": [{"type": "text", "text": content}] if in_parts else content}
+        for role, content in messages
+    ]
+    options = {"tokenize": False, "add_generation_prompt": True, **options}
+    template = _dated(_chosen_template(tokenizer, chat_format.template), chat_format.date)
+    try:
+        return tokenizer.apply_chat_template(conversation, chat_template=template, **options)
+    # A template is somebody else's program: any exception may come out of it.
+    except Exception as error:  # noqa: BLE001
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"The model's chat template cannot be used ({reason}); --no-chat-mode sends plain text."
+        ) from None
+
+
+def _dated(template: str, date: datetime.date) -> str:
+    """The template with the given date in place of its calls for today's."""
+
+    def written(call: re.Match) -> str:
+        return json.dumps(date.strftime(call[2]))
+
+    dated = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
+    if re.search(r"strftime_now\s*\(", dated):
+        raise UserError(
+            "The model's chat template writes the time in a way that cannot be held fixed; --no-chat-mode sends "
+            "plain text."
+        )
+    return dated
+
+
+def _chosen_template(tokenizer, name: str | None) -> str:
+    """The template of that name; None stands for the tokenizer's only or default one."""
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        if name is not None:
+            raise UserError(f"This model has one chat template, without a name; leave {shown(name)} out.")
+        return templates
+    name, templates = name or "default", {key: value for key, value in templates.items() if value}
+    if name not in templates:
+        raise UserError(
+            f"This model has several chat templates ({', '.join(sorted(templates))}) and none is called {name!r}; "
+            "choose one with --chat-template, or send plain text with --no-chat-mode."
+        )
+    return templates[name]
+
+
+def _wants_parts(tokenizer, chat_format: ChatFormat) -> bool:
+    """Whether the template finds the prompt only in a list of parts.
+
+    Raises:
+        UserError: it does not write the prompt at all.
+    """
+    failure = None
+    for in_parts in (False, True):
+        try:
+            if PROBE in render(tokenizer, [("user", PROBE)], chat_format, in_parts):
+                return in_parts
+        except UserError as error:
+            failure = failure or error
+    raise failure or UserError(
+        "The model's chat template leaves the prompt out, as text and in parts; --no-chat-mode sends plain text."
+    )
