@@ -20,14 +20,16 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model (or its .gguf file), downloading it first if `name` is a hub id."""
+    """The local folder of a model, downloading it first if `name` is a hub id."""
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir():
         return path
+    if path.suffix == ".gguf":
+        raise UserError(f"{path}: GGUF files are not read; give a folder with config.json and .safetensors files.")
     text = str(name)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(
-            f"There is no model folder {text!r}. Give a folder with config.json and .safetensors files, a .gguf file, "
+            f"There is no model folder {text!r}. Give a folder with config.json and .safetensors files, "
             "or a Hugging Face id such as mlx-community/gemma-3-1b-it-qat-4bit."
         )
     from huggingface_hub import snapshot_download
