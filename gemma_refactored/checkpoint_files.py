@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from .errors import UserError, shown
-from .files import is_anything, is_file, is_folder
+from .files import is_anything, is_folder
 
 FILES_NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 # What decides how text becomes token ids, besides tokenizer_config.json, which holds the chat template too.
@@ -22,13 +22,15 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model (or its .gguf file), downloading it first if `name` is a hub id."""
+    """The local folder of a model, downloading it first if `name` is a hub id."""
     path, text = Path(os.path.expanduser(name)), str(name)
-    if is_folder(path, "model folder") or (path.suffix == ".gguf" and is_file(path, "model file")):
+    if is_folder(path, "model folder"):
         return path
+    if path.suffix == ".gguf":
+        raise UserError(f"{path}: GGUF files are not read; give a folder with config.json and .safetensors files.")
     if is_anything(path, "model folder") or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(
-            f"There is no model folder {text!r}. Give a folder with config.json and .safetensors files, a .gguf file, "
+            f"There is no model folder {text!r}. Give a folder with config.json and .safetensors files, "
             "or a Hugging Face id such as mlx-community/gemma-3-1b-it-qat-4bit."
         )
     from huggingface_hub import snapshot_download

@@ -131,10 +131,9 @@ def _audit_section(section: dict) -> list[str]:
 
     model_type = section["model_type"]
     record = compared().get(model_type)
-    if record is None:
+    if record is None or record["agrees"] is None:
         log.warning(
-            "The layout %r was never compared with transformers; what is not read of its config is not known.",
-            model_type,
+            "Nobody has compared the layout %r with transformers: what its config loses is unknown.", model_type
         )
         return []
     if not record["agrees"]:
@@ -152,11 +151,10 @@ def _audit_section(section: dict) -> list[str]:
         if key not in usual and not hasattr(known, key):
             unheard.append(key)
             continue
-        if value == usual.get(key):
-            continue
-        if key in record["keys"] and value not in record["keys"][key]:
-            raise _lost(model_type, key, value)
-        if key in record["unmoved"] and not SIZE.search(key):
+        if key in record["keys"]:
+            if value not in record["keys"][key]:
+                raise _lost(model_type, key, value)
+        elif key in record["unmoved"] and not SIZE.search(key) and value != _filled_in(section, key):
             if key not in fields:
                 raise _lost(model_type, key, value)
             log.warning("config.json: the effect of %s = %s was never compared with transformers.", key, shown(value))
@@ -194,10 +192,14 @@ def _audit_window(section: dict, record: dict) -> None:
         and section["sliding_window"] < (section.get("max_position_embeddings") or 0)
     ):
         raise _lost(section["model_type"], "sliding_window", section["sliding_window"])
-    if kinds is not None and record["windows"] == "usual":
-        without = complete({key: value for key, value in section.items() if key != "layer_types"})
-        if without is not None and without.get("layer_types") != kinds:
-            raise _lost(section["model_type"], "layer_types", kinds)
+    if kinds is not None and record["windows"] == "usual" and kinds != _filled_in(section, "layer_types"):
+        raise _lost(section["model_type"], "layer_types", kinds)
+
+
+def _filled_in(section: dict, key: str):
+    """What transformers would fill in for a key, were it not given."""
+    filled = complete({name: value for name, value in section.items() if name != key})
+    return filled.get(key) if filled else None
 
 
 def _lost(model_type: str, key: str, value) -> UserError:

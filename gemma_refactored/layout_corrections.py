@@ -6,6 +6,7 @@ what they do. Whether an architecture then agrees with transformers is what test
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -122,6 +123,8 @@ def correct_rope(model: nn.Module, config: dict) -> None:
         )
         if config["model_type"] in PARTIAL_ROTARY:
             dims = rope.dims = int(dims * of_layer.get("partial_rotary_factor", 1.0))
+        if dims % 2:
+            raise UserError(f"config.json: rotary embeddings turn pairs of dimensions, and {dims} of a head is odd.")
         if of_layer.get("rope_type", "default") in ("default", "proportional"):
             if of_layer is not settings and isinstance(rope, nn.RoPE):  # each kind of layer may have a base of its own
                 rope.base = of_layer["rope_theta"]
@@ -160,8 +163,13 @@ def put_windows_in_place(model: nn.Module, config: dict) -> None:
 
 
 def _windowed(attention: type, window: int) -> type:
-    def call(self, x, mask=None, cache=None, *args, **kwargs):
-        return attention.__call__(self, x, create_attention_mask(x, cache, window_size=window), cache, *args, **kwargs)
+    signature = inspect.signature(attention.__call__)
+
+    def call(self, x, *args, **kwargs):
+        given = signature.bind(self, x, *args, **kwargs)
+        cache = given.arguments.get("cache")
+        given.arguments["mask"] = create_attention_mask(x, cache, window_size=window)
+        return attention.__call__(*given.args, **given.kwargs)
 
     return type(attention.__name__, (attention,), {"__call__": call, "__module__": attention.__module__})
 

@@ -41,6 +41,9 @@ class LongRoPE(ScaledRoPE):
     def __init__(self, dims: int, traditional: bool, settings: dict, context: int):
         wavelengths = settings["rope_theta"] ** (np.arange(0, dims, 2) / dims)
         limit = settings["original_max_position_embeddings"]
+        for name in ("short_factor", "long_factor"):
+            if len(settings[name]) != dims // 2:
+                raise ValueError(f"{name} must have {dims // 2} entries, not {len(settings[name])}")
         factor = settings.get("factor") or context / limit
         mscale = settings.get("attention_factor")
         if mscale is None:

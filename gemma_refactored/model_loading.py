@@ -204,6 +204,10 @@ def load_weights(folder: Path, config: dict, completed: dict | None) -> tuple[nn
             raise UserError(_why_not_loaded(folder, config, error)) from error
     if not isinstance(model, Gemma):
         correct_layout(model, completed)
+    try:
+        model(mx.array([[0, 0]]))  # computes nothing yet, but shapes that do not fit are found
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(_why_not_loaded(folder, config, error)) from error
     return model, translated
 
 

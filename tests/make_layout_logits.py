@@ -316,7 +316,7 @@ def summary(record: dict) -> dict | None:
         elif len(change) > 1 and any(map(differs, cases)):
             for part in change:
                 keys.setdefault(part, [])
-    usual = CONFIG_MAPPING[record["base"]["config"]["model_type"]]().to_dict()
+    usual = complete(record["base"]["config"])
     moved_keys = {key for case in record["cases"] for key in case["change"]}
     return {
         "agrees": None if "refused" in base else not differs(base),
@@ -344,6 +344,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     records = json.loads(FILE.read_text()) if FILE.exists() else {}
     table = json.loads(KEYS.read_text()) if KEYS.exists() else {}
+    if sys.argv[1:] == ["--table"]:  # anew from the file of logits
+        save(records, {name: summary(record) for name, record in records.items()})
+        return
     for model_type in sys.argv[1:] or model_types():
         records[model_type] = record = sweep(model_type)
         table[model_type] = summary(record)
