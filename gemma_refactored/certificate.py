@@ -7,7 +7,6 @@ stream after every block, from which everything else follows.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 import textwrap
@@ -27,6 +26,7 @@ from .generation import generate
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
 from .prompt_processing import encode_prompts
+from .versions import library_versions
 
 # Float32 sums in another order differ by 1e-6 to 1e-5; 16-bit numbers have 3 significant digits at best.
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
@@ -75,7 +75,7 @@ def certify(loaded: LoadedModel, progress: Callable = lambda checks: checks) -> 
         "device": device_description(),
         "machine": platform.platform(),
         "tolerance": TOLERANCES[loaded.dtype],
-        "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
+        "versions": library_versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "checks": [asdict(check) for check in checks],
     }

@@ -320,8 +320,10 @@ def answer(
 def report(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, records: list[dict]) -> None:
     """Write the texts, and print them if asked to."""
     from .prompt_processing import save_results
+    from .versions import library_versions
 
-    save_results(Path(arguments.output_dir), records, {**loaded.facts(), **record(request.generation, NAMES)})
+    settings = {**loaded.facts(), **record(request.generation, NAMES), "versions": library_versions()}
+    save_results(Path(arguments.output_dir), records, settings)
     if arguments.verbose:
         for answered in records:
             print(f"\n> {answered['prompt']}\n{answered['text']}")

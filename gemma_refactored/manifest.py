@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 import time
@@ -17,6 +16,7 @@ from .errors import UserError, shown
 from .files import read_json
 from .prompt_processing import Prompt, parse_prompts
 from .settings import check, from_record
+from .versions import library_versions
 
 if TYPE_CHECKING:
     from .model_loading import LoadedModel
@@ -60,14 +60,13 @@ def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -
     groups: dict[str, dict[str, list[str]]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.group, {}).setdefault(prompt.subcategory, []).append(prompt.text)
-    packages = ("mlx", "mlx-lm", "numpy", "transformers")
     return {
         **model_facts,
         **settings,
         "prompts_hash": hashlib.sha256(text.encode()).hexdigest(),
         "prompts": len(prompts),
         "prompt_groups": groups,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": library_versions(),
         "machine": platform.platform(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -20,7 +19,6 @@ NOT_IN_THE_WHEEL = {"README.md"}  # for those who look at the folder
 
 PROGRAM = """
 import json, sys
-from pathlib import Path
 import alignment_artifacts
 from alignment_artifacts import load_run, suppress_prompt
 from alignment_artifacts.default_model import DEFAULT_MODEL

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignment_artifacts import places
+from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.pairs import Pair, pairs_hash
 from alignment_artifacts.places import Origin
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_json
-from gemma_refactored.model_loading import DEFAULT_MODEL
 
 PAIRS = [Pair(f"p_{i}", "topic", f"natural {i}", f"artifact {i}") for i in range(4)]
 ORIGIN = Origin("who/model", "sha256:1", "pairs.json", "abc")

@@ -34,6 +34,7 @@ from gemma_refactored.job import check_context, mean_prompt_embeddings
 from gemma_refactored.manifest import token_ids_hash
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
+from gemma_refactored.versions import library_versions
 
 COLLECTED_TOKENS = 20  # of each answer, as in collect_activations.sh
 BATCH_SIZE = 100
@@ -52,7 +53,7 @@ class Measurements:
 
     Attributes:
         folder: of the cache.
-        facts: the model's.
+        facts: the model's, and the library versions that it was measured with (None: not recorded).
         sites: kinds of sites that the model has, the default one first.
         pairs: that could be used, in order.
         prompts, answers: token ids, [pair][side]; texts: of the answers.
@@ -100,6 +101,7 @@ class Measurements:
         """Directions from some of the pairs."""
         facts = {
             **{name: self.facts[name] for name in MODEL_FACTS},
+            "versions": self.facts["versions"],
             "site": site,
             "positions": positions,
             "ends": list(SIDES),
@@ -169,7 +171,7 @@ def measure(
         """Answers to all prompts, and vectors [prompts, layers, hidden] by positions."""
         with locked(folder, wait=True):  # a second process waits, and finds everything measured
             if not (folder / "model_config.json").exists():
-                write_json(folder / "model_config.json", facts)
+                write_json(folder / "model_config.json", {**facts, "versions": library_versions()})
             if not _is_measured(folder, site, len(token_ids)):
                 for collection in collections:
                     if _matches(collection, loaded, token_ids, site):
@@ -193,7 +195,7 @@ def measure(
 
     return Measurements(
         folder=folder,
-        facts=facts,
+        facts={**facts, "versions": read_json(folder / "model_config.json", "description of a model").get("versions")},
         sites=sites,
         pairs=[pairs[i] for i in rows],
         prompts=both_sides(token_ids),
