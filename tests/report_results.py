@@ -116,6 +116,7 @@ def write_sweep(folder, origin=ORIGIN):
     ]  # fmt: skip
     result = {
         "origin": origin,
+        "model": MODEL,
         "config": {"limits": {"kl": 0.05}},
         "pairs": {"training": ["a"] * 20, "development": ["b"] * 15, "test": ["c"] * 15},
         "chosen": {"setting": tried[3]["setting"], "development": tried[3]},

@@ -1,14 +1,13 @@
 """The certificate passes for a sound model and fails for each of the known faults."""
 
 import json
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
 from alignment_artifacts.activation_set import certificate_verdict
-from gemma_refactored import certificate, generation, model_architecture, prompt_processing
+from gemma_refactored import activation_capture, certificate, generation, model_architecture, prompt_processing
 from gemma_refactored.activation_capture import block_sites, hooks
 from gemma_refactored.certificate import certify, describe, relative_differences
 from gemma_refactored.main import main
@@ -89,22 +88,20 @@ def stale_step(monkeypatch, loaded):
 
 
 def post_norm_for_residual(monkeypatch, loaded):
-    @contextmanager
-    def capture(model, sites):
-        seen, blocks = {}, block_sites(model)
+    def capturing(model, sites, activations):
+        blocks = block_sites(model)
 
         def reader(site):
             def read(x):
-                seen[site] = model.model.norm(x) if site == blocks[-1] else x
+                activations[site] = model.model.norm(x) if site == blocks[-1] else x
                 return x
 
             return read
 
-        with hooks(model, {site: reader(site) for site in sites}):
-            yield seen
+        return hooks(model, {site: reader(site) for site in sites})
 
-    monkeypatch.setattr(certificate, "capture", capture)
-    monkeypatch.setattr(generation, "capture", capture)
+    monkeypatch.setattr(activation_capture, "capturing", capturing)  # of `capture`
+    monkeypatch.setattr(generation, "capturing", capturing)
 
 
 @pytest.mark.parametrize(

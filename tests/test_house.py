@@ -20,7 +20,7 @@ ROOMS = (
     {"edits"},
     {"directions"},
     {"analysis"},
-    {"activation_set"},
+    {"activation_set", "places"},
     {"pairs"},
     {"separation", "rates", "formatting", "figures", "default_model"},
 )

@@ -160,7 +160,7 @@ def test_killed_anywhere_a_second_run_makes_what_an_uninterrupted_one_makes(tmp_
 
 
 def test_ctrl_c_keeps_what_is_complete_and_says_how_to_continue(tmp_path, model_folder):
-    groups = {f"g{i}": {"list": [f"Tell me about {i}.", "And about something else?"]} for i in range(10)}
+    groups = {f"g{i}": {"list": [f"Tell me about {i}.", "And about something else?"]} for i in range(100)}
     (tmp_path / "prompts.json").write_text(json.dumps(groups))
     arguments = command(tmp_path, model_folder, "--process-by-group", "--batch-size", "2", "--max-tokens", "60")
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
@@ -172,7 +172,7 @@ def test_ctrl_c_keeps_what_is_complete_and_says_how_to_continue(tmp_path, model_
     assert process.wait() == 130 and "run the same command again to continue" in error and "Traceback" not in error
     assert not list(acts.rglob("*.tmp"))
     complete = len(list(acts.rglob("prompt.json")))
-    assert 0 < complete < 20
+    assert 0 < complete < 200
     for path in acts.rglob("*.npz"):
         read(path)
 
@@ -276,7 +276,7 @@ def test_the_runtime_has_no_model_of_its_own(capsys):
 def test_the_runtime_knows_nothing_of_artifacts():
     for path in (ROOT / "gemma_refactored").glob("*.py"):
         if path.name != "__init__.py":  # which says so
-            assert not re.search(r"artifact|refusal\b|lexical|organism(?!s)|suppress_", path.read_text().lower()), path
+            assert not re.search(r"artifact|lexical|organism|suppression", path.read_text().lower()), path
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_numbers_of_numpy_lists_and_texts_for_paths_are_fine():
 VALUES = st.builds(
     Example,
     count=st.integers(1, 10),
-    least=st.integers(0, 10**30),
+    lower=st.integers(0, 10**30),
     flag=st.booleans(),
     name=st.text(min_size=1).filter(str.strip),
     layers=st.lists(st.integers(0, 99), min_size=1).map(tuple),

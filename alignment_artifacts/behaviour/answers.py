@@ -17,6 +17,10 @@ BATCH_SIZE = 128
 KnownAnswer = Callable[[Sequence[int], int], list[int] | None]
 
 
+def nothing_known(prompt: Sequence[int], max_tokens: int) -> None:
+    """A `KnownAnswer` of a model that nobody has asked yet."""
+
+
 @dataclass
 class Behaviour:
     """A model's unedited answers to some prompts, which edited ones are compared with.
@@ -41,7 +45,7 @@ def observe(
     texts: Sequence[str],
     max_tokens: int,
     chat_mode: bool = True,
-    known: KnownAnswer = lambda prompt, max_tokens: None,
+    known: KnownAnswer = nothing_known,
 ) -> Behaviour:
     """Ask the unedited model, where its answer is not known."""
     token_ids = encode_prompts(loaded.tokenizer, texts, chat_mode)

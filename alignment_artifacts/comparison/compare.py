@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from alignment_artifacts.analysis import Settings, is_significant
-from alignment_artifacts.behaviour.answers import KnownAnswer
+from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known
 from alignment_artifacts.comparison import transfer
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
@@ -55,7 +55,7 @@ def compare(
     site: str,
     settings: Settings,
     progress: Callable[[int], object] = lambda texts: None,
-    known: Sequence[KnownAnswer] = (lambda prompt, max_tokens: None,) * 2,
+    known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
 ) -> dict:
     """`results/data/model_comparison.json` as a dictionary; models are called "a" (before) and "b" (after) in it.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from alignment_artifacts.behaviour.answers import KnownAnswer, unedited_answers
+from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known, unedited_answers
 from gemma_refactored.activation_capture import read
 from gemma_refactored.model_loading import LoadedModel
 
@@ -21,7 +21,7 @@ def read_pairs(
     max_tokens: int,
     sites: Sequence[str],
     progress: Callable[[int], object] = lambda texts: None,
-    known: Sequence[KnownAnswer] = (lambda prompt, max_tokens: None,) * 2,
+    known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Vectors of matched prompts in two models, under every one of CONDITIONS.
 

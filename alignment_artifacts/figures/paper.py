@@ -218,5 +218,5 @@ def plot_sweep(result: dict, path: Path) -> None:
         axes.grid(alpha=0.2)
         figure.legend(loc="outside right upper", frameon=False)
         pairs = len(result["pairs"]["development"])
-        axes.set_title(f"{result['model']['model']}: {len(tried)} settings on {pairs} development pairs")
+        axes.set_title(f"{result['origin']['model']}: {len(tried)} settings on {pairs} development pairs")
         _save(figure, path)
