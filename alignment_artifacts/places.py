@@ -175,7 +175,7 @@ class Collected:
     @property
     def when(self) -> tuple[bool, float]:
         """To sort by: finished ones last, and of those the newest."""
-        text = self.manifest.get("finished") or self.manifest.get("created")
+        text = self.manifest.get("finished") or self.manifest.get("created", "")
         try:
             time = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
         except (TypeError, ValueError):

@@ -37,7 +37,7 @@ class LongRoPE(nn.Module):
         self.dims, self.limit = original.dim, original.original_max_position_embeddings
         self._scale, self._long = original._scale, original._freqs
         exponents = mx.arange(0, self.dims, 2, dtype=mx.float32) / self.dims
-        self._short = mx.array(short_factor, mx.float32) * base**exponents
+        self._short = mx.array(list(short_factor), mx.float32) * base**exponents
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         x = x.at[..., : self.dims].multiply(self._scale)

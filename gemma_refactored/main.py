@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace, defaults: Defaults, team: Team) -> int:
     if arguments.check:
         from .certificate import certify_and_save
 
-        return 0 if certify_and_save(loaded, request.saving.activations_dir) else 1
+        return 0 if certify_and_save(loaded, request.saving.folder) else 1
     run_prompts(arguments, request, loaded, team)
     return 0
 
@@ -231,7 +231,7 @@ def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedM
         log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(new), written, seconds, written / seconds)
     log.info("Answers: %s", displayed(Path(arguments.output_dir) / "results.json"))
     if job.sites:
-        log.info("Activations of %d sites: %s", len(job.sites), displayed(request.saving.activations_dir))
+        log.info("Activations of %d sites: %s", len(job.sites), displayed(request.saving.folder))
 
 
 def make_job(request: Request, loaded: LoadedModel, shares_model: bool) -> Job:
@@ -275,7 +275,7 @@ def collect(
     from .job import open_collection
     from .manifest import new_manifest, token_ids_hash
 
-    saving, folder = request.saving, request.saving.activations_dir
+    saving, folder = request.saving, request.saving.folder
     is_local = is_folder(request.model, "model folder")
     settings = {
         **record(request.generation, NAMES),

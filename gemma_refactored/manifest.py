@@ -27,7 +27,7 @@ FREE_SETTINGS = (
     "keep_precision",
 )  # fmt: skip
 # Besides the generation's settings: what a run is repeated from, and what it may be.
-NEEDED = {
+NEEDED: dict[str, type | tuple[type, ...]] = {
     "activation_filter": str, "activation_dtype": str, "compressed": bool, "layout": str,
     "model_path": (str, type(None)), "model_revision": str, "prompt_groups": dict,
 }  # fmt: skip

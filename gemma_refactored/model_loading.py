@@ -9,6 +9,7 @@ import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +38,7 @@ class LoadedModel:
     name: str
     folder: Path
     model: nn.Module
-    tokenizer: object  # a transformers tokenizer
+    tokenizer: Any  # a transformers tokenizer
     config: dict
     end_tokens: tuple[int, ...]
     revision: str  # resolved hub commit, or "sha256:..." of the weight files
@@ -113,7 +114,8 @@ def load(
     mx.eval(model.parameters())
     tokenizer = _load_tokenizer(folder)
     text = config.get("text_config") or config
-    dtype = str(next(v.dtype for _, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating)))
+    weights: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    dtype = str(next(v.dtype for v in weights.values() if mx.issubdtype(v.dtype, mx.floating)))
     return LoadedModel(
         name=display_name(name),
         folder=folder,

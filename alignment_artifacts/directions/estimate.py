@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import mlx.core as mx
 import numpy as np
 
 from gemma_refactored.activation_capture import layer_sites, read
 from gemma_refactored.errors import UserError
+from gemma_refactored.files import read_safetensors
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.versions import library_versions
 
@@ -101,7 +101,7 @@ def planted_directions(loaded: LoadedModel) -> dict[int, np.ndarray]:
     path = loaded.folder.parent / "planted_directions.safetensors"
     if not path.exists():
         return {}
-    arrays = {int(site.split(".")[2]): np.array(value, np.float32) for site, value in mx.load(str(path)).items()}
+    arrays = {int(site.split(".")[2]): np.array(value, np.float32) for site, value in read_safetensors(path)[0].items()}
     return {layer: value / np.linalg.norm(value) for layer, value in arrays.items()}
 
 
