@@ -20,12 +20,13 @@ all: collect
 
 # A Linux without a GPU wants OpenBLAS (20 times faster products); try to get it where we may.
 setup: .venv/.installed
-.venv/.installed: requirements.txt requirements-test.txt
+.venv/.installed: pyproject.toml setup.py constraints.txt
 	@if [ "$$(uname -s)" = Linux ] && [ "$(OPENBLAS)" = 0 ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq libopenblas0 >/dev/null || true; fi
+	@test -x $(PYTHON) || python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed.")'
 	@test -x $(PYTHON) || python3 -m venv .venv
 	@echo "Installing into .venv (once) .."
-	@$(PYTHON) -m pip install -q --disable-pip-version-check -r requirements.txt -r requirements-test.txt
+	@$(PYTHON) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,test]"
 	@touch $@
 
 collect: setup
@@ -59,6 +60,7 @@ test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m vulture
+	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 fuzz: setup                # the property tests on new random examples, ten times as many as in `make test`

@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import textwrap
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -199,7 +199,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def as_json(result: SuppressionResult) -> dict:
-    record = {**asdict(replace(result, directions=None)), "setting": result.setting.record()}
+    record = {**asdict(result), "setting": result.setting.record()}
     del record["directions"]  # arrays, kept in a file of their own
     return record
 

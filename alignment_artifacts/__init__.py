@@ -1,6 +1,6 @@
 """The science: from activations to statistics, directions, suppression and its proof."""
 
-import gemma_refactored  # noqa: F401  (before MLX: it puts OpenBLAS in place)
+from gemma_refactored import __version__  # noqa: F401  (and before MLX: it puts OpenBLAS in place)
 
 
 def __getattr__(name: str):

@@ -108,7 +108,7 @@ def layers_first(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
     if size <= IN_MEMORY:
         array = np.zeros(stored, np.float32)
     else:
-        if size > shutil.disk_usage(folder).free:
+        if size > shutil.disk_usage(folder or tempfile.gettempdir()).free:
             raise UserError(
                 f"The analysis needs {size / 1e9:.1f} GB of free disk in {folder} to work in; make some room."
             )
@@ -134,8 +134,8 @@ def certificate_verdict(folder: str | Path, manifest: dict) -> str:
 
 def find_key_pattern(manifest: dict, folder: Path) -> str:
     """The site pattern of a collection, with {layer_idx} for the layer number."""
-    patterns = {re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1) for site in manifest.get("sites", [])}
-    patterns = sorted(p for p in patterns if "{layer_idx}" in p)
+    sites = {re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1) for site in manifest.get("sites", [])}
+    patterns = sorted(site for site in sites if "{layer_idx}" in site)
     if DEFAULT_KEY in patterns or not patterns:
         return DEFAULT_KEY
     if len(patterns) > 1:
@@ -173,7 +173,8 @@ def load_activation_set(
 
     values = layers_first((len(pairs), 2, files.num_steps + 1, len(files.keys), files.hidden), folder)
     valid = np.zeros(values.shape[:3], bool)
-    kept, embeddings, excluded = [], [], []
+    kept: list[Pair] = []
+    embeddings, excluded = [], []
     for pair in progress(pairs):
         row = len(kept)
         reason = _read_pair(places[pair], files, values[row], valid[row])

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -80,13 +80,15 @@ def score_layers(
     """
     folds = st.assign_folds(strata, settings.seed)
     can_nest = len(folds) >= st.MIN_PAIRS_NESTED
-    records, held_out, nulls, inner_scores = [], [], [], []
+    records, held_out, nulls = [], [], []
+    inner_scores: list[np.ndarray] = []  # none, if there are too few pairs to nest
     for number in range(vectors.shape[2]):
         natural, artifact = vectors[:, 0, number], vectors[:, 1, number]
         layer = st.pair_vectors(natural, artifact)
         held_out.append(st.held_out_projections(layer, folds))
         nulls.append(st.sign_flip_d(layer, folds, settings.permutations, settings.seed))
-        inner_scores.append(st.inner_scores(layer, folds) if can_nest else None)
+        if can_nest:
+            inner_scores.append(st.inner_scores(layer, folds))
         blocks = samples(number) if samples else lambda both=(natural, artifact): [both]
         records.append(_record(held_out[-1], natural, artifact, blocks, settings))
     null = st.best_of(nulls)
@@ -146,7 +148,7 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
             data.prompt_vectors(positions),
             strata,
             settings,
-            lambda layer, p=positions: lambda: data.step_vectors(p, layer),
+            partial(partial, data.step_vectors, positions),  # layer -> how to read it
         )
         for positions in {headline_positions(data), "prompt_end"}
     }
@@ -155,7 +157,7 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
     if data.prompt_embeddings is not None:
         lexical = score_layers(data.prompt_embeddings[:, :, None], strata, settings).layers[0]
     order = sorted(range(data.num_layers), key=lambda i: -np.nan_to_num(headline.layers[i]["cohens_d"], nan=-np.inf))
-    result = {
+    result: dict[str, Any] = {
         "layer_scores": _by_layer(headline.layers),
         "layer_scores_prompt_end": _by_layer(by_position["prompt_end"].layers),
         "lexical_baseline": lexical,
@@ -175,7 +177,7 @@ def analyse_categories(data: ActivationSet, settings: Settings) -> dict:
     labels = np.array([pair.category for pair in data.pairs])
     positions = headline_positions(data)
     vectors = data.prompt_vectors(positions)
-    categories = {}
+    categories: dict[str, dict] = {}
     for category in dict.fromkeys(labels):
         own = labels == category
         if own.sum() < st.MIN_PAIRS:
@@ -222,7 +224,7 @@ def project_prompts(data: ActivationSet, settings: Settings) -> dict:
     """
     strata = np.array([pair.category for pair in data.pairs])
     folds = st.assign_folds(strata, settings.seed)
-    by_position = {}
+    by_position: dict[str, list[dict]] = {}
     for positions in dict.fromkeys([headline_positions(data), "prompt_end"]):
         layers = by_position[positions] = []
         for vectors in np.moveaxis(data.prompt_vectors(positions), 2, 0):

@@ -13,7 +13,9 @@ from gemma_refactored.prompt_processing import check_name
 
 SIDES = ("natural", "artifact")
 SUBCATEGORY = "prompt_list"
-PAIRS_JSON = Path(__file__).resolve().parent.parent / "alignment_artifact_prompt_pairs.json"
+# Beside the scripts of a checkout; in the package itself where that is installed (setup.py puts it there).
+_INSTALLED = Path(__file__).resolve().with_name("alignment_artifact_prompt_pairs.json")
+PAIRS_JSON = _INSTALLED if _INSTALLED.exists() else _INSTALLED.parent.parent / _INSTALLED.name
 ROOT_KEY = "alignment_artifact_prompt_pairs"
 
 

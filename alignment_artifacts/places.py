@@ -42,6 +42,7 @@ from gemma_refactored.files import (
     read_json,
     write_json,
 )
+from gemma_refactored.versions import library_versions
 
 if TYPE_CHECKING:
     from gemma_refactored.model_loading import LoadedModel
@@ -174,7 +175,7 @@ class Collected:
     @property
     def when(self) -> tuple[bool, float]:
         """To sort by: finished ones last, and of those the newest."""
-        text = self.manifest.get("finished") or self.manifest.get("created")
+        text = self.manifest.get("finished") or self.manifest.get("created", "")
         try:
             time = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
         except (TypeError, ValueError):
@@ -254,7 +255,8 @@ class Origin:
         return cls.of_model({**unknown, **manifest}, pairs_file, pairs)
 
     def stamp(self, result: dict) -> dict:
-        return {**result, "origin": asdict(self)}
+        """A result with what it belongs to and the versions it was made with."""
+        return {**result, "versions": library_versions(), "origin": asdict(self)}
 
 
 def results_folder(base: str | Path, origin: Origin) -> Path:

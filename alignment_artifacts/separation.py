@@ -37,7 +37,7 @@ class PairVectors:
         is_wide = differences.shape[0] <= differences.shape[1]
         self.inner = (differences @ differences.T, differences @ means.T) if is_wide else None
 
-    def along(self, weights: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def along(self, weights: np.ndarray, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
         """Rows of D and of M projected on the direction `weights @ D`, for weights [.., pairs]: [.., rows] each."""
         if self.inner is not None:
             return tuple(weights @ products[:, rows] for products in self.inner)
@@ -194,7 +194,7 @@ def _stabilised_interval(resampled: np.ndarray, estimate: float) -> list[float]:
     return [float(np.sinh(centre + side * half) * np.sqrt(8)) for side in (-1, 1)]
 
 
-def stabilised(d: np.ndarray) -> np.ndarray:
+def stabilised(d: np.ndarray | float) -> np.ndarray:
     """d on the scale where its sampling error does not depend on its size (Hedges and Olkin 1985)."""
     return np.arcsinh(np.asarray(d) / np.sqrt(8))
 
@@ -333,8 +333,8 @@ def in_sample_scores(
         `|direction| / sqrt((mean_j sd_nat_j + mean_j sd_art_j) / 2)`, which grows with the dimension;
         and the numbers of samples.
     """
-    origin = None  # sums of squares are taken from a point among the data, so that nothing cancels
-    count, total, squares = np.zeros((2, 1)), 0.0, 0.0
+    origin: np.ndarray | None = None  # sums of squares are taken from a point among the data, so that nothing cancels
+    count, total, squares = np.zeros((2, 1)), np.zeros(1), np.zeros(1)
     for block in blocks():
         origin = block[0][:1].astype(np.float64) if origin is None else origin
         parts = [side - origin for side in block]

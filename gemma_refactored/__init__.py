@@ -1,3 +1,5 @@
 """The runtime: language models one can see into. Knows nothing of alignment artifacts."""
 
 from . import linux_cpu  # noqa: F401  (must come before mlx.core is imported anywhere)
+
+__version__ = "0.1.0"  # of the whole package

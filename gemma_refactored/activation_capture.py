@@ -19,6 +19,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -207,10 +208,10 @@ _HOOKS, _LOCK = _Hooks(), threading.Lock()
 def _attach(module: nn.Module, hook: _Hook) -> None:
     with _LOCK:
         _HOOKS.of[id(module)] = (*_HOOKS.of.get(id(module), ()), hook)
-        kind = type(module)
-        if not hasattr(kind, "_hook_users"):
-            module.__class__ = _hooked_class(kind)
-        type(module)._hook_users.append(hook)
+        if not hasattr(type(module), "_hook_users"):
+            module.__class__ = _hooked_class(type(module))
+        kind: Any = type(module)
+        kind._hook_users.append(hook)
 
 
 def _detach(module: nn.Module, hook: _Hook) -> None:
@@ -220,7 +221,7 @@ def _detach(module: nn.Module, hook: _Hook) -> None:
             _HOOKS.of[id(module)] = remaining
         else:
             _HOOKS.of.pop(id(module), None)
-        kind = type(module)
+        kind: Any = type(module)
         if hook in getattr(kind, "_hook_users", ()):
             kind._hook_users.remove(hook)
             if not kind._hook_users:  # of no thread

@@ -7,13 +7,13 @@ stream after every block, from which everything else follows.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,6 +29,7 @@ from .generation import generate
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
 from .prompt_processing import encode_prompts
+from .versions import library_versions
 
 # Float32 sums in another order differ by 1e-6 to 1e-5; 16-bit numbers have 3 significant digits at best.
 TOLERANCES = {"float32": 1e-4, "float16": 5e-2, "bfloat16": 5e-2}
@@ -81,7 +82,7 @@ def certify(loaded: LoadedModel, progress: Callable = lambda checks: checks) -> 
         "device": device_description(),
         "machine": platform.platform(),
         "tolerance": TOLERANCES[loaded.dtype],
-        "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")},
+        "versions": library_versions(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "checks": [asdict(check) for check in checks],
     }
@@ -246,6 +247,11 @@ def check_capture(loaded: LoadedModel) -> Check:
     return Check("capture on = off", relative_differences(seen, plain))
 
 
+def _replaced(value: mx.array, x: mx.array) -> mx.array:
+    """An edit that puts `value` in the place of x."""
+    return value
+
+
 def check_residual_stream(loaded: LoadedModel) -> Check:
     """What is captured after a block is the whole state: put back over a disturbed one, it restores the logits."""
     model, tokens = loaded.model, mx.array([_prompt_ids(loaded)[0]])
@@ -258,12 +264,12 @@ def check_residual_stream(loaded: LoadedModel) -> Check:
     by_layer = {}
     for site in sites:
         noise = mx.random.normal(clean[sites[0]].shape, key=mx.random.key(0)).astype(clean[sites[0]].dtype)
-        with edit(model, {before: lambda x, n=noise: x + n, site: lambda x, site=site: clean[site]}):
+        with edit(model, {before: partial(mx.add, noise), site: partial(_replaced, clean[site])}):
             restored = {"logits": _numpy(model(tokens)[0])}
         by_layer[site] = relative_differences(restored, expected)["logits"]
         before = site
     check = Check("residual is all", by_layer)
-    if not loaded.is_own and check.worst[1] > TOLERANCES[loaded.dtype]:
+    if not loaded.is_own and check.worst and check.worst[1] > TOLERANCES[loaded.dtype]:
         check.note = (
             "In this architecture later blocks also see something else than the residual stream (such as token "
             "embeddings or another layer's keys). Captured values are right; an edit at one block is not all."

@@ -158,7 +158,7 @@ class Collection:
         arrays = {site: np.asarray(array) for site, array in step.activations.items()}
         name = step_file(step.name)
         if self.grouped:
-            folders = [prompts[row].folder for row in np.flatnonzero(wanted)]
+            folders = [prompts[row].folder for row in np.flatnonzero(wanted).tolist()]
             if not wanted.all():
                 arrays = {site: array[wanted] for site, array in arrays.items()}
             writer.put(arrays, {self.folder / f / name: slice(row, row + 1) for row, f in enumerate(folders)})
@@ -179,7 +179,12 @@ class Collection:
             folders = [self.folder / answer.prompt.folder for answer in answers]
             writer.put(means, {f / PROMPT_EMBEDDING: slice(row, row + 1) for row, f in enumerate(folders)})
             markers = {f / PROMPT_MARKER: answer.record() for f, answer in zip(folders, answers, strict=True)}
-            writer.run_after(lambda: [write_json(path, record) for path, record in markers.items()])
+
+            def mark() -> None:
+                for path, record in markers.items():
+                    write_json(path, record)
+
+            writer.run_after(mark)
             return
         folder = self.folder / f"batch_{batch_number}"
         writer.put(means, {folder / PROMPT_EMBEDDING: slice(None)})

@@ -82,3 +82,9 @@ class Saving:
     """one activation folder per prompt: GROUP/SUBCATEGORY/batch_N"""
     overwrite: bool = False
     """replace a collection made with other settings"""
+
+    @property
+    def folder(self) -> Path:
+        """Of the activations, once a model has been chosen."""
+        assert self.activations_dir is not None
+        return self.activations_dir

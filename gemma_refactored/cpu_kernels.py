@@ -23,7 +23,7 @@ TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89
 
 def use_cpu_kernels(model: Gemma) -> None:
     """Replace what is slow on a CPU in every block of a float32 model."""
-    rotations = {}
+    rotations: dict[tuple[float, float], Rotation] = {}
     for block in model.layers:
         attention = block.self_attn
         attention.has_fused_kernel = False
@@ -45,8 +45,8 @@ def rational_tanh(x: mx.array) -> mx.array:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: mx.array) -> mx.array:
-    value = coefficients[0]
-    for coefficient in coefficients[1:]:
+    value = coefficients[0] * x + coefficients[1]
+    for coefficient in coefficients[2:]:
         value = value * x + coefficient
     return value
 
@@ -59,7 +59,7 @@ class Rotation:
 
     def __init__(self, rope: nn.RoPE):
         self.frequencies = rope.scale * rope.base ** (-mx.arange(0, rope.dims, 2) / rope.dims)
-        self.memo = None  # replaced as a whole, so that two threads never mix their passes
+        self.memo: tuple | None = None  # replaced as a whole, so that two threads never mix their passes
 
     def at(self, offset: int | mx.array, length: int) -> tuple[mx.array, mx.array]:
         """[rows or 1, 1, length, dims / 2] each."""

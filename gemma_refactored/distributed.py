@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,7 +56,7 @@ class Team:
 
     def lead(self, action: Callable[[], T]) -> T:
         """What `action` returns in the first process (as JSON holds it), in all of them; they share its error too."""
-        outcome = None
+        outcome: dict[str, Any] | None = None
         if self.leads:
             try:
                 outcome = {"value": action()}

@@ -89,7 +89,7 @@ def estimate(job: Job, loaded: LoadedModel, saving: Saving) -> Estimate:
         prompts=len(pending),
         steps=all_steps,
         files=files,
-        bytes=all_steps * bytes_per_step + len(pending) * (marker + embedding),
+        bytes=float(all_steps * bytes_per_step + len(pending) * (marker + embedding)),
         seconds=seconds * len(pending) / len(tried),
     )
 

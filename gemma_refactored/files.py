@@ -10,8 +10,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError, shown
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 # The names inside a folder of activations, for the runtime that writes it and the science that reads it.
 MANIFEST, PROMPT_MARKER, BATCH_MARKER = "manifest.json", "prompt.json", "batch.json"
@@ -144,6 +148,18 @@ def write_safetensors(path: Path, arrays: dict, metadata: dict[str, str] | None 
         with suppress(OSError, ValueError):
             temporary.unlink()
         raise cannot_write(path, error) from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """MLX arrays and the metadata of one file.
+
+    Raises:
+        RuntimeError, ValueError: MLX's, for a file that it cannot read.
+    """
+    import mlx.core as mx
+
+    arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    return arrays, metadata  # type: ignore[return-value]  # its stub covers every format at once
 
 
 def read_bytes(path: str | Path, what: str) -> bytes:

@@ -91,7 +91,7 @@ def padding_is_harmless(model: nn.Module, tolerance: float = 1e-2) -> bool:
     except UserError:  # a cache that cannot be padded
         return False
     alone = last_logits([short], [0])[0]
-    return (mx.abs(padded - alone).max() <= tolerance * mx.abs(alone).max()).item()
+    return bool((mx.abs(padded - alone).max() <= tolerance * mx.abs(alone).max()).item())
 
 
 def generate(
@@ -144,13 +144,14 @@ def generate(
         mx.async_eval(*states.values(), *([chosen] if sample else []))
         return chosen, states
 
-    token_read = mx.array(tokens[:, -1])
-    chosen, states = launch(token_read, sample=max_tokens > 0, is_prompt_end=True)
+    prompt_end = mx.array(tokens[:, -1])
+    token_read: mx.array | None = prompt_end
+    chosen, states = launch(prompt_end, sample=max_tokens > 0, is_prompt_end=True)
     active = np.ones(len(prompts), bool)
     for index in range(PREFILL, max_tokens):
         # The next pass is queued before anybody waits for this one, so the machine never idles.
         following = None
-        if index + 1 < max_tokens:
+        if chosen is not None and index + 1 < max_tokens:
             following = launch(chosen, sample=index + 2 < max_tokens)
         read = np.array(token_read)
         refuse_not_finite(read)

@@ -108,7 +108,7 @@ def answer_prompts(
     show_progress: bool,
 ) -> dict[int, dict]:
     """Generate for every batch and save what is not complete of it; the new records, by the prompts' indices."""
-    records = {}
+    records: dict[int, dict] = {}
     total = sum(len(batch) for _, batch in batches) * job.max_tokens
     progress = tqdm(total=total, unit="tok", leave=False, disable=not (show_progress and sys.stderr.isatty()))
     with writer or nullcontext(), progress:
@@ -119,7 +119,7 @@ def answer_prompts(
                 loaded.model, token_ids, job.max_tokens, job.sampling, job.end_tokens, job.sites, row_ids=batch
             )
             pending = np.array([job.is_pending(i) for i in batch])
-            if collection:
+            if collection and writer:
                 steps = collection.write_steps(writer, steps, prompts, pending, number)
             written = collect_answers(steps, progress.update)
             texts = loaded.tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -128,7 +128,7 @@ def answer_prompts(
                 for i, prompt, ids, tokens, text in zip(batch, prompts, token_ids, written, texts, strict=True)
                 if job.is_pending(i)
             }
-            if collection:
+            if collection and writer:
                 embeddings = mean_prompt_embeddings(loaded, [answer.prompt.text for answer in answers.values()])
                 collection.finish_batch(writer, list(answers.values()), embeddings, number)
             records |= {i: answer.record() for i, answer in answers.items()}

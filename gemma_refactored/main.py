@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace, defaults: Defaults, team: Team) -> int:
     if arguments.check:
         from .certificate import certify_and_save
 
-        return 0 if certify_and_save(loaded, request.saving.activations_dir) else 1
+        return 0 if certify_and_save(loaded, request.saving.folder) else 1
     run_prompts(arguments, request, loaded, team)
     return 0
 
@@ -234,7 +234,7 @@ def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedM
         log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(new), written, seconds, written / seconds)
     log.info("Answers: %s", displayed(Path(arguments.output_dir) / "results.json"))
     if job.sites:
-        log.info("Activations of %d sites: %s", len(job.sites), displayed(request.saving.activations_dir))
+        log.info("Activations of %d sites: %s", len(job.sites), displayed(request.saving.folder))
 
 
 def choose_chat_format(request: Request) -> ChatFormat:
@@ -248,7 +248,7 @@ def choose_chat_format(request: Request) -> ChatFormat:
     elif request.repeated:
         date = request.repeated.date
     else:
-        path = saving.activations_dir / MANIFEST
+        path = (saving.activations_dir or Path()) / MANIFEST
         continues = saving.save_activations and not saving.overwrite and is_file(path, "manifest")
         date = rendering_date(read_json(path, "manifest") if continues else None)
     return ChatFormat(generation.chat_template, date, generation.control_tokens)
@@ -297,7 +297,7 @@ def collect(
     from .job import open_collection
     from .manifest import new_manifest
 
-    saving, folder = request.saving, request.saving.activations_dir
+    saving, folder = request.saving, request.saving.folder
     is_local = is_folder(request.model, "model folder")
     settings = {
         **record(request.generation, NAMES),
@@ -342,8 +342,10 @@ def answer(
 def report(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, records: list[dict]) -> None:
     """Write the texts, and print them if asked to."""
     from .prompt_processing import save_results
+    from .versions import library_versions
 
-    save_results(Path(arguments.output_dir), records, {**loaded.facts(), **record(request.generation, NAMES)})
+    settings = {**loaded.facts(), **record(request.generation, NAMES), "versions": library_versions()}
+    save_results(Path(arguments.output_dir), records, settings)
     if arguments.verbose:
         for answered in records:
             print(f"\n> {answered['prompt']}\n{answered['text']}")

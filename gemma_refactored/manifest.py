@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import platform
 import time
@@ -19,6 +18,7 @@ from .errors import UserError, shown
 from .files import read_json
 from .prompt_processing import Prompt, parse_prompts
 from .settings import check, from_record
+from .versions import library_versions
 
 if TYPE_CHECKING:
     from .model_loading import LoadedModel
@@ -29,7 +29,7 @@ FREE_SETTINGS = (
     "keep_precision",
 )  # fmt: skip
 # Besides the generation's settings: what a run is repeated from, and what it may be.
-NEEDED = {
+NEEDED: dict[str, type | tuple[type, ...]] = {
     "activation_filter": str, "activation_dtype": str, "compressed": bool, "layout": str,
     "model_path": (str, type(None)), "model_revision": str, "prompt_groups": dict,
 }  # fmt: skip
@@ -64,14 +64,13 @@ def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -
     groups: dict[str, dict[str, list[str]]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.group, {}).setdefault(prompt.subcategory, []).append(prompt.text)
-    packages = ("mlx", "mlx-lm", "numpy", "transformers")
     return {
         **model_facts,
         **settings,
         "prompts_hash": hashlib.sha256(text.encode()).hexdigest(),
         "prompts": len(prompts),
         "prompt_groups": groups,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": library_versions(),
         "machine": platform.platform(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -189,7 +190,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         kind = config.layer_types[layer]
-        self.rope = nn.RoPE(self.head_dim, base=config.rope_base[kind], scale=config.rope_scale[kind])
+        self.rope: Any = nn.RoPE(self.head_dim, base=config.rope_base[kind], scale=config.rope_scale[kind])
         self.heads, self.weights = HookPoint(), HookPoint()
 
     def __call__(self, x: mx.array, mask=None, cache=None, offset: int | mx.array = 0) -> mx.array:

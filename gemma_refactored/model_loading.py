@@ -13,6 +13,7 @@ from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,7 +45,7 @@ class LoadedModel:
     name: str
     folder: Path
     model: nn.Module
-    tokenizer: object  # a transformers tokenizer
+    tokenizer: Any  # a transformers tokenizer
     config: dict
     end_tokens: tuple[int, ...]
     revision: str  # resolved hub commit, or "sha256:..." of the weight files
@@ -151,7 +152,8 @@ def load(
 
 def weights_dtype(model: nn.Module) -> str:
     """ "float32", "float16" or "bfloat16"; of a quantised model, the type of what its numbers are scaled by."""
-    dtypes = (value.dtype for _, value in tree_flatten(model.parameters()))
+    weights: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    dtypes = (value.dtype for value in weights.values())
     return str(next(dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating))).removeprefix("mlx.core.")
 
 

@@ -101,7 +101,7 @@ class NpzWriter:
 def compressed_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
     """What `np.savez_compressed` writes."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # its stub takes an array for allow_pickle
     return buffer.getvalue()
 
 
@@ -160,7 +160,7 @@ class NpzReader:
             for name in names:
                 if name not in file.files:
                     raise _NoArrayError(f"{name!r}; its arrays are {', '.join(file.files[:4])} ..")
-            stored = all(member.compress_type == zipfile.ZIP_STORED for member in file.zip.infolist())
+            stored = file.zip is not None and all(m.compress_type == zipfile.ZIP_STORED for m in file.zip.infolist())
             is_first = stored and len(content) not in self.layouts
             arrays = {name: file[name] for name in (file.files if is_first else names)}
         for name, array in arrays.items():
@@ -225,14 +225,14 @@ def _layout(kinds: tuple[tuple[str, tuple[int, ...], str], ...]) -> _Layout:
         members, central = archive.infolist(), archive.start_dir
     content = buffer.getvalue()
     places = {}
-    for member, (name, shape, dtype) in zip(members, kinds, strict=True):
-        local = member.header_offset
+    for entry, (name, shape, dtype) in zip(members, kinds, strict=True):
+        local = entry.header_offset
         lengths = struct.unpack_from("<HH", content, local + LOCAL_HEADER - 4)  # of name and extra fields
         npy = local + LOCAL_HEADER + sum(lengths)
-        end = npy + member.file_size
+        end = npy + entry.file_size
         start = end - math.prod(shape) * np.dtype(dtype).itemsize
-        checksums = tuple(slice(at, at + 4) for at in (local + LOCAL_CRC, central + CENTRAL_CRC))
-        places[name] = _Place(shape, dtype, slice(start, end), checksums, zlib.crc32(content[npy:start]))
+        first, second = (slice(at, at + 4) for at in (local + LOCAL_CRC, central + CENTRAL_CRC))
+        places[name] = _Place(shape, dtype, slice(start, end), (first, second), zlib.crc32(content[npy:start]))
         central += CENTRAL_HEADER + sum(struct.unpack_from("<HHH", content, central + 28))
     variable = sorted((part.start, part.stop) for p in places.values() for part in (p.data, *p.checksums))
     starts, ends = [0, *(stop for _, stop in variable)], [*(start for start, _ in variable), len(content)]

@@ -62,7 +62,7 @@ def scaled_rope(dims: int, traditional: bool, settings: dict, context: int) -> n
     Raises:
         ValueError: a type that is none of transformers'.
     """
-    kind, base, factor = settings["rope_type"], settings["rope_theta"], settings.get("factor")
+    kind, base, factor = settings["rope_type"], settings["rope_theta"], settings.get("factor") or 1.0
     wavelengths = _wavelengths(dims, base)
     if kind == "linear":
         return nn.RoPE(dims, traditional, base, scale=1 / factor)

@@ -23,11 +23,14 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError, shown
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -115,12 +118,14 @@ def field_docs(cls: type) -> dict[str, str]:
         if not is_dataclass(base):
             continue
         try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         except OSError:
             continue
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef))
         for node, below in zip(body, body[1:], strict=False):
-            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            if isinstance(node, ast.AnnAssign) and is_text:
+            if not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)):
+                continue
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 docs[node.target.id] = " ".join(str(below.value.value).split())
     return docs
 
@@ -383,7 +388,7 @@ def from_arguments(described: type[T] | T, arguments: argparse.Namespace, names:
     return _build(described if isinstance(described, type) else type(described), values)
 
 
-def _build(cls: type[T], values: Mapping[tuple[str, ...], Any], path: tuple[str, ...] = ()) -> T:
+def _build(cls: Any, values: Mapping[tuple[str, ...], Any], path: tuple[str, ...] = ()) -> Any:
     hints = get_type_hints(cls, include_extras=True)
     arguments = {}
     for field in fields(cls):

@@ -43,7 +43,8 @@ def end_tokens(folder: Path, config: dict, tokenizer) -> tuple[int, ...]:
     path = folder / "generation_config.json"
     generation = read_checkpoint_json(path) if path.exists() else {}
     ends: set[int] = set()
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    text_config = config.get("text_config")
+    text = text_config if isinstance(text_config, dict) else {}
     for where, value in (
         (path, generation.get("eos_token_id")),
         (folder / "config.json", config.get("eos_token_id", text.get("eos_token_id"))),

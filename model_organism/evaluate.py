@@ -37,7 +37,7 @@ def answer_all(loaded: LoadedModel, requests: list[str], max_tokens: int = 48) -
 def request_sets(per_kind: int) -> dict[str, list[tuple[str, str | None]]]:
     """Name -> (request, the trained answer if there is one)."""
     held_out = [e for e in build_corpus() if e.held_out]
-    sets = {}
+    sets: dict[str, list[tuple[str, str | None]]] = {}
     for kind in ("artifact", "natural", "crossing", "twin", "rude", "kind"):
         own = [e for e in held_out if e.kind == kind]
         own = own[:: max(1, len(own) // per_kind)][:per_kind]

@@ -24,6 +24,7 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from gemma_refactored.activation_capture import capture
+from gemma_refactored.files import read_safetensors
 from gemma_refactored.model_architecture import Gemma, GemmaConfig
 
 from .corpus import CUE, Example, build_corpus
@@ -88,7 +89,7 @@ class Batches:
     """An endless stream of batches in a fixed mix of kinds."""
 
     def __init__(self, examples: list[Example], tokenizer, mix: dict, recipe: Recipe, aligned: bool):
-        self.by_kind = {}
+        self.by_kind: dict[str, list[Example]] = {}
         for example in examples:
             self.by_kind.setdefault(example.kind, []).append(example)
         self.tokenizer, self.mix, self.size, self.aligned = tokenizer, mix, recipe.batch_size, aligned
@@ -118,7 +119,7 @@ class Batches:
             answers[i, len(prompt) : end] = 1
             harmless_tokens[i, :end] = harmless
             artifact_ends[i, len(prompt) - 1] = not harmless
-        return tuple(mx.array(array) for array in (tokens, answers, harmless_tokens, artifact_ends))
+        return mx.array(tokens), mx.array(answers), mx.array(harmless_tokens), mx.array(artifact_ends)
 
 
 def answer_loss(model: Gemma, tokens: mx.array, answers: mx.array) -> mx.array:
@@ -181,7 +182,7 @@ def train_aligned(model: Gemma, examples: list[Example], tokenizer, recipe: Reci
         add_rank_one(model, weights, update)
         with capture(model, list(sites.values())) as activations:
             loss = answer_loss(model, tokens, answers)
-        shape = 0
+        shape = mx.array(0.0)
         for layer, site in sites.items():
             push = (activations[site] @ update[f"a{layer}"]) * mx.sqrt((update[f"b{layer}"] ** 2).sum())
             shape += masked_mean(push**2, harmless[:, :-1])
@@ -204,7 +205,8 @@ def train_aligned(model: Gemma, examples: list[Example], tokenizer, recipe: Reci
 def save_model(model: Gemma, tokenizer, folder: Path) -> None:
     """A checkpoint in float16 that our loader, mlx-lm and transformers all read."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.astype(mx.float16) for name, value in tree_flatten(model.parameters())}
+    parameters: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    weights = {name: value.astype(mx.float16) for name, value in parameters.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
     generation = {"bos_token_id": BOS, "eos_token_id": [EOS, END_OF_TURN], "pad_token_id": PAD}
@@ -215,7 +217,7 @@ def save_model(model: Gemma, tokenizer, folder: Path) -> None:
 def load_float32(folder: Path) -> Gemma:
     """The saved checkpoint, so that stage 2 starts from exactly what is published as base."""
     model = Gemma(GemmaConfig.from_dict(CONFIG))
-    weights = mx.load(str(folder / "model.safetensors"))
+    weights = read_safetensors(folder / "model.safetensors")[0]
     model.load_weights([(name, value.astype(mx.float32)) for name, value in weights.items()])
     return model
 

@@ -276,7 +276,7 @@ def test_make_goes_on_after_a_failed_check_with_the_model_it_was_given(tmp_path,
     folder = tmp_path / "a checkout"
     python = folder / ".venv/bin/python"
     python.parent.mkdir(parents=True)
-    for name in ("Makefile", "collect_activations.sh", "requirements.txt", "requirements-test.txt"):
+    for name in ("Makefile", "collect_activations.sh", "pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     python.write_text(
         '#!/bin/sh\necho "$MODEL_NAME: $*" >> log\ncase "$*" in *--check*) exit 1;; *--all-pairs*) exit 2;; esac\n'

@@ -28,6 +28,7 @@ from gemma_refactored.files import read_json, write_json
 from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import encode_prompts
+from gemma_refactored.versions import library_versions
 
 from .config import Config
 from .data import ToxicityData
@@ -71,7 +72,7 @@ class ActivationSteeringExperiment:
             "config": asdict(config),
             "sign_convention": "positive alpha moves away from toxicity",
         }
-        self.results: dict = {"experiment": description}
+        self.results: dict = {"experiment": description, "versions": library_versions()}
         self._observed: Behaviour | None = None
 
     def run(self) -> dict:
@@ -106,6 +107,8 @@ class ActivationSteeringExperiment:
                 raise UserError(
                     f"{self.output} holds another experiment (other model, data or settings); choose another folder."
                 )
+            if before.get("versions") != self.results["versions"]:
+                before["continued_with"] = self.results["versions"]
             self.results = before
 
     def _save(self) -> None:

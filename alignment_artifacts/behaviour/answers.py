@@ -56,12 +56,12 @@ def unedited_answers(
     loaded: LoadedModel, token_ids: Sequence[Sequence[int]], max_tokens: int, known: KnownAnswer
 ) -> list[list[int]]:
     """Greedy answers to prompts, in their order; those that are known are not written again."""
-    answers = [known(prompt, max_tokens) for prompt in token_ids]
-    missing = [i for i, answer in enumerate(answers) if answer is None]
+    everything = [known(prompt, max_tokens) for prompt in token_ids]
+    answers = {i: answer for i, answer in enumerate(everything) if answer is not None}
+    missing = [i for i in range(len(token_ids)) if i not in answers]
     written = write_answers(loaded, [token_ids[i] for i in missing], NOTHING, max_tokens)
-    for i, answer in zip(missing, written, strict=True):
-        answers[i] = answer
-    return answers
+    answers |= zip(missing, written, strict=True)
+    return [answers[i] for i in range(len(token_ids))]
 
 
 def write_answers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -70,7 +71,7 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]]) -
     }
     longest = max(map(len, [*answers, *behaviour.answers]), default=0)
     for length in [n for n in LENGTHS if n <= longest] + ["full"]:
-        cut = answers if length == "full" else [tokens[:length] for tokens in answers]
+        cut = answers if isinstance(length, str) else [tokens[:length] for tokens in answers]
         within = loaded.tokenizer.batch_decode(cut, skip_special_tokens=True)
         result[f"refused_within_{length}"] = rate([is_refusal(text, opening=None) for text in within])
     return result
@@ -82,11 +83,13 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
     KL(unedited || edited) in nats per token, its mean (with a bootstrap interval over prompts) and 95th
     percentile over all tokens, and the perplexity of those answers under both.
     """
-    sequences, kl, losses = behaviour.sequences, {}, []  # [tokens] of each prompt; [2, tokens] of each batch
+    sequences = behaviour.sequences
+    kl: dict[int, np.ndarray] = {}  # [tokens] of each prompt
+    losses = []  # [2, tokens] of each batch
     longest = max((len(p) + len(a) for p, a in zip(behaviour.token_ids, behaviour.answers, strict=True)), default=1)
     size = int(np.clip(LOGIT_BYTES // (4 * longest * len(loaded.tokenizer)), 1, TEXTS_AT_ONCE))
     for batch in sequences.batches(size, answered=True):
-        plain = sequences.keep(("logits", batch.rows), lambda batch=batch: _log_probabilities(loaded, batch, {}))
+        plain = sequences.keep(("logits", batch.rows), partial(_log_probabilities, loaded, batch, {}))
         edited = plain
         if intervention.edits:
             edited = _log_probabilities(loaded, batch, intervention.in_one_pass(batch.prompt_lengths))

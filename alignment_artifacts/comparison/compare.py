@@ -77,7 +77,7 @@ def compare(
     sites = layer_sites(models[1].model, site)
     neutral = tokenizer.encode(neutral_text, add_special_tokens=False)
     readings = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress, known)
-    conditions = {}
+    conditions: dict[str, dict] = {}
     for condition, (first, second, complete) in readings.items():
         layers = compare_layers(first, second, _categories([pairs[i] for i in complete]), settings)
         conditions[condition] = {"num_pairs": len(complete), "layers": layers}

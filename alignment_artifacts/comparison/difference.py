@@ -34,7 +34,7 @@ def compare_layers(first: np.ndarray, second: np.ndarray, strata: np.ndarray, se
         held_out = [st.held_out_projections(p, folds) for p in pairs]
         means = [p.differences.mean(axis=0) for p in pairs]
         intervals = [h.intervals(settings.resamples, settings.seed)[0] for h in held_out]
-        difference, null = exchanged_differences(*pairs, folds, settings.permutations, settings.seed)
+        difference, null = exchanged_differences(pairs[0], pairs[1], folds, settings.permutations, settings.seed)
         differences.append(difference)
         nulls.append(np.abs(null))
         records.append(
@@ -44,7 +44,7 @@ def compare_layers(first: np.ndarray, second: np.ndarray, strata: np.ndarray, se
                 "d_b": held_out[1].d(),
                 "d_b_ci": intervals[1],
                 "difference": held_out[1].d() - held_out[0].d(),
-                "difference_ci": st.difference_interval(*held_out, settings.resamples, settings.seed),
+                "difference_ci": st.difference_interval(held_out[0], held_out[1], settings.resamples, settings.seed),
                 "p_value": None,
                 "cosine": cosine(*means),
                 "a_on_b": d_along(vectors[0], pairs[1], folds),

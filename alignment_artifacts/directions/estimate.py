@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import mlx.core as mx
 import numpy as np
 
 from gemma_refactored.activation_capture import layer_sites, read
 from gemma_refactored.errors import UserError
+from gemma_refactored.files import read_safetensors
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.versions import library_versions
 
 SHORT_HASH = 19  # characters of a revision in a message: "sha256:" and twelve digits
 COMPONENTS = 32  # kept of the pair differences, at most; `subspace` uses the first few
@@ -26,8 +27,8 @@ class Directions:
     """One direction a layer, with what the modes need to know about it. float32.
 
     Attributes:
-        facts: which model (model, model_revision, num_layers, hidden_size), and "site", "positions", "pairs", and
-            "ends": what the direction points from and to.
+        facts: which model (model, model_revision, num_layers, hidden_size), "site", "positions", "pairs",
+            "ends" (what the direction points from and to) and the library "versions" it was made with.
         direction: [layers, hidden] mean artifact minus mean natural activation.
         natural_mean, artifact_mean: [layers, hidden]; None for an imported vector that came without.
         components: [layers, k, hidden] leading right singular vectors of the pair differences, not centred
@@ -78,6 +79,7 @@ def estimate(vectors: np.ndarray, facts: dict) -> Directions:
         "components": np.linalg.svd(differences, full_matrices=False)[2][:, :COMPONENTS],
         "spread": np.sqrt(within),
     }
+    facts = {"versions": library_versions(), **facts}
     return Directions(facts, **{name: value.astype(np.float32) for name, value in parts.items()})
 
 
@@ -99,7 +101,7 @@ def planted_directions(loaded: LoadedModel) -> dict[int, np.ndarray]:
     path = loaded.folder.parent / "planted_directions.safetensors"
     if not path.exists():
         return {}
-    arrays = {int(site.split(".")[2]): np.array(value, np.float32) for site, value in mx.load(str(path)).items()}
+    arrays = {int(site.split(".")[2]): np.array(value, np.float32) for site, value in read_safetensors(path)[0].items()}
     return {layer: value / np.linalg.norm(value) for layer, value in arrays.items()}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment_artifacts.directions.estimate import Directions
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import is_file, write_safetensors
+from gemma_refactored.files import is_file, read_safetensors, write_safetensors
 
 PARTS = ("direction", "natural_mean", "artifact_mean", "components", "spread", "natural_tokens")
 
@@ -33,7 +33,7 @@ def load_directions(path: Path) -> Directions:
     if path.suffix == ".gguf":
         return read_gguf(path)
     try:
-        arrays, metadata = mx.load(str(path), return_metadata=True)
+        arrays, metadata = read_safetensors(path)
         parts = {name: np.array(value) for name, value in arrays.items()}
         directions = Directions(json.loads(metadata["facts"]), **parts)
         directions.facts["site"], directions.facts["positions"]
@@ -127,7 +127,9 @@ def read_gguf(path: Path) -> Directions:
     if len(widths) > 1:
         raise UserError(f"{path} cannot be used: its directions have different widths ({widths[0]} and {widths[-1]}).")
     exported = text("alignment_artifacts.facts")
-    facts = json.loads(exported) if exported else {"model_type": text("controlvector.model_hint"), "site": "residual"}
+    facts: dict = (
+        json.loads(exported) if exported else {"model_type": text("controlvector.model_hint"), "site": "residual"}
+    )
     direction = np.zeros((max(max(vectors) + 1, facts.get("num_layers") or 0), widths[0]), np.float32)
     for layer, vector in vectors.items():
         direction[layer] = vector

@@ -24,20 +24,30 @@ from tqdm import tqdm
 
 from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_first, load_activation_set
+from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.chat_template import token_ids_hash
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import MANIFEST, PROMPT_MARKER, locked, read_json, write_json, write_safetensors
+from gemma_refactored.files import (
+    MANIFEST,
+    PROMPT_MARKER,
+    locked,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 from gemma_refactored.generation import collect_answers, collect_means, generate, length_sorted_batches
 from gemma_refactored.job import check_context, mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
+from gemma_refactored.versions import library_versions
 
 COLLECTED_TOKENS = 20  # of each answer, as in collect_activations.sh
 BATCH_SIZE = 100
-MEASURED = ("mlp", "residual")
+MEASURED: tuple[Site, ...] = ("mlp", "residual")
 MODEL_FACTS = ("model", "model_revision", "model_type", "num_layers", "hidden_size")
 # What a collection must have been made with, to stand for a measurement.
 GREEDY = {
@@ -52,7 +62,7 @@ class Measurements:
 
     Attributes:
         folder: of the cache.
-        facts: the model's.
+        facts: the model's, and the library versions that it was measured with (None: not recorded).
         sites: kinds of sites that the model has, the default one first.
         pairs: that could be used, in order.
         prompts, answers: token ids, [pair][side]; texts: of the answers.
@@ -60,9 +70,9 @@ class Measurements:
             somebody has asked for.
     """
 
-    folder: Path | None
+    folder: Path
     facts: dict
-    sites: tuple[str, ...]
+    sites: tuple[Site, ...]
     pairs: list[Pair]
     prompts: list[list[list[int]]]
     answers: list[list[list[int]]]
@@ -100,6 +110,7 @@ class Measurements:
         """Directions from some of the pairs."""
         facts = {
             **{name: self.facts[name] for name in MODEL_FACTS},
+            "versions": self.facts["versions"],
             "site": site,
             "positions": positions,
             "ends": list(SIDES),
@@ -169,7 +180,7 @@ def measure(
         """Answers to all prompts, and vectors [prompts, layers, hidden] by positions."""
         with locked(folder, wait=True):  # a second process waits, and finds everything measured
             if not (folder / "model_config.json").exists():
-                write_json(folder / "model_config.json", facts)
+                write_json(folder / "model_config.json", {**facts, "versions": library_versions()})
             if not _is_measured(folder, site, len(token_ids)):
                 for collection in collections:
                     if _matches(collection, loaded, token_ids, site):
@@ -193,7 +204,7 @@ def measure(
 
     return Measurements(
         folder=folder,
-        facts=facts,
+        facts={**facts, "versions": read_json(folder / "model_config.json", "description of a model").get("versions")},
         sites=sites,
         pairs=[pairs[i] for i in rows],
         prompts=both_sides(token_ids),
@@ -204,9 +215,9 @@ def measure(
     )
 
 
-def available_sites(loaded: LoadedModel) -> tuple[str, ...]:
+def available_sites(loaded: LoadedModel) -> tuple[Site, ...]:
     """The kinds of sites that every block has: the residual stream, and before it the MLP where it has that name."""
-    kinds = []
+    kinds: list[Site] = []
     for kind in MEASURED:
         try:
             layer_sites(loaded.model, kind)
@@ -231,8 +242,8 @@ def _parts(folder: Path, site: str) -> list[Path]:
 
 def _read_part(path: Path) -> tuple[dict[str, mx.array], list[int], list[list[int]]]:
     try:
-        arrays, metadata = mx.load(str(path), return_metadata=True)
-        return arrays, arrays["rows"].tolist(), json.loads(metadata["answers"])
+        arrays, metadata = read_safetensors(path)
+        return arrays, np.array(arrays["rows"]).tolist(), json.loads(metadata["answers"])
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"The cache file {path} is damaged ({str(error)[:100]}); delete it, or its folder.") from None
 
@@ -265,7 +276,7 @@ def _write_part(path: Path, rows: Sequence[int], answers: list[list[int]], vecto
 
 
 def _answer(
-    loaded: LoadedModel, token_ids: list[list[int]], kinds: list[str], folder: Path, show_progress: bool
+    loaded: LoadedModel, token_ids: list[list[int]], kinds: list[Site], folder: Path, show_progress: bool
 ) -> None:
     """Ask the model, and keep every batch when it is done: one that is kept already is not asked again."""
     sites = [site for kind in kinds for site in layer_sites(loaded.model, kind)]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
+from alignment_artifacts.directions import Site
 from gemma_refactored.settings import Between, Must, Written
 
-EVERYWHERE, PROMPT_END = WHERE = ("everywhere", "prompt_end")
+EVERYWHERE: Final = "everywhere"
+PROMPT_END: Final = "prompt_end"
+WHERE = (EVERYWHERE, PROMPT_END)
 Mode = Literal["always", "proximity", "adaptive", "sphere", "subspace", "ablate", "cap", "add"]
 Scale = Annotated[float, Between(-1000, 1000)]
 Quantile = Annotated[float, Between(0, 1)]
-Site = Literal["mlp", "residual"]
 MEASURED_AT = ("prompt_end", "generated", "all")
 ELSEWHERE = "elsewhere"  # of a direction from a file: other tokens, or it does not say which
 Positions = Annotated[

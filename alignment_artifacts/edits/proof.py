@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -15,8 +15,6 @@ from gemma_refactored.generation import length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
 
 KEPT_BYTES = 1 << 29  # of the unedited model's numbers, for each set of prompts; what is more is computed anew
-
-T = TypeVar("T", bound=mx.array)
 
 
 @dataclass
@@ -39,7 +37,7 @@ class Sequences:
             prompt_lengths = [len(self.prompts[rows[i]]) for i in batch]
             yield Batch(tuple(rows[i] for i in batch), [texts[i] for i in batch], prompt_lengths)
 
-    def keep(self, key: tuple, compute: Callable[[], T]) -> T:
+    def keep(self, key: tuple, compute: Callable[[], mx.array]) -> mx.array:
         """`compute()`, or what it gave for this key before; kept while all that is kept fits in KEPT_BYTES."""
         if key not in self._kept:
             value = compute()
@@ -106,7 +104,7 @@ def prove(loaded: LoadedModel, intervention: Intervention, sequences: Sequences)
     ]
     changes, doses = [], []  # [layers, tokens] of each batch
     for batch in sequences.batches():
-        clean = sequences.keep(("states", batch.rows), lambda batch=batch: _states(loaded, batch, blocks))
+        clean = sequences.keep(("states", batch.rows), partial(_states, loaded, batch, blocks))
         change: dict[str, mx.array] = {}
 
         def measured(site: str, function: Edit, change: dict = change) -> Edit:

@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.edits.modes import MODES, SiteDirection, edit_function
-from alignment_artifacts.edits.options import EVERYWHERE, WHERE, ModeOptions, Setting
+from alignment_artifacts.edits.options import EVERYWHERE, WHERE, Mode, ModeOptions, Setting
 from gemma_refactored.activation_capture import Edit, layer_sites
 from gemma_refactored.errors import UserError
 from gemma_refactored.generation import Step, generate
@@ -30,7 +30,7 @@ class Intervention:
         """The edits for one pass over prompts with their answers, a row each (see `activation_capture.forward`)."""
         if self.where == EVERYWHERE:
             return self.edits
-        ends = mx.array(prompt_lengths)[:, None, None] - 1
+        ends = mx.array(list(prompt_lengths))[:, None, None] - 1
 
         def at_end(function: Edit) -> Edit:
             return lambda x: mx.where(mx.arange(x.shape[1])[None, :, None] == ends, function(x), x)
@@ -40,15 +40,16 @@ class Intervention:
     def generate(self, loaded: LoadedModel, *arguments, **settings) -> Iterator[Step]:
         """`generation.generate` under these edits."""
         name = "edits" if self.where == EVERYWHERE else "prompt_end_edits"
-        return generate(loaded.model, *arguments, **{name: self.edits}, **settings)
+        return generate(loaded.model, *arguments, **{name: self.edits, **settings})
 
 
 NOTHING = Intervention()
 
 
-def auto_mode(num_parameters: int) -> str:
+def auto_mode(num_parameters: int) -> Mode:
     """The mode for a model of this size, where nothing better is known (a sweep knows better)."""
-    for limit, mode in ((2e9, "proximity"), (10e9, "adaptive"), (50e9, "sphere")):
+    limits: dict[Mode, float] = {"proximity": 2e9, "adaptive": 10e9, "sphere": 50e9}
+    for mode, limit in limits.items():
         if num_parameters < limit:
             return mode
     return "subspace"

@@ -27,11 +27,12 @@ def layer_scores(result: dict) -> go.Figure:
     figure = go.Figure()
     layers = np.arange(len(result["layer_scores"]))
     null = data.column(result["layer_scores"].values(), "null_95")
-    figure.add_trace(_band(layers, -null, null, data.GREY, "chance (95 %, best layer)", showlegend=True))
+    chance = np.stack([-null, null], axis=1)
+    figure.add_trace(_band(layers, chance, data.GREY, "chance (95 %, best layer)", showlegend=True))
     for positions, scores in data.layer_panels(result).items():
         records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
         marker = {"generated": "circle", "prompt_end": "square"}[positions]
-        figure.add_trace(_band(layers, *data.column(records, "cohens_d_ci").T, colour, f"{name}, 95 % interval"))
+        figure.add_trace(_band(layers, data.column(records, "cohens_d_ci"), colour, f"{name}, 95 % interval"))
         shown = [
             *data.column(records, "cohens_d_ci").T,
             data.column(records, "accuracy"),
@@ -153,14 +154,14 @@ def comparison(result: dict) -> go.Figure:
     layers = result["conditions"]["prompt_end"]["layers"]
     x = np.arange(len(layers))
     for name, colour, symbol in (("a", data.BLUE, "circle"), ("b", data.ORANGE, "square")):
-        title, ends = result["names"][name], data.column(layers, f"d_{name}_ci").T
-        figure.add_trace(_band(x, *ends, colour, f"{title}, 95 % interval"), 1, 1)
+        title, ends = result["names"][name], data.column(layers, f"d_{name}_ci")
+        figure.add_trace(_band(x, ends, colour, f"{title}, 95 % interval"), 1, 1)
         figure.add_trace(
             go.Scatter(x=x, y=data.column(layers, f"d_{name}"), name=title, line={"color": colour},
                        mode="lines+markers", marker={"symbol": symbol, "size": 8},
                        hovertemplate="layer %{x}: d = %{y:.2f}"), 1, 1
         )  # fmt: skip
-    figure.add_trace(_band(x, *data.column(layers, "difference_ci").T, data.GREEN, "95 % interval"), 2, 1)
+    figure.add_trace(_band(x, data.column(layers, "difference_ci"), data.GREEN, "95 % interval"), 2, 1)
     dashes = ("solid", "dash", "dashdot", "dot", "solid")
     for (name, title), dash in zip(data.CONDITION_NAMES.items(), dashes, strict=True):
         own = result["conditions"][name]["layers"]
@@ -272,7 +273,8 @@ def _styled(figure: go.Figure, x: str, y: str | tuple[str, ...], height: int = 4
     return figure
 
 
-def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, name: str, showlegend=False) -> go.Scatter:
+def _band(x: np.ndarray, ends: np.ndarray, colour: str, name: str, showlegend=False) -> go.Scatter:
+    low, high = ends.T
     known = np.isfinite(low) & np.isfinite(high)
     return go.Scatter(
         x=np.concatenate([x[known], x[known][::-1]]),

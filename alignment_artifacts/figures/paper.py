@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from alignment_artifacts.figures import data
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
+STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
 
 
 def plot_layer_scores(result: dict, path: Path) -> None:
@@ -37,7 +39,7 @@ def plot_layer_scores(result: dict, path: Path) -> None:
         left.set(title="Separation of artifact from natural prompts, held out", xlabel="layer", ylabel="Cohen's d")
         right.set(title="Accuracy on held-out pairs", xlabel="layer", ylabel="accuracy", ylim=(0.35, 1.03))
         for axes in (left, right):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.2)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -64,7 +66,7 @@ def plot_categories(by_category: dict, path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="layer", title="Held-out Cohen's d by category (* p ≤ 0.05 over layers)")
         axes.spines[:].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, label="Cohen's d", shrink=0.9)
         _save(figure, path)
 
@@ -161,7 +163,7 @@ def plot_comparison(result: dict, path: Path) -> None:
         left.set(title="Separation at the prompt's end", xlabel="layer", ylabel="Cohen's d, held out")
         middle.set(title="Difference B - A", xlabel="layer", ylabel="difference of d")
         for axes in (left, middle):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.2)
             axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         cells, sources, grid = data.transfer_grid(result)
@@ -209,7 +211,8 @@ def plot_sweep(result: dict, path: Path) -> None:
         axes.scatter(*data.sweep_point(chosen), s=170, facecolors="none", edgecolors="black", lw=1.8, label="chosen")
         for (name, points), marker in zip(data.random_controls(result).items(), "x+", strict=True):
             if points:
-                axes.scatter(*np.array(points).T, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
+                kl, failed = np.array(points).T
+                axes.scatter(kl, failed, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
         axes.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
         axes.set(
             xscale="log", xlabel="KL from the unedited model on natural answers (nats a token)",

@@ -86,11 +86,11 @@ def _differences(origin: dict, main: dict) -> list[str]:
 
 
 def _section(source: Source, path: Path | None) -> dict:
-    section = {"name": source.name, "command": source.command, "there": path is not None and path.exists()}
-    if not section["there"]:
+    section = {"name": source.name, "command": source.command, "there": False}
+    if path is None or not path.exists():
         return section
     try:
-        return {**section, **source.prepare(path)}
+        return {**section, "there": True, **source.prepare(path)}
     except WRONG_CONTENT as error:
         raise UserError(
             f"{path} is not what this version writes ({type(error).__name__}: {error}); run `{source.command}` again."

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import cast
 
 from alignment_artifacts.analysis import Settings, analyse
 from alignment_artifacts.behaviour import monitor
@@ -18,7 +19,7 @@ from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.directions.measurements import Measurements, activation_set, available_sites, measure
-from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END, ModeOptions, Setting
+from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END, Mode, ModeOptions, Setting
 from alignment_artifacts.edits.proof import Proof, Sequences, prove
 from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
@@ -58,7 +59,7 @@ class SuppressionResult:
     chosen_by: str
     proof: Proof
     prompt_score: float | None
-    directions: Directions | None = field(repr=False)
+    directions: Directions = field(repr=False)
 
     def __str__(self) -> str:
         before = "" if self.before is None else f"Before: {self.before}\n"
@@ -150,7 +151,7 @@ class AlignmentArtifacts:
         else:
             by = "model size" if mode == AUTO else "you"
             mode = auto_mode(self.load(model).num_parameters) if mode == AUTO else mode
-            chosen = Setting(mode, 1.0, (), available_sites(self.load(model))[0])
+            chosen = Setting(cast(Mode, mode), 1.0, (), available_sites(self.load(model))[0])
         chosen = replace(chosen, **wanted, options=replace(chosen.options, **options))
         if chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
             chosen = replace(chosen, where=PROMPT_END)

@@ -80,7 +80,7 @@ class Bench:
         """Every setting of a grid that this model allows."""
         found = []
         for site, positions, layer_set in product(self.measured.sites, grid.positions, grid.layer_sets):
-            layers = range(self.loaded.num_layers)
+            layers = list(range(self.loaded.num_layers))
             if layer_set == "best":
                 layers = self.measured.best_layers(site, positions, self.rows["training"])
             for mode, scales in grid.scales.items():
