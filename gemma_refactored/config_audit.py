@@ -99,8 +99,8 @@ def compared() -> dict[str, dict]:
 
     "agrees": the layout itself, null where mlx-lm does not load what transformers saves; "keys": those that differed,
     with the values that agree; "unmoved": those never moved; "rope", "rope_lost": the types of RoPE that agree and
-    those that do not ("partial": rotating a part of each head); "windows": "all" layer types agree with a sliding window, the "usual" ones, or
-    "none".
+    those that do not ("partial": rotating a part of each head); "windows": "all" layer types agree with a sliding
+    window, the "usual" ones, or "none".
     """
     return json.loads((Path(__file__).parent / "config_keys.json").read_text())
 
