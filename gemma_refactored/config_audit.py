@@ -97,9 +97,10 @@ def _special_float(item: dict):
 def compared() -> dict[str, dict]:
     """By model type, what was compared with transformers: see tests/make_layout_logits.py.
 
-    "agrees": the layout itself; "keys": those that differed, with the values that agree; "unmoved": those never moved;
-    "rope": the types of RoPE that agree; "windows": "all" layer types agree with a sliding window, the "usual" ones, or
-    "none".
+    "agrees": the layout itself, null where mlx-lm does not load what transformers saves; "keys": those that differed,
+    with the values that agree; "unmoved": those never moved; "rope", "rope_lost": the types of RoPE that agree and
+    those that do not ("partial": rotating a part of each head); "windows": "all" layer types agree with a sliding
+    window, the "usual" ones, or "none".
     """
     return json.loads((Path(__file__).parent / "config_keys.json").read_text())
 
@@ -119,9 +120,7 @@ def audit(config: dict, completed: dict | None) -> None:
     if isinstance(text, dict) and "model_type" in text:
         unheard += _audit_section(text)
     if unheard:
-        log.warning(
-            "config.json has keys that transformers does not know, so they are not read: %s.", ", ".join(unheard)
-        )
+        log.warning("config.json has keys that transformers does not have for this layout: %s.", ", ".join(unheard))
 
 
 def _audit_section(section: dict) -> list[str]:
@@ -135,18 +134,24 @@ def _audit_section(section: dict) -> list[str]:
         log.warning(
             "Nobody has compared the layout %r with transformers: what its config loses is unknown.", model_type
         )
+    if record is None:
         return []
-    if not record["agrees"]:
+    if record["agrees"] is False:
         raise UserError(
             f"mlx-lm computes other numbers than transformers for the layout {model_type!r}, so it is not run; "
             "the files are complete."
         )
     known = CONFIG_MAPPING[model_type]
     usual = known().to_dict()
-    fields = inspect.signature(_get_classes({"model_type": model_type})[1]).parameters
+    fields = inspect.signature(_get_classes({"model_type": model_type})[1]).parameters if record["agrees"] else ()
     unheard = []
     for key, value in section.items():
-        if key in NEVER_NUMBERS or key in WINDOW_KEYS or key in ROPE_KEYS or key in ("text_config", "vocab_size"):
+        if (
+            key in NEVER_NUMBERS
+            or key in WINDOW_KEYS
+            or key in ROPE_KEYS
+            or key in ("text_config", "vocab_size", "head_dim")
+        ):
             continue
         if key not in usual and not hasattr(known, key):
             unheard.append(key)
@@ -154,29 +159,30 @@ def _audit_section(section: dict) -> list[str]:
         if key in record["keys"]:
             if value not in record["keys"][key]:
                 raise _lost(model_type, key, value)
-        elif key in record["unmoved"] and not SIZE.search(key) and value != _filled_in(section, key):
+        elif (
+            record["agrees"] and key in record["unmoved"] and not SIZE.search(key) and value != _filled_in(section, key)
+        ):
             if key not in fields:
                 raise _lost(model_type, key, value)
             log.warning("config.json: the effect of %s = %s was never compared with transformers.", key, shown(value))
-    if section.get("rope_parameters") != usual.get("rope_parameters"):
-        _audit_rope(section, record)
+    _audit_rope(section, usual, record)
     _audit_window(section, record)
     return unheard
 
 
-def _audit_rope(section: dict, record: dict) -> None:
-    settings = section.get("rope_parameters")
-    if not isinstance(settings, dict):
+def _audit_rope(section: dict, usual: dict, record: dict) -> None:
+    settings, usual = section.get("rope_parameters"), usual.get("rope_parameters") or {}
+    if not isinstance(settings, dict) or settings == usual:
         return
-    nested = [value for value in settings.values() if isinstance(value, dict)]
-    for one in nested or [settings]:
-        rope_type = one.get("rope_type", "default")
-        if rope_type not in record["rope"]:
+    by_kind = {kind: value for kind, value in settings.items() if isinstance(value, dict)}
+    for kind, one in (by_kind or {None: settings}).items():
+        usual_one = (usual.get(kind) if kind else usual) or {}
+        what = {one.get("rope_type", "default")}
+        if one.get("partial_rotary_factor", 1.0) != usual_one.get("partial_rotary_factor", 1.0):
+            what.add("partial")
+        lost = what - set(record["rope"]) if record["agrees"] else what & set(record["rope_lost"])
+        if lost:
             raise _lost(section["model_type"], "rope_parameters", one)
-        usual = {"partial_rotary_factor": record["partial"]}
-        part = one.get("partial_rotary_factor")
-        if part is not None and "partial" not in record["rope"] and part != usual["partial_rotary_factor"]:
-            raise _lost(section["model_type"], "partial_rotary_factor", part)
 
 
 def _audit_window(section: dict, record: dict) -> None:

@@ -131,7 +131,7 @@ def correct_rope(model: nn.Module, config: dict) -> None:
             continue
         make = LongRoPE if of_layer["rope_type"] == "longrope" else scaled_rope
         try:
-            module.rope = make(dims, traditional, of_layer, context)
+            module.rope = make(dims, traditional, of_layer, context)  # type: ignore[arg-type]  # None is a TypeError
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"The RoPE settings {of_layer} cannot be used: {error}.") from None
 

@@ -62,12 +62,12 @@ def scaled_rope(dims: int, traditional: bool, settings: dict, context: int) -> n
     Raises:
         ValueError: a type that is none of transformers'.
     """
-    kind, base, factor = settings["rope_type"], settings["rope_theta"], settings.get("factor") or 1.0
+    kind, base = settings["rope_type"], settings["rope_theta"]
     wavelengths = _wavelengths(dims, base)
     if kind == "linear":
-        return nn.RoPE(dims, traditional, base, scale=1 / factor)
+        return nn.RoPE(dims, traditional, base, scale=1 / settings["factor"])
     if kind == "dynamic":
-        return DynamicRoPE(dims, traditional, base, factor, context)
+        return DynamicRoPE(dims, traditional, base, settings["factor"], context)
     if kind == "llama3":
         return ScaledRoPE(dims, traditional, _llama3(wavelengths, settings))
     if kind == "yarn":

@@ -297,9 +297,7 @@ def summary(record: dict) -> dict | None:
             for case in cases:
                 settings = case["change"]["rope_parameters"]
                 kinds = _rope_types(settings)
-                if case["change"]["rope_parameters"].get("partial_rotary_factor") != parameters.get(
-                    "partial_rotary_factor"
-                ):
+                if _partial_factors(settings) != _partial_factors(parameters):
                     kinds = kinds | {"partial"}
                 if not case["moved"] and not differs(case):
                     continue
@@ -325,10 +323,16 @@ def summary(record: dict) -> dict | None:
             k for k in usual if k not in moved_keys and k not in NEVER_NUMBERS and not isinstance(usual[k], dict)
         ),
         "rope": sorted(rope - bad_rope),
-        "partial": parameters.get("partial_rotary_factor"),
+        "rope_lost": sorted(bad_rope),
         "windows": windows,
         **({"refused": base["refused"]} if "refused" in base else {}),
     }
+
+
+def _partial_factors(settings: dict) -> list:
+    return [
+        one.get("partial_rotary_factor") for one in [v for v in settings.values() if isinstance(v, dict)] or [settings]
+    ]
 
 
 def _rope_types(settings: dict) -> set[str]:
