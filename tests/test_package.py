@@ -115,6 +115,13 @@ def test_the_requirements_follow_from_pyproject():
     assert lines == ["-e .[cpu]"]
 
 
+def test_the_benchmarks_pin_their_peers_to_the_versions_that_were_measured():
+    lines = (line.partition("#")[0] for line in (ROOT / "benchmarks/requirements.txt").read_text().splitlines())
+    peers = {r.name: str(r.specifier) for r in (Requirement(line) for line in lines if line and line[0] != "-")}
+    versions = json.loads((ROOT / "benchmarks/results.json").read_text())["versions"]
+    assert peers == {name: f"=={versions[name].partition('+')[0]}" for name in ("torch", "nnsight", "transformer-lens")}
+
+
 def test_a_private_name_of_mlx_lm_is_used_below_a_version_only():
     source = (ROOT / "gemma_refactored/model_loading.py").read_text()
     (mlx_lm,) = [line for line in needed()[""] if line.name == "mlx-lm"]
