@@ -19,6 +19,7 @@ NOT_IN_THE_WHEEL = {"README.md"}  # for those who look at the folder
 
 PROGRAM = """
 import json, sys
+from pathlib import Path
 import alignment_artifacts
 from alignment_artifacts import load_run, suppress_prompt
 from alignment_artifacts.default_model import DEFAULT_MODEL
