@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
+from gemma_refactored.versions import library_versions
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PLOT = HERE / "analysis_scaling.json", HERE / "analysis_scaling.png"
@@ -133,7 +134,7 @@ def main() -> None:
             done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=HERE.parent)
             if done.returncode != 0:
                 raise SystemExit(done.stderr)
-            results.append(json.loads(done.stdout))
+            results.append({**json.loads(done.stdout), "versions": library_versions()})
         finally:
             shutil.rmtree(folder)
         print(json.dumps(results[-1]), flush=True)

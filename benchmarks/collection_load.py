@@ -18,6 +18,7 @@ from pathlib import Path
 
 from alignment_artifacts.pairs import SIDES, load_pairs
 from gemma_refactored.files import PROMPT_MARKER, write_json
+from gemma_refactored.versions import library_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "collection_load.json"
@@ -65,7 +66,7 @@ def main() -> None:
         if process.returncode != 0:
             raise SystemExit(f"The collection failed with exit code {process.returncode}.")
     seconds = time.perf_counter() - start
-    result = {"prompts": count, "seconds": seconds, "samples": samples}
+    result = {"versions": library_versions(), "prompts": count, "seconds": seconds, "samples": samples}
     write_json(RESULTS, result)
     half = [s["megabytes"] for s in samples if s["complete"] >= count / 2] or [samples[-1]["megabytes"]]
     print(json.dumps({"seconds": round(seconds), "first": samples[0], "from half on": [min(half), max(half)]}))

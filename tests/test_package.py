@@ -19,6 +19,7 @@ NOT_IN_THE_WHEEL = {"README.md"}  # for those who look at the folder
 
 PROGRAM = """
 import json, sys
+from pathlib import Path
 import alignment_artifacts
 from alignment_artifacts import load_run, suppress_prompt
 from alignment_artifacts.default_model import DEFAULT_MODEL
@@ -113,6 +114,13 @@ def test_the_constraints_pin_everything_that_make_installs_to_what_pyproject_all
 def test_the_requirements_follow_from_pyproject():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == ["-e .[cpu]"]
+
+
+def test_the_benchmarks_pin_their_peers_to_the_versions_that_were_measured():
+    lines = (line.partition("#")[0] for line in (ROOT / "benchmarks/requirements.txt").read_text().splitlines())
+    peers = {r.name: str(r.specifier) for r in (Requirement(line) for line in lines if line and line[0] != "-")}
+    versions = json.loads((ROOT / "benchmarks/results.json").read_text())["versions"]
+    assert peers == {name: f"=={versions[name].partition('+')[0]}" for name in ("torch", "nnsight", "transformer-lens")}
 
 
 def test_a_private_name_of_mlx_lm_is_used_below_a_version_only():
