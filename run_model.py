@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from gemma_refactored import main as command_line

@@ -99,21 +99,21 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, defaults: Defaults = Defaults()) -> int:
     """Run the command line; the exit code (0; 1 for a failed --check, 2 for bad input)."""
-    arguments = build_parser(defaults).parse_args(argv)
-    arguments.model = defaults.find_model(arguments.model) if arguments.model else None
-    from .distributed import Team, join_team
-
-    team = Team()
+    team = None
 
     def start() -> int:
         nonlocal team
+        arguments = build_parser(defaults).parse_args(argv)
+        arguments.model = defaults.find_model(arguments.model) if arguments.model else None
+        from .distributed import join_team
+
         team = join_team()
         level = logging.ERROR if arguments.quiet or not team.leads else logging.INFO
         logging.basicConfig(level=level, format="%(message)s", handlers=[_Printer(sys.stdout)])
         logging.getLogger("httpx").setLevel(logging.WARNING)
         return run(arguments, defaults, team)
 
-    return exit_code(start, INTERRUPTED, lambda: team.rank)
+    return exit_code(start, INTERRUPTED, lambda: team.rank if team else 0)
 
 
 def run(arguments: argparse.Namespace, defaults: Defaults, team: Team) -> int:

@@ -152,6 +152,14 @@ def test_quiet_prints_the_answer_alone(run):
     assert code == 0 and error == "" and output.count("\n") == 1 and "barrel" in output
 
 
+def test_what_is_the_default_may_be_given_and_spaces_are_allowed(run, library):
+    code, output, _ = run(REFUSED, "--mode", "ablate", "--compare", "--categories", "medical_ethics, personal_harmful",
+                          "--max-tokens", "5")  # fmt: skip
+    assert code == 0 and "Before:" in output and "After:" in output
+    assert suppress.named_categories("a, b,") == ["a", "b"] and suppress.named_categories(None) is None
+    assert run("hello", "--categories", " , ")[0] == 2
+
+
 def test_json_is_all_there_is(run):
     code, output, _ = run(REFUSED, "--mode", "ablate", "--json", "--layers", "2,4-5", "--temperature", "0.5")
     result = json.loads(output)
