@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
-from alignment_artifacts.default_model import DEFAULT_MODEL
+from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
 from gemma_refactored.configuration import Sampling
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, add_options, from_arguments, given
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     library = AlignmentArtifacts(places.find_model(arguments.model or DEFAULT_MODEL), show_progress=not silent)
     categories = named_categories(arguments.categories)
+    if not silent:
+        introduce(library, arguments)
     if arguments.export_gguf:
         directions = library.directions(None, "residual", arguments.positions or "prompt_end", categories)
         write_gguf(directions, arguments.export_gguf)
@@ -123,16 +126,32 @@ def run(arguments: argparse.Namespace) -> None:
         show_projection(library.load(), result)
     if not arguments.quiet:
         print("\n" + textwrap.fill(f"Effect: {result.proof.describe()}", 78))
+        if result.leads:
+            print(textwrap.fill(result.leads, 78))
         if result.prompt_score is not None:
             print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
 
 
+def introduce(library: AlignmentArtifacts, arguments: argparse.Namespace) -> None:
+    """Say which model it is, where it runs, and what to know about it."""
+    from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
+    from gemma_refactored.model_loading import device_description
+
+    loaded = library.load()
+    print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}", flush=True)
+    notes = [note(loaded.folder, [arguments.prompt], texts(load_pairs(PAIRS_JSON)))] if arguments.prompt else []
+    if not arguments.directions:  # which may spare measuring the model
+        refused = library.measurements().judged(is_refusal)[:, 1]
+        notes.append(without_refusals(loaded.name, int(refused.sum()), len(refused)))
+    for sentence in filter(None, notes):
+        print(textwrap.fill(sentence, 78), flush=True)
+
+
 def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace, wanted: dict, max_tokens: int) -> None:
     """Answers of every pair without and with suppression, for the report."""
-    from tqdm import tqdm
-
     from alignment_artifacts.formatting import percent
     from alignment_artifacts.suppression.transcripts import TRANSCRIPTS, save_transcripts, transcribe
+    from gemma_refactored.progress import stage
 
     loaded, measured = library.load(), library.measurements()
     setting, by = library.choose(None, arguments.mode, None, **wanted)
@@ -140,8 +159,8 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
     total = 2 * len(measured.pairs)
-    with tqdm(total=total, leave=False, disable=silent or not sys.stderr.isatty()) as bar:
-        result, scores = transcribe(loaded, measured, setting, max_tokens, bar.update)
+    with stage("answering", total, "pair", quiet=silent) as advance:
+        result, scores = transcribe(loaded, measured, setting, max_tokens, advance)
     origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
     results = places.results_folder(TRANSCRIPTS_DIR, origin)
     with places.written_together(results) as folder:

@@ -14,6 +14,7 @@ from gemma_refactored.prompt_processing import check_name
 SIDES = ("natural", "artifact")
 SUBCATEGORY = "prompt_list"
 PAIRS_JSON = Path(__file__).resolve().parent.parent / "alignment_artifact_prompt_pairs.json"
+MAX_EXCLUDED = 0.05  # what is measured with more than this share of the pairs left out is about other prompts
 ROOT_KEY = "alignment_artifact_prompt_pairs"
 
 
@@ -66,6 +67,11 @@ def _read_pair(entry, category: str, where: str) -> Pair:
             raise UserError(f"{where}: {key!r} must be text that is not empty, not {shown(value)}.")
     check_name(entry["id"], where)
     return Pair(entry["id"], category, entry["natural"], entry["artifact"])
+
+
+def texts(pairs: list[Pair]) -> list[str]:
+    """Of both sides of each pair."""
+    return [text for pair in pairs for text in (pair.natural, pair.artifact)]
 
 
 def prompt_groups(pairs: list[Pair]) -> dict[str, dict[str, list[str]]]:

@@ -39,6 +39,7 @@ class Defaults:
         sample_prompts: that --create-sample-prompts writes.
         output_dir: of the texts.
         activations_dir: where a model's activations go unless --activations-dir says.
+        note: what to know about a model that is asked these prompts, if anything.
     """
 
     model: str | None = None
@@ -49,6 +50,7 @@ class Defaults:
     find_model: Callable[[str], str] = str
     output_dir: Path = Path("answers")
     activations_dir: Callable[[LoadedModel], Path] = lambda loaded: Path("activations")
+    note: Callable[[LoadedModel, list[str]], str | None] = lambda loaded, prompts: None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def run(arguments: argparse.Namespace, defaults: Defaults, team: Team) -> int:
         from .certificate import certify_and_save
 
         return 0 if certify_and_save(loaded, request.saving.activations_dir) else 1
+    if note := defaults.note(loaded, [prompt.text for prompt in request.prompts]):
+        log.info("%s", note)
     run_prompts(arguments, request, loaded, team)
     return 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class ActivationSteeringExperiment:
         scorer: Scorer,
         output: Path,
         config: Config = Config(),
-        progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
+        progress: Callable[[Sequence, str, str], Iterable] = lambda items, stage, unit: items,
     ):
         self.loaded, self.data, self.scorer, self.config = loaded, data, scorer, config
         self.output, self.progress = Path(output), progress
@@ -122,7 +122,8 @@ class ActivationSteeringExperiment:
         if "baseline" in self.results:
             return
         baseline = {}
-        for name in ("challenging", "benign", "training_challenging", "training_benign"):
+        kinds = ("challenging", "benign", "training_challenging", "training_benign")
+        for name in self.progress(kinds, "baseline", "kind of prompt"):
             completions = self._sample(getattr(self.data, name), NOTHING)
             baseline[name] = {**self._judge(completions), "token_ids": completions}
         self.results["baseline"] = baseline
@@ -158,7 +159,7 @@ class ActivationSteeringExperiment:
     def sweep(self) -> None:
         """Every layer with every alpha, the steering vector beside a random one of its norm."""
         settings = [(layer, alpha) for layer in self.layers for alpha in self.config.alphas]
-        for layer, alpha in self.progress(settings, "sweep"):
+        for layer, alpha in self.progress(settings, "sweep", "setting"):
             self._sweep_one(layer, alpha)
 
     def _sweep_one(self, layer: int, alpha: float) -> None:

@@ -66,9 +66,8 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def run(constants: Constants) -> None:
-    from tqdm import tqdm
-
     from gemma_refactored.model_loading import device_description, load
+    from gemma_refactored.progress import each
     from toxicity_steering.activation_steering import FULL, ActivationSteeringExperiment
     from toxicity_steering.data import load_organism_prompts, load_real_toxicity_prompts
     from toxicity_steering.plots import plot_all
@@ -83,10 +82,7 @@ def run(constants: Constants) -> None:
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     print(f"Data: {data.name}, {count} + {count} prompts. Scorer: {scorer.name}.")
 
-    def progress(items, what):
-        return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
-
-    experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, progress)
+    experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, each)
     results = experiment.run()
     plot_all(results, output / "plots")
     print_summary(results)

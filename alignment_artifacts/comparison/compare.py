@@ -14,7 +14,7 @@ from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
 from alignment_artifacts.directions.estimate import planted_directions
 from alignment_artifacts.formatting import interval, number, p_value
-from alignment_artifacts.pairs import Pair
+from alignment_artifacts.pairs import Pair, texts
 from alignment_artifacts.separation import MIN_PAIRS_NESTED
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.errors import UserError
@@ -129,17 +129,13 @@ def texts_to_read(pairs: Sequence[Pair], twins: Sequence[Pair]) -> int:
     return 2 * (2 * len(pairs) + 3 * 2 * len(pairs) + 2 * len(twins))
 
 
-def _texts(pairs: Sequence[Pair]) -> list[str]:
-    return [text for pair in pairs for text in (pair.natural, pair.artifact)]
-
-
 def _categories(pairs: Sequence[Pair]) -> np.ndarray:
     return np.array([pair.category for pair in pairs])
 
 
 def _encode(tokenizer, pairs: Sequence[Pair]) -> list[list[list[int]]]:
     """Token ids, [pair][natural, artifact]."""
-    flat = encode_prompts(tokenizer, _texts(pairs))
+    flat = encode_prompts(tokenizer, texts(pairs))
     return [flat[i : i + 2] for i in range(0, len(flat), 2)]
 
 
@@ -157,7 +153,7 @@ def _directions(vectors: np.ndarray) -> np.ndarray:
 
 def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:
     """[pairs, 2, 1, hidden] mean token embeddings: what word choice alone is."""
-    return mean_prompt_embeddings(model, _texts(pairs)).reshape(len(pairs), 2, 1, -1)
+    return mean_prompt_embeddings(model, texts(pairs)).reshape(len(pairs), 2, 1, -1)
 
 
 def summarise(records: list[dict], names: tuple[str, str]) -> str:
