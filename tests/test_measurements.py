@@ -145,7 +145,7 @@ def test_an_interrupted_measurement_is_continued(loaded, measured, tmp_path, mon
 def test_a_damaged_cache_is_named(loaded, measured, tmp_path):
     (part,) = measured.folder.glob("*.safetensors")
     part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(UserError, match="mlp_residual_1.safetensors is damaged"):
+    with pytest.raises(UserError, match="mlp_residual_1.safetensors cannot be used: it is damaged"):
         ms.measure(loaded, PAIRS, tmp_path / "cache")
 
 

@@ -123,7 +123,7 @@ class ActivationSteeringExperiment:
             return
         baseline = {}
         kinds = ("challenging", "benign", "training_challenging", "training_benign")
-        for name in self.progress(kinds, "baseline", "kind of prompt"):
+        for name in self.progress(kinds, "baseline", "set"):
             completions = self._sample(getattr(self.data, name), NOTHING)
             baseline[name] = {**self._judge(completions), "token_ids": completions}
         self.results["baseline"] = baseline

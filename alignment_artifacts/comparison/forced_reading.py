@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known, unedited_answers
 from gemma_refactored.activation_capture import read
+from gemma_refactored.errors import UserError, shown
+from gemma_refactored.files import write_safetensors
 from gemma_refactored.model_loading import LoadedModel
 
 # What both models read after the prompts; "own answers" is free-running generation, where each reads what it wrote.
@@ -22,6 +28,7 @@ def read_pairs(
     sites: Sequence[str],
     progress: Callable[[int], object] = lambda texts: None,
     known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
+    cache: Path | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Vectors of matched prompts in two models, under every one of CONDITIONS.
 
@@ -30,6 +37,7 @@ def read_pairs(
         neutral: token ids of a text that is the same after every prompt.
         progress: called with numbers of texts; 8 for each prompt in all.
         known: of each model the answers that somebody has already.
+        cache: folder where what has been read is kept; None: nowhere.
     Returns:
         condition -> vectors of the first and of the second model [pairs, 2, layers, hidden], and the indices
         of the pairs (those with an empty answer are left out where it is read).
@@ -43,7 +51,7 @@ def read_pairs(
     ends: dict[str, list[np.ndarray]] = {}  # of the prompts, before each text, in both models
     vectors: dict[str, list[np.ndarray]] = {}
     for name, text in texts.items():
-        both = [read_texts(model, flat, text, sites, progress) for model in models]
+        both = [read_texts(model, flat, text, sites, progress, cache) for model in models]
         ends[name], vectors[name] = (
             [values.reshape(len(prompts), 2, *values.shape[1:]) for values in kind] for kind in zip(*both, strict=True)
         )
@@ -63,18 +71,29 @@ def read_texts(
     continuations: Sequence[Sequence[int]],
     sites: Sequence[str],
     progress: Callable[[int], object] = lambda texts: None,
+    cache: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One pass over each prompt with its continuation.
 
     Args:
         sites: one a layer.
         progress: called with numbers of texts that were read.
+        cache: folder where the result is kept, and looked for first; None: nowhere.
     Returns:
         float32 [texts, layers, hidden], of the prompt's last token, and the mean over the continuation
         (NaN where that is empty).
+    Raises:
+        UserError: what is kept in the cache is damaged.
     """
+    key = json.dumps([{**loaded.facts(), "model": None}, list(sites), list(prompts), list(continuations)])
+    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
+    shape = (len(prompts), len(sites), loaded.hidden_size)
+    if path and path.exists():
+        kept = _load(path, shape)
+        progress(len(prompts))
+        return kept
     texts = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
-    ends = np.full((len(texts), len(sites), loaded.hidden_size), np.nan, np.float32)
+    ends = np.full(shape, np.nan, np.float32)
     means = ends.copy()
     for i, states in read(loaded.model, texts, sites):
         start = len(prompts[i])
@@ -82,4 +101,17 @@ def read_texts(
         if len(states) > start:
             means[i] = states[start:].mean(axis=0)
         progress(1)
+    if path:
+        write_safetensors(path, {"ends": mx.array(ends), "means": mx.array(means)})
+    return ends, means
+
+
+def _load(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        arrays = mx.load(str(path))
+        ends, means = (np.array(arrays[name]) for name in ("ends", "means"))
+        if not ends.shape == means.shape == shape or not np.isfinite(ends).all():
+            raise ValueError(f"it holds arrays of the shape {ends.shape}, or NaN")
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be used ({shown(str(error))}). Delete its folder; it is read anew.") from None
     return ends, means

@@ -181,7 +181,7 @@ def measure(
                 missing = [s for s in sites if not _is_measured(folder, s, len(token_ids))]
                 _answer(loaded, token_ids, missing, folder, show_progress)
             if not _is_measured(folder, site, len(token_ids)):
-                raise _unusable(folder / "*.safetensors", "lack some prompts")
+                raise _unusable(folder, "some prompts are missing")
             return _load(folder, site, len(token_ids), (loaded.num_layers, loaded.hidden_size))
 
     answers, vectors = vectors_of(sites[0])
@@ -191,7 +191,7 @@ def measure(
     def by_pair(vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         paired = {p: np.stack([v[: len(pairs)][rows], v[len(pairs) :][rows]], axis=1) for p, v in vectors.items()}
         if not all(np.isfinite(values).all() for values in paired.values()):
-            raise _unusable(folder / "*.safetensors", "hold NaN or infinite values")
+            raise _unusable(folder, "it holds NaN or infinite values")
         return paired
 
     def both_sides(items: list) -> list[list]:
@@ -252,7 +252,8 @@ def _parts(folder: Path, site: str) -> list[Path]:
 
 
 def _unusable(path: Path, why: str) -> UserError:
-    return UserError(f"The cache file {path} cannot be used: {why}. Delete its folder; it is measured anew.")
+    folder = path if path.is_dir() else path.parent
+    return UserError(f"What is kept in {path} cannot be used: {why}. Delete {folder.name}; it is measured anew.")
 
 
 def _check_or_write_facts(path: Path, facts: dict) -> None:

@@ -330,8 +330,8 @@ def _setting_of_sweep(path: Path) -> Setting:
         check(setting)
     except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{path} is not what sweep_suppression.py writes ({shown(str(error))}); delete it, and run that again to have "
-            "its choice."
+            f"{path} is not what sweep_suppression.py writes ({shown(str(error))}); delete it, and run that "
+            "again to have its choice."
         ) from None
     return setting
 
