@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 import compare_models as script
-from alignment_artifacts.comparison.compare import check_comparable, named_layers, summarise
+from alignment_artifacts.analysis import Settings
+from alignment_artifacts.comparison.compare import check_comparable, compare, named_layers, summarise
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.report import contents
 from gemma_refactored.errors import UserError
@@ -135,6 +136,13 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
             assert script.main() == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_no_pair_left_to_read_is_one_sentence(organism):
+    base, pairs = load(ROOT / "model_organism" / "base"), load_pairs(PAIRS_JSON)[:10]
+    with pytest.raises(UserError, match="Only 0 of 10 pairs have text to read under the condition 'answers_a'"):
+        compare([base, organism], pairs, pairs, "Thanks.", 3, "mlp", Settings(permutations=1, resamples=10), known=(
+            lambda prompt, tokens: [], lambda prompt, tokens: [5]))  # fmt: skip
 
 
 def test_a_comparison_without_a_difference_says_so():

@@ -13,7 +13,7 @@ import numpy as np
 from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known, unedited_answers
 from gemma_refactored.activation_capture import read
 from gemma_refactored.errors import UserError, shown
-from gemma_refactored.files import write_safetensors
+from gemma_refactored.files import read_json, write_json, write_safetensors
 from gemma_refactored.model_loading import LoadedModel
 
 # What both models read after the prompts; "own answers" is free-running generation, where each reads what it wrote.
@@ -45,7 +45,7 @@ def read_pairs(
     flat = [prompt for pair in prompts for prompt in pair]
     answers = []
     for model, its_known in zip(models, known, strict=True):
-        answers.append(unedited_answers(model, flat, max_tokens, its_known))
+        answers.append(_answers(model, flat, max_tokens, its_known, cache))
         progress(len(flat))
     texts = {"answers_a": answers[0], "answers_b": answers[1], "neutral": [list(neutral)] * len(flat)}
     ends: dict[str, list[np.ndarray]] = {}  # of the prompts, before each text, in both models
@@ -63,6 +63,34 @@ def read_pairs(
         answered = np.flatnonzero(np.isfinite(vectors[name]).all(axis=(0, 2, 3, 4)))
         result[name] = first[answered], second[answered], answered
     return result
+
+
+def _kept_in(cache: Path | None, what: str, loaded: LoadedModel, made_from: list, ending: str) -> Path | None:
+    """The file for what these weights make of something; None without a cache."""
+    key = json.dumps([{**loaded.facts(), "model": None}, made_from])
+    return cache / f"{what}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.{ending}" if cache else None
+
+
+def _answers(
+    loaded: LoadedModel, prompts: list, max_tokens: int, known: KnownAnswer, cache: Path | None
+) -> list[list[int]]:
+    """Unedited answers, known ones or those in the cache."""
+    path = _kept_in(cache, "answers", loaded, [prompts, max_tokens, list(loaded.end_tokens)], "json")
+    if not (path and path.exists()):
+        answers = unedited_answers(loaded, prompts, max_tokens, known)
+        if path:
+            write_json(path, answers)
+        return answers
+    answers, vocabulary = read_json(path, "cache file"), len(loaded.tokenizer)
+    try:
+        is_whole = len(answers) == len(prompts) and all(
+            isinstance(token, int) and 0 <= token < vocabulary for answer in answers for token in answer
+        )
+    except TypeError:
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} holds no answers to these prompts. Delete its folder; they are written anew.")
+    return answers
 
 
 def read_texts(
@@ -85,8 +113,7 @@ def read_texts(
     Raises:
         UserError: what is kept in the cache is damaged.
     """
-    key = json.dumps([{**loaded.facts(), "model": None}, list(sites), list(prompts), list(continuations)])
-    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
+    path = _kept_in(cache, "read", loaded, [list(sites), list(prompts), list(continuations)], "safetensors")
     shape = (len(prompts), len(sites), loaded.hidden_size)
     if path and path.exists():
         kept = _load(path, shape)
