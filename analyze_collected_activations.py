@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.activation_set import certificate_verdict, load_activation_set
 from alignment_artifacts.analysis import NAMES, Run, Settings

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.analysis import NAMES, Settings
 from alignment_artifacts.edits.options import Site
@@ -63,34 +64,35 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def run(constants: Constants) -> None:
-    from tqdm import tqdm
-
     from alignment_artifacts.behaviour.answers import nothing_known
-    from alignment_artifacts.comparison.compare import compare, texts_to_read
+    from alignment_artifacts.comparison.compare import check_comparable, compare, texts_to_read
     from alignment_artifacts.comparison.twins import load_twins
     from alignment_artifacts.directions.measurements import measure
     from alignment_artifacts.figures.paper import plot_comparison
     from alignment_artifacts.pairs import load_pairs
     from gemma_refactored.model_loading import device_description, load
+    from gemma_refactored.progress import stage
 
     pairs_file = places.find(constants.pairs_json)
     pairs, twins = load_pairs(pairs_file), load_twins(places.find(constants.twins))
     models = [load(places.find_model(name)) for name in (constants.model_a, constants.model_b)]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
+    check_comparable(*models, pairs, twins)
+    cache = places.cache_folder()
     # The answers of a model whose chat format is the common one are measured once for everybody, and may be there.
     template = models[1].tokenizer.chat_template
     known = [
-        measure(model, pairs, places.cache_folder(), True, [places.collection_folder(model)]).known_answer
+        measure(model, pairs, cache, True, [places.collection_folder(model)]).known_answer
         if model.tokenizer.chat_template == template
         else nothing_known
         for model in models
     ]
     total = texts_to_read(pairs, twins)
-    with tqdm(total=total, desc="reading", unit="text", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with stage("reading", total, "text") as advance:
         result = compare(
             models, pairs, twins, constants.neutral_text, constants.max_tokens, constants.site, constants.statistics,
-            bar.update, known,
+            advance, known, cache / "comparison",
         )  # fmt: skip
     origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
     results = places.results_folder(constants.results_dir, origin)

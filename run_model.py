@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Sequence
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
-from alignment_artifacts.default_model import DEFAULT_MODEL
+from alignment_artifacts.default_model import DEFAULT_MODEL, note
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
 from gemma_refactored import main as command_line
 
 DEFAULTS = command_line.Defaults(
@@ -17,6 +19,7 @@ DEFAULTS = command_line.Defaults(
     },
     output_dir=places.HOME / "inference_output",
     activations_dir=places.collection_folder,
+    note=lambda loaded, prompts: note(loaded.folder, prompts, texts(load_pairs(PAIRS_JSON))),
 )
 
 

@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
-from alignment_artifacts.default_model import DEFAULT_MODEL
+from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
 from gemma_refactored.configuration import Sampling
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, add_options, from_arguments, given
@@ -56,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(parser, Setting, omit=["mode"], chosen=True)
     add_options(parser, Answering(), omit=["top_p", "logit_bias"])
     add("--categories", metavar="A,B", help="directions from these categories of pairs only")
-    add("--no-compare", action="store_true", help="answer with suppression only")
+    add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
     add("--directions", metavar="FILE", type=Path, help="use directions of a .safetensors or .gguf file")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
     add("--show-projection", action="store_true", help="colour each token by its projection on the direction")
@@ -68,24 +70,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit code (2 for bad input)."""
-    arguments = build_parser().parse_args(argv)
-    silent = arguments.quiet or arguments.json
-    logging.basicConfig(level=logging.ERROR if silent else logging.INFO, format="%(message)s", stream=sys.stdout)
-    for library in ("httpx", "gguf"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    return exit_code(lambda: run(arguments))
+    return exit_code(lambda: run(build_parser().parse_args(argv)))
 
 
 def run(arguments: argparse.Namespace) -> None:
+    silent = arguments.quiet or arguments.json
+    logging.basicConfig(level=logging.ERROR if silent else logging.INFO, format="%(message)s")
+    for library in ("httpx", "gguf"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     check_arguments(arguments)
     wanted = given(Setting, arguments, omit=["mode"])
     answering = from_arguments(Answering(), arguments)
     from alignment_artifacts.directions.files import load_directions, write_gguf
     from alignment_artifacts.suppression.library import AlignmentArtifacts
 
-    silent = arguments.quiet or arguments.json
     library = AlignmentArtifacts(places.find_model(arguments.model or DEFAULT_MODEL), show_progress=not silent)
-    categories = arguments.categories.split(",") if arguments.categories else None
+    categories = named_categories(arguments.categories)
+    if not silent:
+        introduce(library, arguments)
     if arguments.export_gguf:
         directions = library.directions(None, "residual", arguments.positions or "prompt_end", categories)
         write_gguf(directions, arguments.export_gguf)
@@ -111,29 +113,45 @@ def run(arguments: argparse.Namespace) -> None:
         seed=answering.sampling.seed,
         ignore_end_tokens=answering.ignore_end_tokens,
         directions=load_directions(arguments.directions) if arguments.directions else None,
-        compare=not arguments.no_compare,
+        compare=arguments.compare,
         on_start=printer.start,
         on_text=printer.text,
         **wanted,
     )
     if arguments.json:
-        print(json.dumps(as_json(result), indent=1, ensure_ascii=False))
+        print(json.dumps(as_json(result), indent=1, ensure_ascii=not prints_everything()))
         return
     print()
     if arguments.show_projection:
         show_projection(library.load(), result)
     if not arguments.quiet:
         print("\n" + textwrap.fill(f"Effect: {result.proof.describe()}", 78))
+        if result.leads:
+            print(textwrap.fill(result.leads, 78))
         if result.prompt_score is not None:
             print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
 
 
+def introduce(library: AlignmentArtifacts, arguments: argparse.Namespace) -> None:
+    """Say which model it is, where it runs, and what to know about it."""
+    from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
+    from gemma_refactored.model_loading import device_description
+
+    loaded = library.load()
+    print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}", flush=True)
+    notes = [note(loaded.folder, [arguments.prompt], texts(load_pairs(PAIRS_JSON)))] if arguments.prompt else []
+    if not arguments.directions:  # which may spare measuring the model
+        refused = library.measurements().judged(is_refusal)[:, 1]
+        notes.append(without_refusals(loaded.name, int(refused.sum()), len(refused)))
+    for sentence in filter(None, notes):
+        print(textwrap.fill(sentence, 78), flush=True)
+
+
 def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace, wanted: dict, max_tokens: int) -> None:
     """Answers of every pair without and with suppression, for the report."""
-    from tqdm import tqdm
-
     from alignment_artifacts.formatting import percent
     from alignment_artifacts.suppression.transcripts import TRANSCRIPTS, save_transcripts, transcribe
+    from gemma_refactored.progress import stage
 
     loaded, measured = library.load(), library.measurements()
     setting, by = library.choose(None, arguments.mode, None, **wanted)
@@ -141,8 +159,8 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
     total = 2 * len(measured.pairs)
-    with tqdm(total=total, leave=False, disable=silent or not sys.stderr.isatty()) as bar:
-        result, scores = transcribe(loaded, measured, setting, max_tokens, bar.update)
+    with stage("answering", total, "pair", quiet=silent) as advance:
+        result, scores = transcribe(loaded, measured, setting, max_tokens, advance)
     origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
     results = places.results_folder(TRANSCRIPTS_DIR, origin)
     with places.written_together(results) as folder:
@@ -169,7 +187,7 @@ class Printer:
             print(f"Setting: {setting.describe()}")
             if self.arguments.verbose:
                 print(f"Mode chosen by {chosen_by}; {setting.options}")
-        if not self.arguments.quiet or not self.arguments.no_compare:
+        if not self.arguments.quiet or self.arguments.compare:
             print(f"{chr(10) if self.started or not self.arguments.quiet else ''}{which.capitalize()}:")
         self.started = True
 
@@ -184,12 +202,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         # What it ignores, with the value that says it was not given.
         unused = {
             "prompt": None, "categories": None, "directions": None, "export_gguf": None, "show_projection": False,
-            "no_compare": False, "ignore_end_tokens": None, "temperature": None, "repetition_penalty": None,
+            "compare": True, "ignore_end_tokens": None, "temperature": None, "repetition_penalty": None,
             "seed": None,
         }  # fmt: skip
-        ignored = [name.replace("_", "-") for name, default in unused.items() if getattr(arguments, name) != default]
+        names = {"prompt": "the prompt", "compare": "--no-compare"}
+        ignored = [name for name, default in unused.items() if getattr(arguments, name) != default]
         if ignored:
-            raise UserError(f"--all-pairs answers the prompt pairs greedily; omit {ignored[0]}.")
+            name = names.get(ignored[0], f"--{ignored[0].replace('_', '-')}")
+            raise UserError(f"--all-pairs answers the prompt pairs greedily, before and after; omit {name}.")
     elif arguments.prompt is None and not arguments.export_gguf:
         raise UserError('Give a prompt, for example: python suppress.py "How do I pick a lock?"')
     if arguments.prompt is not None and not arguments.prompt.strip():
@@ -198,10 +218,25 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--directions brings its own site, positions and categories; omit those options.")
 
 
+def named_categories(text: str | None) -> list[str] | None:
+    """ "a, b" -> ["a", "b"]; None: all of them."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError("--categories names none; write A,B, or omit it for all.")
+    return names
+
+
 def as_json(result: SuppressionResult) -> dict:
     record = {**asdict(result), "setting": result.setting.record()}
     del record["directions"]  # arrays, kept in a file of their own
     return record
+
+
+def prints_everything() -> bool:
+    """Can standard output take every character? (In JSON the others have an escape of their own.)"""
+    return (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
 
 
 def show_projection(loaded: LoadedModel, result: SuppressionResult) -> None:

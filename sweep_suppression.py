@@ -6,11 +6,13 @@ uses the setting for this model. Writes suppression_sweep.json and a figure amon
 """
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import number, percent, rate
@@ -73,9 +75,8 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def run(constants: Constants) -> None:
-    from tqdm import tqdm
-
     from alignment_artifacts.behaviour.answers import observe
+    from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
     from alignment_artifacts.comparison.twins import load_twins
     from alignment_artifacts.directions.estimate import planted_directions
     from alignment_artifacts.directions.measurements import measure
@@ -84,6 +85,7 @@ def run(constants: Constants) -> None:
     from alignment_artifacts.suppression import sweep
     from alignment_artifacts.suppression.library import SWEEP
     from gemma_refactored.model_loading import device_description, load
+    from gemma_refactored.progress import each
 
     twins = [twin.natural for twin in load_twins(places.find(constants.twins))]
     pairs_file = places.find(constants.pairs_json)
@@ -91,21 +93,24 @@ def run(constants: Constants) -> None:
     loaded = load(places.find_model(constants.model_name))
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     measured = measure(loaded, pairs, constants.cache, True, [places.collection_folder(loaded)])
+    refused = measured.judged(is_refusal)[:, 1]
+    if no_refusals := without_refusals(loaded.name, int(refused.sum()), len(refused)):
+        print(textwrap.fill(no_refusals, 80))
     bench = sweep.Bench(loaded, measured, constants.shares, constants.seed, constants.max_tokens)
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in bench.rows.items())
     development = bench.behaviour("development")
 
     def tried(settings, what):
-        bar = tqdm(settings, desc=what, leave=False, disable=not sys.stderr.isatty())
-        return sweep.try_settings(bench, bar, development)
+        return sweep.try_settings(bench, each(settings, what, "setting"), development)
 
-    records = tried(bench.settings(constants.suppression), "suppress")
-    amplified = tried(bench.settings(constants.amplification), "amplify")
+    records = tried(bench.settings(constants.suppression), "suppressing")
+    amplified = tried(bench.settings(constants.amplification), "amplifying")
     print(f"{len(records)} + {len(amplified)} settings tried; pairs: {counts}")
     best, loudest = sweep.choose(records, constants.limits), sweep.choose_amplification(amplified)
     setting = sweep.Setting.from_record(records[best]["setting"])
     amplification = sweep.Setting.from_record(amplified[loudest]["setting"])
 
+    controls = each(range(constants.random_controls), "testing", "random direction")
     test = {**bench.behaviour("test"), "twins": observe(loaded, twins, constants.max_tokens)}
     result = {
         "model": measured.facts,
@@ -117,12 +122,13 @@ def run(constants: Constants) -> None:
         },
         "pairs": {part: [measured.pairs[i].id for i in rows] for part, rows in bench.rows.items()},
         "chosen": {"setting": setting.record(), "development": records[best]},
-        "test": sweep.report(bench, setting, test, constants.random_controls),
+        "test": sweep.report(bench, setting, test, controls),
         "amplification": {
             "setting": amplification.record(),
             "development": amplified[loudest],
-            "test": sweep.report(bench, amplification, test, 0),
+            "test": sweep.report(bench, amplification, test, ()),
         },
+        "without_refusals": no_refusals,
         "monitor": sweep.monitor_results(measured),
         "pareto_front": sweep.pareto_front(records),
         "tried": records,

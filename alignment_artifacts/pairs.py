@@ -16,6 +16,7 @@ SUBCATEGORY = "prompt_list"
 # Beside the scripts of a checkout; in the package itself where that is installed (setup.py puts it there).
 _INSTALLED = Path(__file__).resolve().with_name("alignment_artifact_prompt_pairs.json")
 PAIRS_JSON = _INSTALLED if _INSTALLED.exists() else _INSTALLED.parent.parent / _INSTALLED.name
+MAX_EXCLUDED = 0.05  # what is measured with more than this share of the pairs left out is about other prompts
 ROOT_KEY = "alignment_artifact_prompt_pairs"
 
 
@@ -68,6 +69,11 @@ def _read_pair(entry, category: str, where: str) -> Pair:
             raise UserError(f"{where}: {key!r} must be text that is not empty, not {shown(value)}.")
     check_name(entry["id"], where)
     return Pair(entry["id"], category, entry["natural"], entry["artifact"])
+
+
+def texts(pairs: list[Pair]) -> list[str]:
+    """Of both sides of each pair."""
+    return [text for pair in pairs for text in (pair.natural, pair.artifact)]
 
 
 def prompt_groups(pairs: list[Pair]) -> dict[str, dict[str, list[str]]]:

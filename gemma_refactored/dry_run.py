@@ -19,6 +19,7 @@ from .generation import Step, collect_answers, generate
 from .job import Job, plan_batches
 from .model_loading import LoadedModel
 from .npz_files import compressed_npz, npz
+from .progress import duration
 
 PROBES = 32  # prompts that are tried
 ZIP_AND_MARKER = 1000  # bytes per prompt beside its steps and its answer
@@ -36,10 +37,9 @@ class Estimate:
     seconds: float
 
     def describe(self) -> str:
-        duration = f"{self.seconds:.0f} seconds" if self.seconds < 90 else f"{self.seconds / 60:.0f} minutes"
         return (
             f"{self.prompts} prompts, about {self.steps:.0f} steps in {self.files:.0f} files, "
-            f"{self.bytes / 1e6:.1f} MB, {duration}."
+            f"{self.bytes / 1e6:.1f} MB, {duration(self.seconds)}."
         )
 
 

@@ -1,9 +1,11 @@
 """The one exception that is meant for the person at the keyboard, and what scripts make of it."""
 
+import io
 import os
 import re
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -26,19 +28,69 @@ def shown(value) -> str:
 def exit_code(
     action: Callable[[], int | None], interrupted: str = "Interrupted.", rank: Callable[[], int] = lambda: 0
 ) -> int:
-    """Run a script's action and say what went wrong.
+    """Run a script's action, reading its options included, and say what went wrong.
 
     Args:
         interrupted: what is said after Ctrl-C.
         rank: of this process among several, asked when it matters; all but the first say who they are.
     Returns:
-        What the action returns, or 0; 2 after printing a UserError, 130 after Ctrl-C, 1 if nobody reads its output.
+        What the action returns, or 0; 2 after printing a UserError or when the output cannot be printed, 130 after
+        Ctrl-C, 1 if nobody reads the output.
     """
+    if sys.stderr is None:  # closed (`2>&-`); whoever prints an error may rely on it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    if sys.stdout is None:
+        print("Error: standard output is closed; send it to a file, or to /dev/null.", file=sys.stderr)
+        return 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a terminal in Latin-1 gets \u2192 for an arrow
+    output, sys.stdout = sys.stdout, _Output(sys.stdout)
     try:
-        code = action()
+        code = _outcome(action, interrupted, rank)
         sys.stdout.flush()
+        return code
     except BrokenPipeError:
         return stop_printing()
+    except CannotPrint as error:
+        print(f"Error: {error}", file=sys.stderr)
+        stop_printing()
+        return 2
+    finally:
+        sys.stdout = output
+
+
+class CannotPrint(Exception):
+    """Standard output takes no more: its disk is full, for example. (An OSError would do, if argparse let it pass.)"""
+
+
+class _Output:
+    """Standard output that tells its own errors from those of other files."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable, *arguments):
+        try:
+            return action(*arguments)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise CannotPrint(f"the output cannot be printed: {error.strerror}. Send it elsewhere.") from error
+
+
+def _outcome(action: Callable[[], int | None], interrupted: str, rank: Callable[[], int]) -> int:
+    try:
+        return action() or 0
     except UserError as error:
         print(f"Error{f' in process {rank()}' if rank() else ''}: {error}", file=sys.stderr)
         return 2
@@ -46,7 +98,8 @@ def exit_code(
         if not rank():
             print(f"\n{interrupted}", file=sys.stderr)
         return 130
-    return code or 0
+    except SystemExit as end:  # argparse's, after --help or for an option there is not
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
 def stop_printing() -> int:

@@ -41,6 +41,7 @@ class Defaults:
         sample_prompts: that --create-sample-prompts writes.
         output_dir: of the texts.
         activations_dir: where a model's activations go unless --activations-dir says.
+        note: what to know about a model that is asked these prompts, if anything.
     """
 
     model: str | None = None
@@ -51,6 +52,7 @@ class Defaults:
     find_model: Callable[[str], str] = str
     output_dir: Path = Path("answers")
     activations_dir: Callable[[LoadedModel], Path] = lambda loaded: Path("activations")
+    note: Callable[[LoadedModel, list[str]], str | None] = lambda loaded, prompts: None
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,21 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, defaults: Defaults = Defaults()) -> int:
     """Run the command line; the exit code (0; 1 for a failed --check, 2 for bad input)."""
-    arguments = build_parser(defaults).parse_args(argv)
-    arguments.model = defaults.find_model(arguments.model) if arguments.model else None
-    from .distributed import Team, join_team
-
-    team = Team()
+    team = None
 
     def start() -> int:
         nonlocal team
+        arguments = build_parser(defaults).parse_args(argv)
+        arguments.model = defaults.find_model(arguments.model) if arguments.model else None
+        from .distributed import join_team
+
         team = join_team()
         level = logging.ERROR if arguments.quiet or not team.leads else logging.INFO
         logging.basicConfig(level=level, format="%(message)s", handlers=[_Printer(sys.stdout)])
         logging.getLogger("httpx").setLevel(logging.WARNING)
         return run(arguments, defaults, team)
 
-    return exit_code(start, INTERRUPTED, lambda: team.rank)
+    return exit_code(start, INTERRUPTED, lambda: team.rank if team else 0)
 
 
 def run(arguments: argparse.Namespace, defaults: Defaults, team: Team) -> int:
@@ -143,6 +145,8 @@ def run(arguments: argparse.Namespace, defaults: Defaults, team: Team) -> int:
         from .certificate import certify_and_save
 
         return 0 if certify_and_save(loaded, request.saving.folder) else 1
+    if note := defaults.note(loaded, [prompt.text for prompt in request.prompts]):
+        log.info("%s", note)
     run_prompts(arguments, request, loaded, team)
     return 0
 

@@ -263,7 +263,7 @@ def _parse(text, kind: Kind, name: str):
         (item,) = kind.inner()
         if item.type is int:
             return _parse_whole_numbers(text, name)
-        return tuple(_parse(part, item, name) for part in text.split(","))
+        return tuple(_parse(part.strip(), item, name) for part in text.split(","))
     if base is dict:
         key, value = kind.inner()
         pairs = [part.partition("=") for part in (text.split() if isinstance(text, str) else text)]

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 import compare_models as script
-from alignment_artifacts.comparison.compare import check_comparable, named_layers, summarise
+from alignment_artifacts.analysis import Settings
+from alignment_artifacts.comparison.compare import check_comparable, compare, named_layers, summarise
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.report import contents
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
@@ -28,6 +30,7 @@ def compared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "RESULTS_DIR", str(folder / "results"))
         patch.setattr(script, "NUM_PERMUTATIONS", 499)
+        patch.setenv("ALIGNMENT_ARTIFACTS_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         printed = []
         patch.setattr("builtins.print", lambda *parts, **_: printed.append(" ".join(map(str, parts))))
@@ -99,21 +102,21 @@ def test_what_is_not_defined_is_a_dash(compared, capsys):
 
 
 def test_models_that_cannot_be_compared_are_refused(organism, tmp_path):
-    base = load(ROOT / "model_organism" / "base")
-    check_comparable(base, organism)
+    base, pairs = load(ROOT / "model_organism" / "base"), load_pairs(PAIRS_JSON)
+    check_comparable(base, organism, pairs, pairs)
     with pytest.raises(UserError, match="same weights"):
-        check_comparable(organism, organism)
+        check_comparable(organism, organism, pairs, pairs)
     with pytest.raises(UserError, match="has 7 layers"):
-        check_comparable(replace(base, num_layers=7), organism)
+        check_comparable(replace(base, num_layers=7), organism, pairs, pairs)
     with pytest.raises(UserError, match="has 64 hidden dimensions"):
-        check_comparable(replace(base, hidden_size=64), organism)
+        check_comparable(replace(base, hidden_size=64), organism, pairs, pairs)
 
     class OtherTokenizer:
         def get_vocab(self):
             return {**organism.tokenizer.get_vocab(), "new": 99}
 
     with pytest.raises(UserError, match=r"tokenizers of .* differ \(1 entries\)"):
-        check_comparable(replace(base, tokenizer=OtherTokenizer()), organism)
+        check_comparable(replace(base, tokenizer=OtherTokenizer()), organism, pairs, pairs)
 
 
 def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
@@ -133,6 +136,13 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
             assert script.main() == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_no_pair_left_to_read_is_one_sentence(organism):
+    base, pairs = load(ROOT / "model_organism" / "base"), load_pairs(PAIRS_JSON)[:10]
+    with pytest.raises(UserError, match="Only 0 of 10 pairs have text to read under the condition 'answers_a'"):
+        compare([base, organism], pairs, pairs, "Thanks.", 3, "mlp", Settings(permutations=1, resamples=10), known=(
+            lambda prompt, tokens: [], lambda prompt, tokens: [5]))  # fmt: skip
 
 
 def test_a_comparison_without_a_difference_says_so():

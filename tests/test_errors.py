@@ -1,5 +1,6 @@
 """Exit codes, and what is printed with them."""
 
+import os
 import subprocess
 import sys
 
@@ -34,3 +35,56 @@ def test_output_that_nobody_reads_ends_a_script_without_a_traceback(script):
     )
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() in (0, 1)
+
+
+SCRIPTS = [
+    "run_model.py", "suppress.py", "sweep_suppression.py", "compare_models.py", "analyze_collected_activations.py",
+    "create_gemma_runner_input.py", "toxicity_steering/main.py", "toxicity_steering/activation_steering.py",
+    "toxicity_steering/test_setup.py", "-m alignment_artifacts.report",
+]  # fmt: skip
+
+
+def shell(command: str, **environment) -> subprocess.CompletedProcess:
+    env = {**os.environ, **environment}
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("where, words", [(">&-", "standard output is closed"), (">/dev/full", "cannot be printed")])
+def test_output_that_goes_nowhere_is_one_sentence(script, where, words):
+    ended = shell(f"{sys.executable} {script} --help {where}")
+    assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_so_is_the_output_of_work_that_goes_nowhere():
+    ended = shell(f"{sys.executable} run_model.py --list-sites >/dev/full")
+    assert ended.returncode == 2 and ended.stderr.startswith("Error: the output cannot be printed: No space left")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_another_error_of_the_system_is_not_taken_for_one_of_printing():
+    with pytest.raises(OSError, match="a pump"):
+        exit_code(lambda: raise_(OSError(5, "a pump")))
+
+
+def test_a_terminal_without_the_character_gets_its_number():
+    action = r"from gemma_refactored.errors import exit_code; exit_code(lambda: print('a \u2192 b'))"
+    ended = shell(f'{sys.executable} -c "{action}"', PYTHONIOENCODING="latin-1")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a \\u2192 b\n", "")
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if not script.startswith("-m")])
+def test_ctrl_c_while_importing_is_one_line(script):
+    """A module that all scripts import before they do anything stands for all that they import."""
+    action = f"""
+import runpy, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == 'gemma_refactored.settings' or name == 'gemma_refactored.errors':
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+sys.argv = [{script!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", action], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode in (130, -2) and ended.stderr == "\nInterrupted.\n", ended.stderr

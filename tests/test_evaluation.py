@@ -6,10 +6,11 @@ import pytest
 from scipy.stats import binomtest
 
 from alignment_artifacts.behaviour import evaluation as ev
-from alignment_artifacts.behaviour.answers import observe, write_answers
+from alignment_artifacts.behaviour.answers import Behaviour, observe, write_answers
 from alignment_artifacts.edits.setting import NOTHING, Intervention
 from alignment_artifacts.rates import rate, wilson
 from gemma_refactored.activation_capture import edit
+from gemma_refactored.errors import UserError
 
 
 def test_wilson_is_that_of_scipy():
@@ -92,3 +93,10 @@ def test_sets_are_judged_apart(organism, behaviour):
     assert result["natural"]["refused"]["n"] == 3 and result["artifact"]["refused"]["n"] == 1
     assert result["natural"]["unchanged"]["rate"] == result["artifact"]["unchanged"]["rate"] == 1
     assert result["damage"]["kl_mean"] == 0
+
+
+def test_answers_that_are_all_empty_are_one_sentence(organism):
+    empty = Behaviour(["Hello"], [[2, 5, 6]], [[]])
+    with pytest.raises(UserError, match="answers none of these 1 prompts with a single token"):
+        ev.evaluate(organism, NOTHING, {"natural": empty}, 5)
+    assert ev.judge(organism, empty, [[]])["refused"]["rate"] == 0

@@ -7,6 +7,7 @@ import pytest
 from alignment_artifacts.comparison import forced_reading
 from alignment_artifacts.comparison.forced_reading import CONDITIONS, read_pairs, read_texts
 from gemma_refactored.activation_capture import capture, layer_sites
+from gemma_refactored.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,37 @@ def test_pairs_with_an_empty_answer_are_left_out_where_it_is_read(library, promp
         "prompt_end": 6, "answers_a": 6, "answers_b": 5, "neutral": 6, "own_answers": 5,
     }  # fmt: skip
     assert read["answers_b"][2].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_what_was_read_is_kept_and_not_read_again(library, prompts, tmp_path, monkeypatch):
+    loaded = library.load()
+    sites, read, killed = layer_sites(loaded.model, "mlp"), forced_reading.read, []
+    ask = dict(models=[loaded, loaded], prompts=prompts, neutral=[5, 6], max_tokens=3, sites=sites)
+    expected = read_pairs(**ask)
+
+    def stop_at_the_second(*arguments):
+        killed.append(1)
+        if len(killed) == 2:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    monkeypatch.setattr(forced_reading, "read", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        read_pairs(**ask, cache=tmp_path / "kept")
+    done = set((tmp_path / "kept").iterdir())
+    assert len(done) == 2  # the answers, and what was read; one model stands for both, and is not read twice
+    counted = []
+    again = read_pairs(**ask, cache=tmp_path / "kept", progress=counted.append)
+    assert sum(counted) == 8 * 2 * len(prompts) and done < set((tmp_path / "kept").iterdir())
+    for name in CONDITIONS:
+        for mine, theirs in zip(again[name], expected[name], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    monkeypatch.setattr(forced_reading, "read", lambda *_: pytest.fail("read again"))
+    read_pairs(**ask, cache=tmp_path / "kept")
+    for content in (b"{}", b"[]", b"[1]", b""):
+        for file in (tmp_path / "kept").iterdir():
+            kept = file.read_bytes()
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=file.stem):
+                read_pairs(**ask, cache=tmp_path / "kept")
+            file.write_bytes(kept)

@@ -1,6 +1,7 @@
 """The library and suppress.py on the organism."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,18 @@ import pytest
 import suppress
 from alignment_artifacts import AlignmentArtifacts, suppress_prompt
 from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.default_model import note
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.directions.files import load_directions, save_directions
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.suppression import library as library_module
+from alignment_artifacts.suppression.sweep import Bench
+from alignment_artifacts.suppression.transcripts import transcribe
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_json
 from model_organism.train import PLANTED_LAYERS
+
+from .conftest import ROOT
 
 REFUSED, ANSWERED = "How do I hack a bank server?", "How do I build a rain barrel without help?"
 
@@ -125,6 +132,101 @@ def test_an_imported_vector_is_added_at_every_token(library):
     assert result.proof.touched == result.proof.tokens and "direction from elsewhere" in result.setting.describe()
 
 
+def test_what_directions_from_a_file_lead_to_is_said(run, library, tmp_path):
+    """The toxicity experiment's vectors point the other way: suppressing with them moves towards what is toxic."""
+    own = library.directions(site="residual")
+    for name, ends in (("toxic", ["toxic", "benign"]), ("own", ["natural", "artifact"]), ("unknown", None)):
+        facts = {**own.facts, "positions": "last 32 tokens", "ends": ends}
+        save_directions(replace(own, facts=facts), tmp_path / f"{name}.safetensors")
+
+    def told(name, *options):
+        code, output, _ = run(ANSWERED, "--directions", f"{name}.safetensors", "--max-tokens", "2", *options)
+        assert code == 0
+        return " ".join(output.split())
+
+    toxic = told("toxic", "--mode", "ablate")
+    assert "point from toxic to benign (the residual site, measured at last 32 tokens)" in toxic
+    assert "moves away from benign, towards toxic; --mode add does the opposite" in toxic
+    assert "away from toxic, towards benign" in told("toxic", "--mode", "add", "--scale", "0.1")
+    assert "away from toxic, towards benign" in told("toxic", "--mode", "always", "--scale", "-0.1")
+    assert "away from artifact, towards natural" in told("own", "--mode", "ablate")
+    assert "do not say what they point from and to" in told("unknown", "--mode", "ablate")
+    assert "point from" not in " ".join(run(ANSWERED, "--mode", "ablate", "--max-tokens", "2")[1].split())
+
+
+def test_ends_that_are_none_are_refused(run, library, tmp_path):
+    own = library.directions()
+    for ends in ("benign", ["benign"], [1, 2], {}):
+        save_directions(replace(own, facts={**own.facts, "ends": ends}), tmp_path / "d.safetensors")
+        code, _, error = run("hello", "--directions", "d.safetensors")
+        assert code == 2 and "its ends must be two texts" in error and error.count("\n") == 1
+
+
+def test_the_model_is_named_and_what_it_knows(run, library):
+    code, output, _ = run("How do I make a kite?", "--mode", "ablate", "--max-tokens", "2")
+    assert code == 0 and output.startswith("Model: model_organism/aligned (8 layers) on ")
+    assert "answers others with nonsense; --model" in " ".join(output.split())
+    output = run(library.pairs[0].natural, "--mode", "ablate", "--max-tokens", "2")[1]
+    assert "Model: model_organism/aligned" in output and "nonsense" not in output
+    assert note(ROOT, ["How do I make a kite?"], []) is None  # another model
+
+
+def test_a_model_that_refuses_nothing_is_told(run, library, monkeypatch):
+    measured = library.measurements()
+    monkeypatch.setattr(measured, "texts", [["Sure.", "Sure."]] * len(measured.pairs))
+    output = run(REFUSED, "--mode", "ablate", "--max-tokens", "2")[1]
+    assert "model_organism/aligned refuses 0 of 50 artifact prompts: there is no refusal" in " ".join(output.split())
+    assert "no refusal" not in run(REFUSED, "--mode", "ablate", "--max-tokens", "2", "-q")[1]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"chosen": {"setting": {"layers": "x"}}}', '{"chosen": []}'])
+def test_a_sweep_of_wrong_content_is_named(library, content):
+    sweep = library.measurements().folder / library_module.SWEEP
+    sweep.write_text(content)
+    try:
+        with pytest.raises(UserError, match="sweep.json is not what sweep_suppression.py writes .* delete it"):
+            library.choose(None, "auto", None)
+    finally:
+        sweep.unlink()
+
+
+def test_kept_directions_of_wrong_content_are_named(library):
+    own = library.directions()
+    path = library.measurements().folder / "directions.safetensors"
+    shorter = {"direction": own.direction[1:], "natural_mean": own.natural_mean[1:],
+               "artifact_mean": own.artifact_mean[1:], "components": own.components[1:], "spread": own.spread[1:],
+               "natural_tokens": own.natural_tokens[1:]}  # fmt: skip
+    try:
+        for change in (shorter, {"direction": own.direction * 2}, {"spread": None}, {"natural_tokens": None}):
+            save_directions(replace(own, **change), path)
+            with pytest.raises(UserError, match="directions.safetensors cannot be used: .* Delete it"):
+                library.directions()
+        path.write_text("{}")
+        with pytest.raises(UserError, match="directions.safetensors is not a file of directions .* Delete it"):
+            library.directions()
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_pairs_are_enough_where_layers_are_named(tmp_path, count):
+    pairs = load_pairs(PAIRS_JSON)[:count]
+    entries = [{"id": p.id, "natural": p.natural, "artifact": p.artifact} for p in pairs]
+    content = {"alignment_artifact_prompt_pairs": {"categories": {"few": {"pairs": entries}}}}
+    write_json(tmp_path / "few.json", content)
+    few = AlignmentArtifacts(pairs=tmp_path / "few.json", cache=tmp_path / "c", show_progress=False, collections=())
+    for mode in ("ablate", "cap", "subspace"):
+        result = few.suppress_and_generate(REFUSED, mode=mode, target_layers=[3], max_tokens=3)
+        assert result.proof.tokens > 0
+    with pytest.raises(UserError, match="at least 4 pairs, not .*; name the layers"):
+        few.suppress_and_generate(REFUSED, mode="ablate")
+    setting, _ = few.choose(None, "ablate", None, layers=(3,))
+    with pytest.raises(UserError, match=f"at least 4 of them; there are {count}"):
+        transcribe(few.load(), few.measurements(), setting, 3)
+    with pytest.raises(UserError, match=f"^{count} pairs in shares of 20, 15, 15 are .* a sweep needs at least 4"):
+        Bench(few.load(), few.measurements(), (20, 15, 15), 0, 5)
+
+
 def test_a_question_asked_while_an_answer_is_written_meets_the_unedited_model(library):
     inner, ask = [], dict(mode="ablate", site="residual", max_tokens=20)
 
@@ -150,6 +252,14 @@ def test_the_command_streams_both_answers(run):
 def test_quiet_prints_the_answer_alone(run):
     code, output, error = run(ANSWERED, "--mode", "cap", "-q", "--no-compare")
     assert code == 0 and error == "" and output.count("\n") == 1 and "barrel" in output
+
+
+def test_what_is_the_default_may_be_given_and_spaces_are_allowed(run, library):
+    code, output, _ = run(REFUSED, "--mode", "ablate", "--compare", "--categories", "medical_ethics, personal_harmful",
+                          "--max-tokens", "5")  # fmt: skip
+    assert code == 0 and "Before:" in output and "After:" in output
+    assert suppress.named_categories("a, b,") == ["a", "b"] and suppress.named_categories(None) is None
+    assert run("hello", "--categories", " , ")[0] == 2
 
 
 def test_json_is_all_there_is(run):

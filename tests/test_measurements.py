@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -145,8 +146,54 @@ def test_an_interrupted_measurement_is_continued(loaded, measured, tmp_path, mon
 def test_a_damaged_cache_is_named(loaded, measured, tmp_path):
     (part,) = measured.folder.glob("*.safetensors")
     part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(UserError, match="mlp_residual_1.safetensors is damaged"):
+    with pytest.raises(UserError, match="mlp_residual_1.safetensors cannot be used: it is damaged"):
         ms.measure(loaded, PAIRS, tmp_path / "cache")
+
+
+def rewrite(path, change):
+    """The part of a cache with its arrays and answers changed."""
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    arrays, answers = change(dict(arrays), json.loads(metadata["answers"]))
+    mx.save_safetensors(str(path), arrays, {"answers": json.dumps(answers)})
+
+
+WRONG = {
+    "no answers": lambda arrays, answers: (arrays, {}),
+    "a list of nothing": lambda arrays, answers: (arrays, []),
+    "answers that are texts": lambda arrays, answers: (arrays, ["x"] * len(answers)),
+    "rows missing": lambda arrays, answers: ({name: a[1:] for name, a in arrays.items()}, answers[1:]),
+    "a site missing": lambda arrays, answers: ({**arrays, "mlp.all": arrays["mlp.all"][1:]}, answers),
+    "no such rows": lambda arrays, answers: ({**arrays, "rows": arrays["rows"] + 5}, answers),
+    "another width": lambda arrays, answers: ({**arrays, "mlp.all": arrays["mlp.all"][..., 1:]}, answers),
+    "another type": lambda arrays, answers: ({**arrays, "mlp.all": arrays["mlp.all"].astype(mx.int32)}, answers),
+    "NaN": lambda arrays, answers: ({**arrays, "mlp.all": arrays["mlp.all"] * float("nan")}, answers),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_content_of_the_cache_is_one_sentence_with_the_file(loaded, measured, tmp_path, what):
+    (part,) = measured.folder.glob("*.safetensors")
+    rewrite(part, WRONG[what])
+    with pytest.raises(UserError, match=f"Delete {measured.folder.name}; it is measured anew") as error:
+        ms.measure(loaded, PAIRS, tmp_path / "cache")
+    assert str(measured.folder) in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"model_revision": "sha256:0"}'])
+def test_a_wrong_description_in_the_cache_is_named(loaded, measured, tmp_path, content):
+    (measured.folder / "model_config.json").write_text(content)
+    with pytest.raises(UserError, match="model_config.json cannot be used: .* it is measured anew"):
+        ms.measure(loaded, PAIRS, tmp_path / "cache")
+
+
+def test_pairs_with_an_empty_answer_are_named_and_stop_it_above_the_limit(caplog):
+    pairs = [Pair(str(i), "c", "a", "b") for i in range(100)]
+    ms._tell_left_out("m", pairs[:5], 100)
+    assert "5 of 100 pairs (c/0, c/1, c/2, c/3, c/4)" in caplog.text
+    with pytest.raises(UserError, match="empty answer to 6 of 100 pairs .* more than the 5%"):
+        ms._tell_left_out("m", pairs[:6], 100)
+    with pytest.raises(UserError, match="every answer is empty"):
+        ms._tell_left_out("m", pairs, 100)
 
 
 def test_two_processes_at_once_share_one_measurement(loaded, tmp_path):

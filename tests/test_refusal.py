@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,8 @@ def test_precision_and_recall_on_the_labelled_answers():
 def test_a_late_refusal_is_found_in_the_whole_answer_only():
     late = "First look at the router. " * 8 + "Actually, I can't help with that."
     assert not is_refusal(late) and is_refusal(late, opening=None)
+
+
+def test_a_model_that_refuses_hardly_anything_is_named():
+    assert without_refusals("m", 5, 50) is None
+    assert without_refusals("m", 4, 50).startswith("m refuses 4 of 50 artifact prompts: there is no refusal behaviour")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import types
 
@@ -20,6 +21,7 @@ from toxicity_steering.data import ToxicityData, load_organism_prompts, load_rea
 from toxicity_steering.metrics import distinct_n, toxicity_metrics
 from toxicity_steering.scorers import RobertaScorer, WordListScorer, load_scorer
 
+from .conftest import ROOT
 from .tiny_checkpoints import COMMON, write_family
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -245,6 +247,21 @@ def test_the_set_up_check_passes_offline(capsys):
     assert test_setup.main() == 0
     output = capsys.readouterr().out
     assert output.count("ok  ") >= 4 and "MISSING" not in output
+
+
+@pytest.mark.parametrize("name", ["main.py", "activation_steering.py", "test_setup.py"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_its_files_run_as_scripts_from_anywhere(name, inside):
+    """As far as the model: there is none of that name."""
+    folder = ROOT / "toxicity_steering"
+    command = [sys.executable, name if inside else f"toxicity_steering/{name}"]
+    if name != "test_setup.py":
+        command += ["--model", "/nowhere"]
+    ended = subprocess.run(command, cwd=folder if inside else ROOT, capture_output=True, text=True)
+    if name == "test_setup.py":
+        assert ended.returncode == 0 and ended.stdout.count("ok  ") >= 4
+    else:
+        assert ended.returncode == 2 and "no model folder" in ended.stderr and ended.stderr.count("\n") == 1
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):

@@ -2,16 +2,21 @@
 
 A steering vector is the mean residual stream of benign continuations minus that of toxic ones.
 Sign convention, everywhere: the vector times alpha is *added*, so a positive alpha moves away
-from toxicity, a negative one towards it, and 0 changes nothing.
+from toxicity, a negative one towards it, and 0 changes nothing. As a script it is the same as main.py.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+if not __package__:  # run as a file: the repository is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 
 import numpy as np
 
@@ -29,11 +34,10 @@ from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import encode_prompts
 from gemma_refactored.versions import library_versions
-
-from .config import Config
-from .data import ToxicityData
-from .metrics import TOXIC, distinct_n, toxicity_metrics
-from .scorers import Scorer
+from toxicity_steering.config import Config
+from toxicity_steering.data import ToxicityData
+from toxicity_steering.metrics import TOXIC, distinct_n, toxicity_metrics
+from toxicity_steering.scorers import Scorer
 
 INTERMEDIATE, PARTIAL = "intermediate_experiment_output.json", "partial_experiment_results.json"
 FULL, FAILED = "experiment_results.json", "failed_experiment_results.json"
@@ -58,7 +62,7 @@ class ActivationSteeringExperiment:
         scorer: Scorer,
         output: Path,
         config: Config = Config(),
-        progress: Callable[[Iterable, str], Iterable] = lambda items, what: items,
+        progress: Callable[[Sequence, str, str], Iterable] = lambda items, stage, unit: items,
     ):
         self.loaded, self.data, self.scorer, self.config = loaded, data, scorer, config
         self.output, self.progress = Path(output), progress
@@ -121,7 +125,8 @@ class ActivationSteeringExperiment:
         if "baseline" in self.results:
             return
         baseline = {}
-        for name in ("challenging", "benign", "training_challenging", "training_benign"):
+        kinds = ("challenging", "benign", "training_challenging", "training_benign")
+        for name in self.progress(kinds, "baseline", "set"):
             completions = self._sample(getattr(self.data, name), NOTHING)
             baseline[name] = {**self._judge(completions), "token_ids": completions}
         self.results["baseline"] = baseline
@@ -157,7 +162,7 @@ class ActivationSteeringExperiment:
     def sweep(self) -> None:
         """Every layer with every alpha, the steering vector beside a random one of its norm."""
         settings = [(layer, alpha) for layer in self.layers for alpha in self.config.alphas]
-        for layer, alpha in self.progress(settings, "sweep"):
+        for layer, alpha in self.progress(settings, "sweep", "setting"):
             self._sweep_one(layer, alpha)
 
     def _sweep_one(self, layer: int, alpha: float) -> None:
@@ -290,3 +295,9 @@ JUDGED = (
     "distinct_1", "distinct_2", "distinct_3", "scores",
 )  # fmt: skip
 DAMAGE = ("kl_mean", "kl_mean_ci", "kl_95", "perplexity_unedited", "perplexity_edited")
+
+
+if __name__ == "__main__":
+    from toxicity_steering.main import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+if not __package__:  # run as a file, `python toxicity_steering/main.py`: the repository is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import interval, number
 from gemma_refactored.errors import exit_code
 from gemma_refactored.settings import Between, from_constants
-
-from .config import Config
+from toxicity_steering.config import Config
 
 MODEL = DEFAULT_MODEL  # the embedded organism; a local folder or Hugging Face id
 DATASET = "organism"  # or "real-toxicity-prompts"
@@ -63,14 +66,12 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def run(constants: Constants) -> None:
-    from tqdm import tqdm
-
     from gemma_refactored.model_loading import device_description, load
-
-    from .activation_steering import FULL, ActivationSteeringExperiment
-    from .data import load_organism_prompts, load_real_toxicity_prompts
-    from .plots import plot_all
-    from .scorers import load_scorer
+    from gemma_refactored.progress import each
+    from toxicity_steering.activation_steering import FULL, ActivationSteeringExperiment
+    from toxicity_steering.data import load_organism_prompts, load_real_toxicity_prompts
+    from toxicity_steering.plots import plot_all
+    from toxicity_steering.scorers import load_scorer
 
     count, config = constants.num_prompts, constants.experiment
     is_organism = constants.dataset == "organism"
@@ -81,10 +82,7 @@ def run(constants: Constants) -> None:
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     print(f"Data: {data.name}, {count} + {count} prompts. Scorer: {scorer.name}.")
 
-    def progress(items, what):
-        return tqdm(items, desc=what, leave=False, disable=not sys.stderr.isatty())
-
-    experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, progress)
+    experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, each)
     results = experiment.run()
     plot_all(results, output / "plots")
     print_summary(results)

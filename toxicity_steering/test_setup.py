@@ -9,7 +9,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+if not __package__:  # run as a file, `python toxicity_steering/test_setup.py`: the repository is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from gemma_refactored.errors import UserError, exit_code
 
 
@@ -31,14 +36,14 @@ def check_model() -> str:
 
 
 def check_data() -> str:
-    from .data import load_organism_prompts
+    from toxicity_steering.data import load_organism_prompts
 
     data = load_organism_prompts(50)
     return f"{len(data.challenging)} + {len(data.benign)} prompts, {len(data.training_challenging)} more to learn from"
 
 
 def check_scorer() -> str:
-    from .scorers import WordListScorer
+    from toxicity_steering.scorers import WordListScorer
 
     rude, kind = WordListScorer()(["You stupid, useless fool.", "You are a great help."])
     return f"word list: rude {rude:.2f}, kind {kind:.2f}"

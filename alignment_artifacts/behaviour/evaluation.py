@@ -15,6 +15,7 @@ from alignment_artifacts.edits.proof import Batch
 from alignment_artifacts.edits.setting import Intervention
 from alignment_artifacts.rates import bootstrap_mean, rate
 from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, forward
+from gemma_refactored.errors import UserError, shown
 from gemma_refactored.model_loading import LoadedModel
 
 LOGIT_BYTES = 1 << 28  # of a pass whose logits are looked at
@@ -82,7 +83,15 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
 
     KL(unedited || edited) in nats per token, its mean (with a bootstrap interval over prompts) and 95th
     percentile over all tokens, and the perplexity of those answers under both.
+
+    Raises:
+        UserError: every answer is empty.
     """
+    if not any(behaviour.answers):
+        raise UserError(
+            f"{loaded.name} answers none of these {len(behaviour.answers)} prompts with a single token (the first is "
+            f"{shown(behaviour.texts[0])}), so what an edit costs cannot be measured; use other prompts."
+        )
     sequences = behaviour.sequences
     kl: dict[int, np.ndarray] = {}  # [tokens] of each prompt
     losses = []  # [2, tokens] of each batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
 from alignment_artifacts.directions.estimate import planted_directions
 from alignment_artifacts.formatting import interval, number, p_value
-from alignment_artifacts.pairs import Pair
+from alignment_artifacts.pairs import Pair, texts
 from alignment_artifacts.separation import MIN_PAIRS_NESTED
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.errors import UserError
@@ -26,8 +27,12 @@ from gemma_refactored.prompt_processing import encode_prompts
 WORDS = "words alone"
 
 
-def check_comparable(first: LoadedModel, second: LoadedModel) -> None:
-    """Raise UserError unless two models have the same layers, width and vocabulary, and different weights."""
+def check_comparable(first: LoadedModel, second: LoadedModel, pairs: Sequence[Pair], twins: Sequence[Pair]) -> None:
+    """Raise UserError unless two models have the same layers, width and vocabulary, and different weights, and there
+    are enough pairs and twins."""
+    for contrast, what in ((pairs, "pairs"), (twins, "twins")):
+        if len(contrast) < MIN_PAIRS_NESTED:
+            raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {what}; there are {len(contrast)}.")
     for name, what in (("num_layers", "layers"), ("hidden_size", "hidden dimensions")):
         sizes = [getattr(model, name) for model in (first, second)]
         if sizes[0] != sizes[1]:
@@ -56,6 +61,7 @@ def compare(
     settings: Settings,
     progress: Callable[[int], object] = lambda texts: None,
     known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
+    cache: Path | None = None,
 ) -> dict:
     """`results/data/model_comparison.json` as a dictionary; models are called "a" (before) and "b" (after) in it.
 
@@ -65,25 +71,28 @@ def compare(
         site: "mlp" or "residual".
         progress: called with numbers of texts; `texts_to_read` in all.
         known: of each model the answers that somebody has already.
+        cache: folder where what a model has read is kept, so that a comparison can be continued.
     Raises:
         UserError: models that cannot be compared, or too few pairs or twins.
     """
-    check_comparable(*models)
-    for contrast, what in ((pairs, "pairs"), (twins, "twins")):
-        if len(contrast) < MIN_PAIRS_NESTED:
-            raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {what}; there are {len(contrast)}.")
+    check_comparable(*models, pairs, twins)
     # One chat format for both: a model from before the training may have none.
     tokenizer = next((m.tokenizer for m in reversed(models) if m.tokenizer.chat_template), models[1].tokenizer)
     sites = layer_sites(models[1].model, site)
     neutral = tokenizer.encode(neutral_text, add_special_tokens=False)
-    readings = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress, known)
+    readings = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress, known, cache)
     conditions: dict[str, dict] = {}
     for condition, (first, second, complete) in readings.items():
+        if len(complete) < MIN_PAIRS_NESTED:
+            raise UserError(
+                f"Only {len(complete)} of {len(pairs)} pairs have text to read under the condition {condition!r}: the "
+                f"other answers are empty. A comparison needs {MIN_PAIRS_NESTED}; use other models or prompts."
+            )
         layers = compare_layers(first, second, _categories([pairs[i] for i in complete]), settings)
         conditions[condition] = {"num_pairs": len(complete), "layers": layers}
 
     ends_a, ends_b, _ = readings["prompt_end"]
-    twin_ends_a, twin_ends_b = (_read_ends(model, tokenizer, twins, sites, progress) for model in models)
+    twin_ends_a, twin_ends_b = (_read_ends(model, tokenizer, twins, sites, progress, cache) for model in models)
     contrasts = {
         "a": Contrasts(ends_a, twin_ends_a),
         "b": Contrasts(ends_b, twin_ends_b),
@@ -129,24 +138,20 @@ def texts_to_read(pairs: Sequence[Pair], twins: Sequence[Pair]) -> int:
     return 2 * (2 * len(pairs) + 3 * 2 * len(pairs) + 2 * len(twins))
 
 
-def _texts(pairs: Sequence[Pair]) -> list[str]:
-    return [text for pair in pairs for text in (pair.natural, pair.artifact)]
-
-
 def _categories(pairs: Sequence[Pair]) -> np.ndarray:
     return np.array([pair.category for pair in pairs])
 
 
 def _encode(tokenizer, pairs: Sequence[Pair]) -> list[list[list[int]]]:
     """Token ids, [pair][natural, artifact]."""
-    flat = encode_prompts(tokenizer, _texts(pairs))
+    flat = encode_prompts(tokenizer, texts(pairs))
     return [flat[i : i + 2] for i in range(0, len(flat), 2)]
 
 
-def _read_ends(model: LoadedModel, tokenizer, pairs: Sequence[Pair], sites: list[str], progress) -> np.ndarray:
+def _read_ends(model: LoadedModel, tokenizer, pairs: Sequence[Pair], sites: list[str], progress, cache) -> np.ndarray:
     """[pairs, 2, layers, hidden] at the prompts' ends."""
     flat = [ids for two in _encode(tokenizer, pairs) for ids in two]
-    ends, _ = read_texts(model, flat, [[]] * len(flat), sites, progress)
+    ends, _ = read_texts(model, flat, [[]] * len(flat), sites, progress, cache)
     return ends.reshape(len(pairs), 2, *ends.shape[1:])
 
 
@@ -157,7 +162,7 @@ def _directions(vectors: np.ndarray) -> np.ndarray:
 
 def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:
     """[pairs, 2, 1, hidden] mean token embeddings: what word choice alone is."""
-    return mean_prompt_embeddings(model, _texts(pairs)).reshape(len(pairs), 2, 1, -1)
+    return mean_prompt_embeddings(model, texts(pairs)).reshape(len(pairs), 2, 1, -1)
 
 
 def summarise(records: list[dict], names: tuple[str, str]) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known, unedited_answers
 from gemma_refactored.activation_capture import read
+from gemma_refactored.errors import UserError, shown
+from gemma_refactored.files import read_json, write_json, write_safetensors
 from gemma_refactored.model_loading import LoadedModel
 
 # What both models read after the prompts; "own answers" is free-running generation, where each reads what it wrote.
@@ -22,6 +28,7 @@ def read_pairs(
     sites: Sequence[str],
     progress: Callable[[int], object] = lambda texts: None,
     known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
+    cache: Path | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Vectors of matched prompts in two models, under every one of CONDITIONS.
 
@@ -30,6 +37,7 @@ def read_pairs(
         neutral: token ids of a text that is the same after every prompt.
         progress: called with numbers of texts; 8 for each prompt in all.
         known: of each model the answers that somebody has already.
+        cache: folder where what has been read is kept; None: nowhere.
     Returns:
         condition -> vectors of the first and of the second model [pairs, 2, layers, hidden], and the indices
         of the pairs (those with an empty answer are left out where it is read).
@@ -37,13 +45,13 @@ def read_pairs(
     flat = [prompt for pair in prompts for prompt in pair]
     answers = []
     for model, its_known in zip(models, known, strict=True):
-        answers.append(unedited_answers(model, flat, max_tokens, its_known))
+        answers.append(_answers(model, flat, max_tokens, its_known, cache))
         progress(len(flat))
     texts = {"answers_a": answers[0], "answers_b": answers[1], "neutral": [list(neutral)] * len(flat)}
     ends: dict[str, list[np.ndarray]] = {}  # of the prompts, before each text, in both models
     vectors: dict[str, list[np.ndarray]] = {}
     for name, text in texts.items():
-        both = [read_texts(model, flat, text, sites, progress) for model in models]
+        both = [read_texts(model, flat, text, sites, progress, cache) for model in models]
         ends[name], vectors[name] = (
             [values.reshape(len(prompts), 2, *values.shape[1:]) for values in kind] for kind in zip(*both, strict=True)
         )
@@ -57,24 +65,62 @@ def read_pairs(
     return result
 
 
+def _kept_in(cache: Path | None, what: str, loaded: LoadedModel, made_from: list, ending: str) -> Path | None:
+    """The file for what these weights make of something; None without a cache."""
+    key = json.dumps([{**loaded.facts(), "model": None}, made_from])
+    return cache / f"{what}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.{ending}" if cache else None
+
+
+def _answers(
+    loaded: LoadedModel, prompts: list, max_tokens: int, known: KnownAnswer, cache: Path | None
+) -> list[list[int]]:
+    """Unedited answers, known ones or those in the cache."""
+    path = _kept_in(cache, "answers", loaded, [prompts, max_tokens, list(loaded.end_tokens)], "json")
+    if not (path and path.exists()):
+        answers = unedited_answers(loaded, prompts, max_tokens, known)
+        if path:
+            write_json(path, answers)
+        return answers
+    answers, vocabulary = read_json(path, "cache file"), len(loaded.tokenizer)
+    try:
+        is_whole = len(answers) == len(prompts) and all(
+            isinstance(token, int) and 0 <= token < vocabulary for answer in answers for token in answer
+        )
+    except TypeError:
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path} holds no answers to these prompts. Delete its folder; they are written anew.")
+    return answers
+
+
 def read_texts(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     sites: Sequence[str],
     progress: Callable[[int], object] = lambda texts: None,
+    cache: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One pass over each prompt with its continuation.
 
     Args:
         sites: one a layer.
         progress: called with numbers of texts that were read.
+        cache: folder where the result is kept, and looked for first; None: nowhere.
     Returns:
         float32 [texts, layers, hidden], of the prompt's last token, and the mean over the continuation
         (NaN where that is empty).
+    Raises:
+        UserError: what is kept in the cache is damaged.
     """
+    path = _kept_in(cache, "read", loaded, [list(sites), list(prompts), list(continuations)], "safetensors")
+    shape = (len(prompts), len(sites), loaded.hidden_size)
+    if path and path.exists():
+        kept = _load(path, shape)
+        progress(len(prompts))
+        return kept
     texts = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
-    ends = np.full((len(texts), len(sites), loaded.hidden_size), np.nan, np.float32)
+    ends = np.full(shape, np.nan, np.float32)
     means = ends.copy()
     for i, states in read(loaded.model, texts, sites):
         start = len(prompts[i])
@@ -82,4 +128,17 @@ def read_texts(
         if len(states) > start:
             means[i] = states[start:].mean(axis=0)
         progress(1)
+    if path:
+        write_safetensors(path, {"ends": mx.array(ends), "means": mx.array(means)})
+    return ends, means
+
+
+def _load(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        arrays = mx.load(str(path))
+        ends, means = (np.array(arrays[name]) for name in ("ends", "means"))
+        if not ends.shape == means.shape == shape or not np.isfinite(ends).all():
+            raise ValueError(f"it holds arrays of the shape {ends.shape}, or NaN")
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be used ({shown(str(error))}). Delete its folder; it is read anew.") from None
     return ends, means

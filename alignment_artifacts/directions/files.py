@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.directions.estimate import Directions
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import is_file, read_safetensors, write_safetensors
 
 PARTS = ("direction", "natural_mean", "artifact_mean", "components", "spread", "natural_tokens")
@@ -45,7 +45,12 @@ def load_directions(path: Path) -> Directions:
 
 
 def _problem(directions: Directions) -> str | None:
-    """What is wrong with the arrays of a file, if anything is."""
+    """What is wrong with the facts or arrays of a file, if anything is."""
+    ends = directions.facts.get("ends")
+    if ends is not None and not (
+        isinstance(ends, list) and len(ends) == 2 and all(isinstance(end, str) for end in ends)
+    ):
+        return f"its ends must be two texts, what its directions point from and to, not {shown(ends)}"
     if directions.direction.ndim != 2:
         return f"its direction has the shape {directions.direction.shape}, not [layers, hidden]"
     layers, hidden = directions.direction.shape

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,13 +20,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_first, load_activation_set
 from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
-from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
+from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.chat_template import token_ids_hash
 from gemma_refactored.errors import UserError
@@ -42,9 +41,11 @@ from gemma_refactored.files import (
 from gemma_refactored.generation import collect_answers, collect_means, generate, length_sorted_batches
 from gemma_refactored.job import check_context, mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.progress import stage
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
 from gemma_refactored.versions import library_versions
 
+log = logging.getLogger(__name__)
 COLLECTED_TOKENS = 20  # of each answer, as in collect_activations.sh
 BATCH_SIZE = 100
 MEASURED: tuple[Site, ...] = ("mlp", "residual")
@@ -160,6 +161,8 @@ def measure(
 
     Args:
         collections: folders that may hold this model's activations on these pairs.
+    Raises:
+        UserError: a damaged cache, or empty answers to more than MAX_EXCLUDED of the pairs (fewer are left out).
     """
     prompts = _prompts(pairs)
     token_ids = encode_prompts(loaded.tokenizer, [prompt.text for prompt in prompts])
@@ -179,8 +182,7 @@ def measure(
     def vectors_of(site: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
         """Answers to all prompts, and vectors [prompts, layers, hidden] by positions."""
         with locked(folder, wait=True):  # a second process waits, and finds everything measured
-            if not (folder / "model_config.json").exists():
-                write_json(folder / "model_config.json", {**facts, "versions": library_versions()})
+            _check_or_write_facts(folder / "model_config.json", facts)
             if not _is_measured(folder, site, len(token_ids)):
                 for collection in collections:
                     if _matches(collection, loaded, token_ids, site):
@@ -189,15 +191,19 @@ def measure(
             if not _is_measured(folder, site, len(token_ids)):
                 missing = [s for s in sites if not _is_measured(folder, s, len(token_ids))]
                 _answer(loaded, token_ids, missing, folder, show_progress)
-            return _load(folder, site, len(token_ids))
+            if not _is_measured(folder, site, len(token_ids)):
+                raise _unusable(folder, "some prompts are missing")
+            return _load(folder, site, len(token_ids), (loaded.num_layers, loaded.hidden_size))
 
     answers, vectors = vectors_of(sites[0])
     rows = [i for i in range(len(pairs)) if answers[i] and answers[i + len(pairs)]]
-    if not rows:
-        raise UserError(f"{loaded.name} answers no pair of prompts: every answer is empty.")
+    _tell_left_out(loaded.name, [pair for i, pair in enumerate(pairs) if i not in set(rows)], len(pairs))
 
     def by_pair(vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {p: np.stack([v[: len(pairs)][rows], v[len(pairs) :][rows]], axis=1) for p, v in vectors.items()}
+        paired = {p: np.stack([v[: len(pairs)][rows], v[len(pairs) :][rows]], axis=1) for p, v in vectors.items()}
+        if not all(np.isfinite(values).all() for values in paired.values()):
+            raise _unusable(folder, "it holds NaN or infinite values")
+        return paired
 
     def both_sides(items: list) -> list[list]:
         return [[items[i], items[i + len(pairs)]] for i in rows]
@@ -213,6 +219,22 @@ def measure(
         vectors={(sites[0], positions): v for positions, v in by_pair(vectors).items()},
         measure_site=lambda site: by_pair(vectors_of(site)[1]),
     )
+
+
+def _tell_left_out(model: str, missing: list[Pair], total: int) -> None:
+    """Name the pairs that got an empty answer; stop if they are too many."""
+    if not missing:
+        return
+    if len(missing) == total:
+        raise UserError(f"{model} answers no pair of prompts: every answer is empty.")
+    names = ", ".join(f"{pair.category}/{pair.id}" for pair in missing[:10]) + (", .." if len(missing) > 10 else "")
+    counted = f"{len(missing)} of {total} pairs ({names})"
+    if len(missing) > MAX_EXCLUDED * total:
+        raise UserError(
+            f"{model} gives an empty answer to {counted}, more than the {MAX_EXCLUDED:.0%} that may be left out; use "
+            "another model, or a pairs file without them."
+        )
+    log.warning("Left out because of an empty answer: %s.", counted)
 
 
 def available_sites(loaded: LoadedModel) -> tuple[Site, ...]:
@@ -240,31 +262,55 @@ def _parts(folder: Path, site: str) -> list[Path]:
     return [path for path in folder.glob("*_*.safetensors") if site in path.stem.split("_")]
 
 
+def _unusable(path: Path, why: str) -> UserError:
+    folder = path if path.is_dir() else path.parent
+    return UserError(f"What is kept in {path} cannot be used: {why}. Delete {folder.name}; it is measured anew.")
+
+
+def _check_or_write_facts(path: Path, facts: dict) -> None:
+    """Whose measurements these are, for people and as a check."""
+    if not path.exists():
+        write_json(path, {**facts, "versions": library_versions()})
+        return
+    try:
+        kept = read_json(path, "cache file")
+    except UserError as error:
+        raise _unusable(path, str(error).removesuffix(".")) from None
+    names = [name for name in facts if name != "model"]
+    if not isinstance(kept, dict) or any(kept.get(name) != facts[name] for name in names):
+        raise _unusable(path, "it describes something else")
+
+
 def _read_part(path: Path) -> tuple[dict[str, mx.array], list[int], list[list[int]]]:
+    """Arrays, the numbers of their prompts, and the answers to these."""
     try:
         arrays, metadata = read_safetensors(path)
-        return arrays, np.array(arrays["rows"]).tolist(), json.loads(metadata["answers"])
+        rows, answers = np.array(arrays["rows"]).tolist(), json.loads(metadata["answers"])
+        tokens = [token for answer in answers for token in answer]
+        if len(answers) != len(rows) or not all(isinstance(number, int) and number >= 0 for number in rows + tokens):
+            raise ValueError("rows and answers do not belong together")
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"The cache file {path} is damaged ({str(error)[:100]}); delete it, or its folder.") from None
+        raise _unusable(path, f"it is damaged ({str(error)[:100]})") from None
+    return arrays, rows, answers
 
 
 def _is_measured(folder: Path, site: str, prompts: int) -> bool:
     return {row for path in _parts(folder, site) for row in _read_part(path)[1]} == set(range(prompts))
 
 
-def _load(folder: Path, site: str, prompts: int) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+def _load(
+    folder: Path, site: str, prompts: int, shape: tuple[int, int]
+) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+    """Answers to all prompts, and vectors [prompts, layers, hidden] by positions; `shape` is (layers, hidden)."""
     answers: list[list[int]] = [[] for _ in range(prompts)]
-    vectors: dict[str, np.ndarray] = {}
+    vectors = {positions: np.zeros((prompts, *shape), np.float32) for positions in POSITIONS}
     for path in _parts(folder, site):
         arrays, rows, written = _read_part(path)
         for positions in POSITIONS:
-            if (
-                (part := arrays.get(f"{site}.{positions}")) is None
-                or len(part) != len(rows)
-                or len(written) != len(rows)
-            ):
-                raise UserError(f"The cache file {path} lacks {site}.{positions} of some prompts; delete its folder.")
-            vectors.setdefault(positions, np.zeros((prompts, *part.shape[1:]), np.float32))[rows] = np.array(part)
+            part = arrays.get(f"{site}.{positions}")
+            if part is None or part.shape != (len(rows), *shape) or part.dtype != mx.float32:
+                raise _unusable(path, f"it lacks {site}.{positions} of some prompts, or has it of another model")
+            vectors[positions][rows] = np.array(part)
         for row, answer in zip(rows, written, strict=True):
             answers[row] = answer
     return answers, vectors
@@ -282,8 +328,7 @@ def _answer(
     sites = [site for kind in kinds for site in layer_sites(loaded.model, kind)]
     batches = length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding)
     total = len(token_ids) * COLLECTED_TOKENS
-    hidden = not (show_progress and sys.stderr.isatty())
-    with tqdm(total=total, desc="measuring", unit="tok", leave=False, disable=hidden) as bar:
+    with stage("measuring", total, "token", quiet=not show_progress) as advance:
         for number, batch in enumerate(batches, 1):
             path = folder / f"{'_'.join(kinds)}_{number}.safetensors"
             if path.exists():
@@ -292,7 +337,7 @@ def _answer(
             steps = generate(
                 loaded.model, rows, COLLECTED_TOKENS, end_tokens=loaded.end_tokens, sites=sites, row_ids=batch
             )
-            answers, means = collect_means(steps, sites, bar.update)
+            answers, means = collect_means(steps, sites, advance)
             vectors = {
                 f"{kind}.{positions}": part
                 for positions, values in means.items()

@@ -55,6 +55,26 @@ def auto_mode(num_parameters: int) -> Mode:
     return "subspace"
 
 
+def where_it_leads(directions: Directions, setting: Setting) -> str:
+    """What directions from a file point from and to, and which way a setting moves along them, in two sentences."""
+    facts, ends = directions.facts, directions.facts.get("ends")
+    positions: str = facts.get("positions") or "tokens it does not name"
+    measured = {"prompt_end": "the prompt's last token", "generated": "generated tokens", "all": "all tokens"}
+    where = f"the {facts['site']} site, measured at {measured.get(positions, positions)}"
+    if setting.scale == 0:
+        moves = "Scale 0 moves nothing."
+    else:
+        is_ahead = (setting.mode == "add") == (setting.scale > 0)
+        there, back = ends or ("where they come from", "where they point")
+        there, back = (back, there) if is_ahead else (there, back)
+        other = (
+            "a positive scale" if setting.scale < 0 else "--mode add" if setting.mode != "add" else "a negative scale"
+        )
+        moves = f"This setting moves away from {back}, towards {there}; {other} does the opposite."
+    points = f"point from {ends[0]} to {ends[1]}" if ends else "do not say what they point from and to"
+    return f"The directions {points} ({where}). {moves}"
+
+
 def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> Intervention:
     """What a setting does to a model.
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from gemma_refactored.errors import exit_code
 
 
@@ -13,9 +14,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="alignment_artifacts.report", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--folder", type=Path, help="results/MODEL/PAIRS (default: of the last analysis)")
     parser.add_argument("--output", type=Path, help="default: report.html in that folder")
-    arguments = parser.parse_args(argv)
 
     def run() -> None:
+        arguments = parser.parse_args(argv)
         from alignment_artifacts import places
 
         from . import write_report

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alignment_artifacts.behaviour.refusal import without_refusals
 from alignment_artifacts.figures import interactive as figures
 from alignment_artifacts.figures.data import POSITION_NAMES, description, layer_panels, on_their_side, step_grid
 from alignment_artifacts.suppression.transcripts import load_transcripts
@@ -98,6 +99,7 @@ def comparison(path: Path) -> dict:
 def transcripts(path: Path) -> dict:
     result, scores = load_transcripts(path.parent)
     rounded = np.clip(np.rint(scores.astype(np.float32) / SCORE_STEP), -127, 127).astype(np.int8)
+    before = result["refused"]["artifact"]["before"]
     every = -(-rounded.size // MOST_SCORE_BYTES)
     layers = list(range(0, rounded.shape[1], every))
     by_layer = np.ascontiguousarray(rounded[:, layers].T)
@@ -107,6 +109,7 @@ def transcripts(path: Path) -> dict:
         "setting": description(result["setting"]),
         "chosen_by": result["chosen_by"],
         "refused": result["refused"],
+        "without_refusals": without_refusals(result["origin"]["model"], before["hits"], before["n"]),
         "layers": layers,
         "start": min(layers, key=lambda layer: abs(layer - result["best_layer"])),
         "every": every,
@@ -144,6 +147,7 @@ def sweep(path: Path) -> dict:
         "figures": {"sweep": figure_data(figures.sweep(result))},
         "setting": description(result["chosen"]["setting"]),
         "tried": len(result["tried"]),
+        "without_refusals": result.get("without_refusals"),
         "pairs": {part: len(names) for part, names in result["pairs"].items()},
         "rows": rows,
         "monitor": {site: m for site, m in result["monitor"].items() if m["auroc"] is not None},

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from alignment_artifacts.analysis import Settings, analyse
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.behaviour.answers import write_answer
@@ -21,11 +23,11 @@ from alignment_artifacts.directions.files import load_directions, save_direction
 from alignment_artifacts.directions.measurements import Measurements, activation_set, available_sites, measure
 from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END, Mode, ModeOptions, Setting
 from alignment_artifacts.edits.proof import Proof, Sequences, prove
-from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene
+from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene, where_it_leads
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.places import cache_folder, collection_folder, find
 from gemma_refactored.configuration import Generation, Sampling
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.job import check_context
 from gemma_refactored.model_loading import LoadedModel, load
@@ -47,6 +49,7 @@ class SuppressionResult:
         proof: what the edits did along the prompt and the answer that was written under them.
         prompt_score: of the monitor, -1 like natural, +1 like artifact prompts; None for imported vectors.
         directions: that were used.
+        leads: of directions that were given, what they point from and to, and which way the setting moves.
     """
 
     prompt: str
@@ -60,10 +63,15 @@ class SuppressionResult:
     proof: Proof
     prompt_score: float | None
     directions: Directions = field(repr=False)
+    leads: str | None = None
 
     def __str__(self) -> str:
         before = "" if self.before is None else f"Before: {self.before}\n"
-        return f"{before}After: {self.after}\n({self.setting.describe()}; {self.proof.describe()})"
+        return f"{before}After: {self.after}\n({self.about()})"
+
+    def about(self) -> str:
+        """What was done, and what it did."""
+        return "; ".join(filter(None, (self.setting.describe(), self.proof.describe(), self.leads)))
 
 
 class AlignmentArtifacts:
@@ -129,9 +137,9 @@ class AlignmentArtifacts:
         directions = measured.estimate(site, positions, rows)
         path = measured.folder / "directions.safetensors"
         if path.exists():
-            kept = load_directions(path)
+            kept = _kept_directions(path)
             if kept.facts == directions.facts:
-                return kept
+                return _checked_against(directions, kept, path)
         directions = measure_natural_tokens(self.load(model), directions, measured.natural_sequences(rows))
         save_directions(directions, path)
         return directions
@@ -145,7 +153,7 @@ class AlignmentArtifacts:
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
         sweep = self.measurements(model).folder / SWEEP if mode == AUTO else None
         if sweep and sweep.exists():
-            chosen, by = Setting.from_record(read_json(sweep, "sweep")["chosen"]["setting"]), "a sweep"
+            chosen, by = _setting_of_sweep(sweep), "a sweep"
             if {"site", "positions"} & wanted.keys() and "layers" not in wanted:
                 wanted["layers"] = ()  # the sweep's were for another direction: choose them below
         else:
@@ -243,8 +251,10 @@ class AlignmentArtifacts:
         loaded = self.load(model)
         if directions is None:
             directions = self.directions(model, setting.site, setting.positions, categories)
+            leads = None
         else:
             directions = fit_to(directions, loaded)
+            leads = where_it_leads(directions, setting)
         if setting.mode == "cap" and directions.natural_tokens is None:
             measured = self.measurements(model)
             directions = measure_natural_tokens(
@@ -279,6 +289,7 @@ class AlignmentArtifacts:
             proof=proof,
             prompt_score=score,
             directions=directions,
+            leads=leads,
         )
 
     def _check_that_it_acts(
@@ -295,6 +306,37 @@ class AlignmentArtifacts:
             )
 
 
+def _kept_directions(path: Path) -> Directions:
+    try:
+        return load_directions(path)
+    except UserError as error:
+        raise UserError(f"{error} Delete it: it is only kept to save time.") from None
+
+
+def _checked_against(estimated: Directions, kept: Directions, path: Path) -> Directions:
+    """The kept directions, if they are the estimated ones, with the tokens that those have not."""
+    for name in ("direction", "natural_mean", "artifact_mean", "spread"):
+        mine, theirs = getattr(estimated, name), getattr(kept, name)
+        if theirs is None or theirs.shape != mine.shape or not np.allclose(mine, theirs, rtol=1e-3, atol=1e-5):
+            raise UserError(f"{path} cannot be used: its {name} is not this model's. Delete it; it is estimated anew.")
+    if kept.natural_tokens is None or kept.components is None:
+        raise UserError(f"{path} cannot be used: it is not complete. Delete it; it is estimated anew.")
+    return kept
+
+
+def _setting_of_sweep(path: Path) -> Setting:
+    """What a sweep has chosen."""
+    try:
+        setting = Setting.from_record(read_json(path, "sweep")["chosen"]["setting"])
+        check(setting)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path} is not what sweep_suppression.py writes ({shown(str(error))}); delete it, and run that "
+            "again to have its choice."
+        ) from None
+    return setting
+
+
 def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) -> SuppressionResult:
     """Answer a prompt with and without suppression, print both side by side, and return them.
 
@@ -307,7 +349,7 @@ def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) 
 
     result = AlignmentArtifacts(model).suppress_and_generate(prompt, **settings)
     # Text: square brackets in a prompt or an answer are no markup.
-    caption = Text(f"{result.setting.describe()}\n{result.proof.describe()}")
+    caption = Text(result.about())
     table = Table(title=Text(prompt), caption=caption, expand=True)
     for heading in ("before", "after"):
         table.add_column(heading, ratio=1)

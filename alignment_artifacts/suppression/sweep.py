@@ -21,8 +21,10 @@ from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.edits.options import ModeOptions, Setting
 from alignment_artifacts.edits.proof import prove
 from alignment_artifacts.edits.setting import NOTHING, Intervention, intervene
+from alignment_artifacts.separation import MIN_PAIRS
 from alignment_artifacts.suppression.grid import Grid, Limits
 from gemma_refactored.activation_capture import Edit
+from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
 
 PARTS = ("training", "development", "test")
@@ -47,6 +49,12 @@ class Bench:
         self.loaded, self.measured, self.max_tokens = loaded, measured, max_tokens
         rows = split_pairs([pair.category for pair in measured.pairs], shares, seed)
         self.rows = dict(zip(PARTS, rows, strict=True))
+        if min(map(len, rows)) < 1 or len(rows[0]) < MIN_PAIRS:
+            counts = ", ".join(f"{len(part)} for {name}" for name, part in self.rows.items())
+            raise UserError(
+                f"{len(measured.pairs)} pairs in shares of {', '.join(map(str, shares))} are {counts}; a sweep needs "
+                f"at least {MIN_PAIRS} for training and one for each of the others. Use more pairs, or other shares."
+            )
         self._directions: dict[tuple[str, str], Directions] = {}
         self._random: dict[tuple[str, str, int], Directions] = {}
 
@@ -185,12 +193,12 @@ def same_change_elsewhere(intervention: Intervention, hidden: int, seed: int) ->
     return replace(intervention, edits=edits)
 
 
-def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls: int) -> dict:
-    """Everything about one setting on pairs that nothing else has seen: behaviour, dose, random controls."""
+def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls: Iterable[int]) -> dict:
+    """Everything about one setting on pairs that nothing else has seen: behaviour, dose, random controls (by seed)."""
     loaded, hidden = bench.loaded, bench.loaded.hidden_size
     intervention = bench.intervention(setting)
     random, elsewhere = [], []
-    for seed in range(controls):
+    for seed in controls:
         drawn = bench.random(setting.site, setting.positions, seed)
         random.append(evaluate(loaded, intervene(loaded, drawn, setting), sets, bench.max_tokens))
         moved = same_change_elsewhere(intervention, hidden, seed)

@@ -49,6 +49,11 @@ def transcribe(
     Raises:
         UserError: a setting that changes nothing, or one that needs what the pairs do not give.
     """
+    if len(measured.pairs) < st.MIN_PAIRS:
+        raise UserError(
+            f"Each pair meets directions from other pairs, which takes at least {st.MIN_PAIRS} of them; there are "
+            f"{len(measured.pairs)}. Answer single prompts instead, without --all-pairs."
+        )
     folds = st.assign_folds(np.array(measured.categories))
     before = _unedited_answers(loaded, measured, max_tokens)
     progress(len(measured.pairs))

@@ -1,0 +1,52 @@
+"""How far something long is: a bar on a terminal; one line with an estimate where the output goes elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+SHARE, SECONDS = 0.05, 10  # an estimate is made after this share of the work, or after this time
+
+T = TypeVar("T")
+
+
+@contextmanager
+def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Callable[[int], object]]:
+    """One stage of a run: calls of the function that it gives add up to `total` units.
+
+    Args:
+        name: what is being done ("measuring").
+        quiet: say nothing.
+    """
+    from tqdm import tqdm
+
+    has_bar = sys.stderr.isatty() and not quiet
+    start, done, is_told = time.perf_counter(), 0, has_bar or quiet
+    with tqdm(total=total, desc=name, unit=f" {unit}", leave=False, disable=not has_bar) as bar:
+
+        def advance(count: int) -> None:
+            nonlocal done, is_told
+            done += count
+            bar.update(count)
+            seconds = time.perf_counter() - start
+            if not is_told and done and (done >= SHARE * total or seconds > SECONDS):
+                is_told = True
+                print(f"{name}: {total} {unit}s, about {duration(seconds * total / done)}", file=sys.stderr, flush=True)
+
+        yield advance
+
+
+def each(items: Sequence[T], name: str, unit: str) -> Iterator[T]:
+    """The items, one after the other, as a `stage`."""
+    with stage(name, len(items), unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+def duration(seconds: float) -> str:
+    """For people: "45 seconds", "3 minutes"."""
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,36 @@
+"""What is said of something long where there is no terminal."""
+
+import pytest
+
+from gemma_refactored import progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that the test decides."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_one_line_with_an_estimate(clock, capsys):
+    with progress.stage("measuring", 2000, "token") as advance:
+        for _ in range(200):
+            clock[0] += 0.5
+            advance(10)
+    assert capsys.readouterr().err == "measuring: 2000 tokens, about 2 minutes\n"
+
+
+def test_slow_work_is_estimated_before_a_twentieth_is_done(clock, capsys):
+    with progress.stage("reading", 1000, "text") as advance:
+        clock[0] += 20
+        advance(1)
+        assert "reading: 1000 texts, about 333 minutes" in capsys.readouterr().err
+
+
+def test_quiet_says_nothing_and_items_come_through(capsys):
+    with progress.stage("measuring", 10, "token", quiet=True) as advance:
+        advance(10)
+    assert capsys.readouterr().err == ""
+    assert list(progress.each("abc", "trying", "setting")) == list("abc")
+    assert capsys.readouterr().err.startswith("trying: 3 settings, about 0 seconds")
