@@ -69,9 +69,9 @@ bench:                     # collection beside its peers, about 15 minutes; the 
 	.venv-bench/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
 	.venv-bench/bin/python -m benchmarks.collection_speed
 
-organism: setup            # trains the embedded model anew, about 15 minutes
+organism: setup            # trains the embedded model again, about 15 minutes
 	$(PYTHON) -m model_organism.train
-	$(PYTHON) -m model_organism.evaluate
+	$(PYTHON) -m model_organism.evaluate --json results/model_organism.json
 
 clean:                     # results only; the environment and the cache of measurements stay
 	rm -rf collected_activations_* inference_output results prompts_for_gemma_runner.json \
