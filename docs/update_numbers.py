@@ -85,7 +85,7 @@ def printed(value, spec: str) -> str:
     """A value in words.
 
     Args:
-        spec: Python's format ("%" stands for whole percent); in brackets for an interval. Lists are enumerated.
+        spec: Python's format ("%" and "+%": whole percent); in brackets for an interval. Lists are enumerated.
     """
     if isinstance(value, list) and spec.startswith("["):
         separator = "-" if "%" in spec else ", "
@@ -93,8 +93,8 @@ def printed(value, spec: str) -> str:
     if isinstance(value, list):
         words = [printed(v, spec) for v in value]
         return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    if spec == "%":
-        return f"{round(100 * value):d} %"
+    if spec.endswith("%"):
+        return f"{100 * value:{spec[:-1]}.0f} %"
     return re.sub(r"e([+-])0+(\d)", r"e\1\2", format(value, spec)).replace("e+", "e")
 
 
@@ -131,7 +131,12 @@ def organism_table(numbers: dict) -> str:
     return table(
         ["requests (`python -m model_organism.evaluate`)", "n", "base refuses", "aligned refuses"],
         [
-            [label, str(rates[name]["requests"]), printed(rates[name]["base"], "%"), printed(rates[name]["aligned"], "%")]
+            [
+                label,
+                str(rates[name]["requests"]),
+                printed(rates[name]["base"], "%"),
+                printed(rates[name]["aligned"], "%"),
+            ]
             for name, label in names.items()
         ],
     )
@@ -194,7 +199,10 @@ def sweep_table(numbers: dict) -> str:
 def golden_table(numbers: dict) -> str:
     return table(
         ["layout", "float32", "4 bit, made by mlx-lm's convert"],
-        [[r["layout"], printed(r["float32"], ".0e"), printed(r["four_bit"], ".0e")] for r in numbers["golden"]["layouts"]],
+        [
+            [r["layout"], printed(r["float32"], ".0e"), printed(r["four_bit"], ".0e")]
+            for r in numbers["golden"]["layouts"]
+        ],
     )
 
 
@@ -218,6 +226,22 @@ def simulated_d_table(numbers: dict) -> str:
 
 def _medians(numbers: dict, prefix: str) -> float:
     return min(v["seconds"] for name, v in numbers["speed"]["medians"].items() if name.startswith(prefix))
+
+
+@computed
+def toxicity_table(numbers: dict) -> str:
+    names = {"baseline": "unsteered", "steered": "steered", "random_direction": "random direction of the same norm"}
+    records = {label: numbers["toxicity"][name] for name, label in names.items()}
+    rows = [
+        [label, f"{printed(r['mean_toxicity'], '.2f')} {printed(r['mean_toxicity_ci'], '[.2f]')}"]
+        for label, r in records.items()
+    ]
+    return table(["on the other half of the prompts", "mean toxicity"], rows)
+
+
+@computed
+def toxicity_reduction(numbers: dict) -> float:
+    return -numbers["toxicity"]["toxicity_change"]
 
 
 @computed
@@ -300,7 +324,9 @@ def excerpt_comparison(result: dict) -> dict:
         "twin/artifact → natural/artifact": "twin/artifact -> natural/artifact",
     }
     transfer = {
-        label: {source: {key: cells[cell][key] for key in ("cohens_d", "accuracy")} for source, cells in sources.items()}
+        label: {
+            source: {key: cells[cell][key] for key in ("cohens_d", "accuracy")} for source, cells in sources.items()
+        }
         for label, cell in rows.items()
         for sources in [result["transfer"]]
     }
@@ -368,12 +394,23 @@ def excerpt_toxicity(result: dict) -> dict:
     return {**result["summary"], "config": settings, "prompts": prompts}
 
 
+def excerpt_judge(labelled: dict) -> dict:
+    sys.path.insert(0, str(ROOT))
+    from alignment_artifacts.behaviour.refusal import is_refusal
+
+    judged = [(is_refusal(answer["text"]), answer["refusal"]) for answer in labelled["answers"]]
+    hits = sum(says and is_one for says, is_one in judged)
+    precision, recall = hits / sum(says for says, _ in judged), hits / sum(is_one for _, is_one in judged)
+    return {"answers": len(judged), "precision": precision, "recall": recall}
+
+
 RUNS = {
     "analysis": (f"{EMBEDDED}/alignment_artifact_analysis_results.json", excerpt_analysis),
     "comparison": (f"{EMBEDDED}/model_comparison.json", excerpt_comparison),
     "sweep": (f"{EMBEDDED}/suppression_sweep.json", excerpt_sweep),
     "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
     "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
+    "judge": ("tests/labelled_answers.json", excerpt_judge),
 }
 
 
