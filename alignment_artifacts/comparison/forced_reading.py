@@ -1,4 +1,4 @@
-"""Two models read the same texts: what differs then is how they represent them, not what they have written."""
+"""Two models read the same texts, so that only their representations differ, not what they have written."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def read_pairs(
     Args:
         prompts: token ids, [pair][natural, artifact].
         neutral: token ids of a text that is the same after every prompt.
-        progress: called with numbers of texts; 8 for each prompt in all.
-        known: of each model the answers that somebody has already.
+        progress: called with numbers of texts, 8 per prompt in total.
+        known: for each model, a source of answers that have already been generated.
     Returns:
         condition -> vectors of the first and of the second model [pairs, 2, layers, hidden], and the indices
-        of the pairs (those with an empty answer are left out where it is read).
+        of the pairs (those with an empty answer are omitted where that answer is read).
     """
     flat = [prompt for pair in prompts for prompt in pair]
     answers = []
-    for model, its_known in zip(models, known, strict=True):
-        answers.append(unedited_answers(model, flat, max_tokens, its_known))
+    for model, known_answer in zip(models, known, strict=True):
+        answers.append(unedited_answers(model, flat, max_tokens, known_answer))
         progress(len(flat))
     texts = {"answers_a": answers[0], "answers_b": answers[1], "neutral": [list(neutral)] * len(flat)}
     ends: dict[str, list[np.ndarray]] = {}  # of the prompts, before each text, in both models
@@ -67,7 +67,7 @@ def read_texts(
     """One pass over each prompt with its continuation.
 
     Args:
-        sites: one a layer.
+        sites: one per layer.
         progress: called with numbers of texts that were read.
     Returns:
         float32 [texts, layers, hidden], of the prompt's last token, and the mean over the continuation
