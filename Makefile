@@ -10,15 +10,15 @@ all collect check analyse transcripts sweep: export MODEL_NAME := $(MODEL)
 PYTHON := .venv/bin/python
 OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
 
-# A model that fails its check is analysed all the same; the analysis says so.
-# What the embedded model was before its change is known, so it is compared with that too.
+# A model that fails its check is analysed anyway; the analysis says so.
+# The embedded model is also compared with what it was before its change.
 all: collect
 	-@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory analyse $(if $(filter model_organism/aligned,$(MODEL)),compare)
 	-@$(MAKE) --no-print-directory transcripts
 	@$(MAKE) --no-print-directory report
 
-# A Linux without a GPU wants OpenBLAS (20 times faster products); try to get it where we may.
+# Linux without a GPU needs OpenBLAS (matrix products 20 times as fast); try to install it if we may.
 setup: .venv/.installed
 .venv/.installed: requirements.txt requirements-test.txt
 	@if [ "$$(uname -s)" = Linux ] && [ "$(OPENBLAS)" = 0 ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -43,7 +43,7 @@ compare: setup             # two models and twins: is it alignment, or just diff
 transcripts: setup         # every pair answered before and after suppression
 	$(PYTHON) suppress.py --all-pairs --model "$$MODEL_NAME"
 
-report: setup              # one page that shows all results there are
+report: setup              # one page with all available results
 	$(PYTHON) -m alignment_artifacts.report
 
 sweep: setup               # which suppression works, at what cost

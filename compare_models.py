@@ -119,7 +119,7 @@ def print_tables(result: dict) -> None:
     """80 columns: layers at the prompt's end, differences under every condition, transfer."""
     from alignment_artifacts.analysis import is_significant
 
-    print("\nAt the prompt's end, the same tokens for both (d held out by pair)")
+    print("\nAt the prompt's end, the same tokens in both (d held out by pair)")
     print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A")
     for layer, r in enumerate(result["conditions"]["prompt_end"]["layers"]):
         print(
@@ -129,7 +129,7 @@ def print_tables(result: dict) -> None:
         )
     print("\nB - A on generated tokens (* p <= 0.05 over layers)")
     shown = {"neutral": "neutral text", "answers_a": "answers of A", "answers_b": "answers of B",
-             "own_answers": "each its own"}  # fmt: skip
+             "own_answers": "own answers"}  # fmt: skip
     print("layer " + "".join(f"{title:>16}" for title in shown.values()))
     for layer in range(len(result["conditions"]["neutral"]["layers"])):
         cells = [result["conditions"][name]["layers"][layer] for name in shown]

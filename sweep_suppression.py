@@ -151,7 +151,7 @@ def print_tables(result: dict) -> None:
     for record in front if chosen in front else [*front, chosen]:
         _print_trial(record, "*" if record == chosen else " ")
     test = result["test"]
-    print(f"\n{'The chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
+    print(f"\n{'Chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
     _print_test("unedited, artifact", test["unedited"]["artifact"])
     _print_test("suppressed, artifact", test["artifact"])
     _print_test("suppressed, natural", test["natural"], test["damage"])

@@ -273,7 +273,7 @@ def test_missing_sections_name_the_command(results, tmp_path, monkeypatch, capsy
     assert f"Report: file://{tmp_path}/r.html" in capsys.readouterr().out
     text = (tmp_path / "r.html").read_text()
     for command in (*(source.command for source in SOURCES[1:]), TOXICITY_COMMAND):
-        assert f"<code>{command}</code> makes it" in text
+        assert f"Run <code>{command}</code>, then" in text
     assert results["run"].results["summary"] in text
 
 

@@ -173,8 +173,8 @@ def summarise(records: list[dict], names: tuple[str, str]) -> str:
     r = records[best]
     return (
         f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at "
-        f"{named_layers(significant)}, most at layer {best}: d = {number(r['d_b'], 1)} instead of {number(r['d_a'], 1)}, "
-        f"a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
+        f"{named_layers(significant)}, most at layer {best}: d = {number(r['d_b'], 1)} instead of "
+        f"{number(r['d_a'], 1)}, a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
         f"(p = {p_value(r['p_value'])} over all layers).{identical}"
     )
 
