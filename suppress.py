@@ -35,7 +35,7 @@ class Answering:
     """How answers are generated."""
 
     max_tokens: Annotated[int, Between(1, 1_000_000)] = 100
-    """most tokens to generate"""
+    """largest number of tokens to generate"""
     ignore_end_tokens: bool = False
     """keep generating after the end of the turn"""
     sampling: Sampling = Sampling()

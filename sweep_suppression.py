@@ -54,11 +54,11 @@ class Constants:
     cache: Path
     """folder of measurements"""
     shares: Annotated[tuple[Annotated[int, Between(1)], ...], Must(lambda shares: len(shares) == 3, "be three shares")]
-    """of the pairs, for training, development and test"""
+    """pairs for training, development and test"""
     max_tokens: Annotated[int, Between(1, 1_000_000)]
     """tokens of each answer"""
     seed: Seed
-    """of the split of the pairs"""
+    """seed of the split of the pairs"""
     random_controls: Annotated[int, Between(0)]
     """random directions beside the chosen setting"""
     results_dir: Path

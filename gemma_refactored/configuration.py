@@ -20,7 +20,7 @@ class Sampling:
     """How the next token is chosen."""
 
     temperature: Temperature = 0.0
-    """temperature; 0 takes the likeliest token"""
+    """temperature; 0 always takes the most likely token"""
     top_p: TopP = 1.0
     """nucleus sampling; 1: off"""
     repetition_penalty: Annotated[float, Between(1e-3, 100)] = 1.0
@@ -38,7 +38,7 @@ class Generation:
     """How answers are generated."""
 
     max_tokens: Annotated[int, Between(0, 1_000_000)] = 100
-    """most tokens to generate"""
+    """largest number of tokens to generate"""
     batch_size: Annotated[int, Between(1, 100_000)] = 32
     """prompts in one forward pass"""
     chat_mode: bool = True
@@ -57,7 +57,7 @@ class Saving:
     save_activations: bool = False
     """write .npz files"""
     activations_dir: Path | None = None
-    """folder for them; None: one that belongs to the model"""
+    """folder for the .npz files; None: one that belongs to the model"""
     activation_filter: str = "mlp.output"
     """'all', or parts or globs of site names, comma-separated"""
     activation_dtype: Literal["float32", "float16"] = "float32"

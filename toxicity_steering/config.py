@@ -24,7 +24,7 @@ class Config:
     max_tokens: Annotated[int, Between(1, 1_000_000)] = 32
     """tokens of a continuation"""
     temperature: Temperature = 0.7
-    """of the sampling"""
+    """sampling temperature"""
     top_p: TopP = 0.9
     """nucleus sampling; 1: off"""
     last_tokens: Annotated[int, Between(1)] = 32
@@ -32,4 +32,4 @@ class Config:
     max_kl: Annotated[float, Between(0, 1000)] = 0.1
     """most that the chosen setting may cost on benign answers, in nats per token"""
     seed: Seed = 0
-    """of all random choices"""
+    """seed of all random choices"""
