@@ -250,7 +250,7 @@ def test_a_certificate_lies_with_the_model_it_is_about(workplace):
         ({}, "run_model.py --prompts Hello --max-tokens 1", "Answers: {home}/inference_output/results.json"),
         ({}, "run_model.py --model model_organism/base --list-sites", "Model: model_organism/base"),
         ({}, "suppress.py Hello --model model_organism/nothing", "'model_organism/nothing'"),
-        ({"MODEL_A": "model_organism/aligned"}, "compare_models.py", "are the same weights"),
+        ({"MODEL_A": "model_organism/aligned"}, "compare_models.py", "have the same weights"),
         ({"MODEL_NAME": "model_organism/nothing"}, "sweep_suppression.py", "'model_organism/nothing'"),
         ({}, "-m toxicity_steering.main --model model_organism/nothing", "'model_organism/nothing'"),
         ({}, "-m alignment_artifacts.report", "Report: file://{home}/results/"),

@@ -280,7 +280,7 @@ def test_missing_sections_name_the_command(results, tmp_path, monkeypatch, capsy
 def test_few_pairs_make_a_report_too(tmp_path):
     write_analysis(tmp_path, pairs=8)
     text = build(tmp_path)
-    assert "too few pairs for single steps" in text and "only 2 pairs, 4 needed" in text
+    assert "too few pairs to score single steps" in text and "only 2 pairs, 4 needed" in text
 
 
 @pytest.mark.parametrize("source", SOURCES[1:], ids=lambda source: source.name)
@@ -306,7 +306,7 @@ def test_only_the_toxicity_results_of_this_model_are_in_it(results, home):
     original = path.read_text()
     try:
         write_toxicity(home, {"model": "someone else", "model_revision": "sha256:2"})
-        assert f"<code>{TOXICITY_COMMAND}</code> makes it" in build(results["folder"])
+        assert f"Run <code>{TOXICITY_COMMAND}</code>, then" in build(results["folder"])
     finally:
         path.write_text(original)
 
