@@ -10,15 +10,15 @@ all collect check analyse transcripts sweep: export MODEL_NAME := $(MODEL)
 PYTHON := .venv/bin/python
 OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
 
-# A model that fails its check is analysed all the same; the analysis says so.
-# What the embedded model was before its change is known, so it is compared with that too.
+# A model that fails its check is analysed anyway; the analysis says so.
+# The embedded model is also compared with what it was before its change.
 all: collect
 	-@$(MAKE) --no-print-directory check
 	@$(MAKE) --no-print-directory analyse $(if $(filter model_organism/aligned,$(MODEL)),compare)
 	-@$(MAKE) --no-print-directory transcripts
 	@$(MAKE) --no-print-directory report
 
-# A Linux without a GPU wants OpenBLAS (20 times faster products); try to get it where we may.
+# Linux without a GPU needs OpenBLAS (matrix products 20 times as fast); try to install it if we may.
 setup: .venv/.installed
 .venv/.installed: pyproject.toml setup.py constraints.txt
 	@if [ "$$(uname -s)" = Linux ] && [ "$(OPENBLAS)" = 0 ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -44,7 +44,7 @@ compare: setup             # two models and twins: is it alignment, or just diff
 transcripts: setup         # every pair answered before and after suppression
 	$(PYTHON) suppress.py --all-pairs --model "$$MODEL_NAME"
 
-report: setup              # one page that shows all results there are
+report: setup              # one page with all available results
 	$(PYTHON) -m alignment_artifacts.report
 
 sweep: setup               # which suppression works, at what cost
@@ -66,14 +66,14 @@ test: setup
 fuzz: setup                # the property tests on new random examples, ten times as many as in `make test`
 	$(PYTHON) -m pytest -n 2 -m hypothesis --hypothesis-profile=fuzz
 
-bench:                     # collection beside its peers, about 15 minutes; the peers go into .venv-bench
+bench:                     # collection compared with other libraries, about 15 minutes; they go into .venv-bench
 	@test -x .venv-bench/bin/python || python3 -m venv .venv-bench
 	.venv-bench/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
 	.venv-bench/bin/python -m benchmarks.collection_speed
 
-organism: setup            # trains the embedded model anew, about 15 minutes
+organism: setup            # trains the embedded model again, about 15 minutes
 	$(PYTHON) -m model_organism.train
-	$(PYTHON) -m model_organism.evaluate
+	$(PYTHON) -m model_organism.evaluate --json results/model_organism.json
 
 clean:                     # results only; the environment and the cache of measurements stay
 	rm -rf collected_activations_* inference_output results prompts_for_gemma_runner.json \

@@ -1,6 +1,6 @@
 """Analyse a collection: how well a direction separates artifact from natural prompts, layer by layer.
 
-Reads what was collected last (of $MODEL_NAME, if that is set). Writes the results as JSON and figures into
+Reads the latest collection (of $MODEL_NAME, if that is set). Writes the results as JSON and figures into
 results/MODEL/PAIRS/, and the main ones also beside this script; prints a table. Edit the constants; None
 means: take it from the collection's manifest.
 """
@@ -25,7 +25,7 @@ from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.settings import Between, Must, from_constants
 
-RAW_ACTIVATIONS_BASE_DIR = None  # None: what was collected last
+RAW_ACTIVATIONS_BASE_DIR = None  # None: the latest collection
 ORIGINAL_PAIRS_JSON_FOR_ITERATION = places.HOME / "alignment_artifact_prompt_pairs.json"
 GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH = "prompt_list"
 NUM_LAYERS = None
@@ -38,7 +38,7 @@ NUM_BOOTSTRAP_RESAMPLES = 1000
 SEED = 0
 MAX_EXCLUDED = 0.05  # stop if more than this share of the pairs cannot be used
 
-# The last analysis; each model's own is in RESULTS_DIR.
+# Of the latest analysis; the results of each model are in RESULTS_DIR.
 RESULTS_JSON = places.HOME / places.ANALYSIS
 PLOT_PNG = places.HOME / places.PLOT
 RESULTS_DIR = places.HOME / "results"
@@ -47,29 +47,29 @@ RESULTS_DIR = places.HOME / "results"
 @dataclass(frozen=True)
 class Constants:
     raw_activations_base_dir: Path | None
-    """folder of the collection (also ACTIVATIONS_DIR in the environment); None: what was collected last"""
+    """folder of the collection (also ACTIVATIONS_DIR in the environment); None: the latest collection"""
     original_pairs_json_for_iteration: Path
     """the matched prompt pairs that were collected"""
     gemma_input_subcategory_key_in_path: str
     """folder between a group and its batch"""
     num_layers: Annotated[int, Between(1)] | None
-    """layers that are read; None: all"""
+    """number of layers to read; None: all"""
     key_pattern_template: (
         Annotated[str, Must(lambda text: text.count("{layer_idx}") == 1, "have {layer_idx} in it once")] | None
     )
     """name of the arrays, with {layer_idx} for the layer; None: from the manifest"""
     num_token_steps_to_collect: Annotated[int, Between(0)] | None
-    """generated tokens that are read; None: all"""
+    """number of generated tokens to read; None: all"""
     expected_hidden_dim: Annotated[int, Between(1)] | None
     """width of an activation, to check the files with; None: whatever it is"""
     max_excluded: Annotated[float, Between(0, 1)]
     """stop if more than this share of the pairs cannot be used"""
     results_json: Path
-    """where the numbers go"""
+    """file for the numbers"""
     plot_png: Path
-    """where the plot goes; a .pdf beside it"""
+    """file for the plot, with a .pdf beside it"""
     results_dir: Path
-    """where further numbers and figures go"""
+    """folder for further numbers and figures"""
     statistics: Settings = Settings()
 
 
@@ -127,8 +127,8 @@ def run(constants: Constants) -> None:
     print_table(result)
     print("\n" + places.told("Numbers", places.HOME / constants.results_json))
     print(places.told("Plot", places.HOME / constants.plot_png))
-    print(places.told("This model's own, by category, layer and step", results))
-    print("All of it on one page: python -m alignment_artifacts.report")
+    print(places.told("This model's results, by category, layer and step", results))
+    print("Everything on one page: python -m alignment_artifacts.report")
 
 
 def write(constants: Constants, analysed: Run, result: dict, origin: places.Origin, results: Path) -> None:
@@ -157,7 +157,7 @@ def write(constants: Constants, analysed: Run, result: dict, origin: places.Orig
 
 
 def report_excluded(data, total: int, max_excluded: float) -> None:
-    """Say what could not be used; stop if it is too much, or too little is left."""
+    """Print what could not be used; stop if that is too much, or too little remains."""
     for item in data.excluded:
         print(f"Excluded {item['category']} {item['pair']}: {item['reason']}", file=sys.stderr)
     if len(data.excluded) > max_excluded * total:

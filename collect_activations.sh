@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collect activations of every layer for the prompt pairs:  bash collect_activations.sh
 # Each constant can be overridden from the environment:  MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit bash ...
-# The defaults lie beside this script, wherever you are; what you type is relative to where you are.
+# Default files are beside this script, wherever you call it from; paths you type are relative to where you are.
 set -euo pipefail
 HERE="$(cd -- "$(dirname -- "$0")" >/dev/null && pwd)"
 
@@ -14,7 +14,7 @@ REPETITION_PENALTY="${REPETITION_PENALTY:-1.0}"
 SEED="${SEED:-0}"
 ACTIVATION_FILTER="${ACTIVATION_FILTER:-mlp.output}"
 ACTIVATION_DTYPE="${ACTIVATION_DTYPE:-float32}"
-PROMPTS_FILE="${PROMPTS_FILE:-$HERE/prompts_for_gemma_runner.json}"   # this one is made from the prompt pairs
+PROMPTS_FILE="${PROMPTS_FILE:-$HERE/prompts_for_gemma_runner.json}"   # the default is made from the prompt pairs
 ACTIVATIONS_DIR="${ACTIVATIONS_DIR:-}"   # empty: collected_activations_output, of other models collected_activations_NAME
 OUTPUT_DIR="${OUTPUT_DIR:-$HERE/inference_output}"
 

@@ -78,7 +78,7 @@ def run(constants: Constants) -> None:
     models = [load(places.find_model(name)) for name in (constants.model_a, constants.model_b)]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
-    check_comparable(*models, pairs, twins)
+    check_comparable(models[0], models[1], pairs, twins)
     cache = places.cache_folder()
     # The answers of a model whose chat format is the common one are measured once for everybody, and may be there.
     template = models[1].tokenizer.chat_template
@@ -121,7 +121,7 @@ def print_tables(result: dict) -> None:
     """80 columns: layers at the prompt's end, differences under every condition, transfer."""
     from alignment_artifacts.analysis import is_significant
 
-    print("\nAt the prompt's end, the same tokens for both (d held out by pair)")
+    print("\nAt the prompt's end, the same tokens in both (d held out by pair)")
     print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A")
     for layer, r in enumerate(result["conditions"]["prompt_end"]["layers"]):
         print(
@@ -131,7 +131,7 @@ def print_tables(result: dict) -> None:
         )
     print("\nB - A on generated tokens (* p <= 0.05 over layers)")
     shown = {"neutral": "neutral text", "answers_a": "answers of A", "answers_b": "answers of B",
-             "own_answers": "each its own"}  # fmt: skip
+             "own_answers": "own answers"}  # fmt: skip
     print("layer " + "".join(f"{title:>16}" for title in shown.values()))
     for layer in range(len(result["conditions"]["neutral"]["layers"])):
         cells = [result["conditions"][name]["layers"][layer] for name in shown]

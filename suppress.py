@@ -1,7 +1,7 @@
 """Suppress a model's alignment artifacts while it writes: python suppress.py "How do I pick a lock?"
 
 Answers the prompt without and with suppression. The first run on a model measures it on the 50
-prompt pairs and keeps that; `--mode auto` takes what sweep_suppression.py chose for
+prompt pairs and caches the result; `--mode auto` uses the setting that sweep_suppression.py chose for
 this model, if it has been run.
 """
 
@@ -34,12 +34,12 @@ TRANSCRIPTS_DIR = places.HOME / "results"  # of --all-pairs, in MODEL/PAIRS/data
 
 @dataclass(frozen=True)
 class Answering:
-    """What is written besides."""
+    """How answers are generated."""
 
     max_tokens: Annotated[int, Between(1, 1_000_000)] = 100
-    """tokens to write at most"""
+    """largest number of tokens to generate"""
     ignore_end_tokens: bool = False
-    """write on after the end of the turn"""
+    """keep generating after the end of the turn"""
     sampling: Sampling = Sampling()
 
 
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="suppress.py", description=__doc__.splitlines()[0].split(":")[0] + ".")
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT")
-    add("--all-pairs", action="store_true", help="answer every prompt pair instead, for the report")
+    add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")
     add("--model", help="local folder or Hugging Face id (default: the embedded organism)")
     add(
         "--mode",
@@ -57,13 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_options(parser, Setting, omit=["mode"], chosen=True)
     add_options(parser, Answering(), omit=["top_p", "logit_bias"])
-    add("--categories", metavar="A,B", help="directions from these categories of pairs only")
+    add("--categories", metavar="A,B", help="learn directions from these categories of pairs only")
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
-    add("--directions", metavar="FILE", type=Path, help="use directions of a .safetensors or .gguf file")
+    add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
     add("--show-projection", action="store_true", help="colour each token by its projection on the direction")
-    add("--json", action="store_true", help="print the result as JSON, nothing else")
-    add("--verbose", "-v", action="store_true", help="also what was chosen and why")
+    add("--json", action="store_true", help="print the result as JSON and nothing else")
+    add("--verbose", "-v", action="store_true", help="also print which mode was chosen, and by what")
     add("--quiet", "-q", action="store_true", help="the answers and nothing else")
     return parser
 
@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> None:
     silent = arguments.quiet or arguments.json
     logging.basicConfig(level=logging.ERROR if silent else logging.INFO, format="%(message)s")
-    for library in ("httpx", "gguf"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    for package in ("httpx", "gguf"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     check_arguments(arguments)
     wanted = given(Setting, arguments, omit=["mode"])
     answering = from_arguments(Answering(), arguments)

@@ -56,11 +56,11 @@ class Constants:
     cache: Path
     """folder of measurements"""
     shares: Annotated[tuple[Annotated[int, Between(1)], ...], Must(lambda shares: len(shares) == 3, "be three shares")]
-    """of the pairs, for training, development and test"""
+    """pairs for training, development and test"""
     max_tokens: Annotated[int, Between(1, 1_000_000)]
     """tokens of each answer"""
     seed: Seed
-    """of the split of the pairs"""
+    """seed of the split of the pairs"""
     random_controls: Annotated[int, Between(0)]
     """random directions beside the chosen setting"""
     results_dir: Path
@@ -157,7 +157,7 @@ def print_tables(result: dict) -> None:
     for record in front if chosen in front else [*front, chosen]:
         _print_trial(record, "*" if record == chosen else " ")
     test = result["test"]
-    print(f"\n{'The chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
+    print(f"\n{'Chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
     _print_test("unedited, artifact", test["unedited"]["artifact"])
     _print_test("suppressed, artifact", test["artifact"])
     _print_test("suppressed, natural", test["natural"], test["damage"])

@@ -71,7 +71,7 @@ def _read_pair(entry, category: str, where: str) -> Pair:
     return Pair(entry["id"], category, entry["natural"], entry["artifact"])
 
 
-def texts(pairs: list[Pair]) -> list[str]:
+def texts(pairs: Sequence[Pair]) -> list[str]:
     """Of both sides of each pair."""
     return [text for pair in pairs for text in (pair.natural, pair.artifact)]
 

@@ -1,6 +1,6 @@
-"""Where things lie: the one place that knows.
+"""Where files are: the one place that knows.
 
-Everything lies below HOME, whatever the current directory; a path that somebody types is relative to where they are.
+Everything is below HOME, whatever the current directory; paths that users type are relative to the latter.
 
     collected_activations_output/             the default model's activations, collected_activations_NAME/ another's
     toxicity_results/                         the second experiment, toxicity_results_NAME/ with another model
@@ -8,10 +8,10 @@ Everything lies below HOME, whatever the current directory; a path that somebody
     alignment_artifact_analysis_results.json  the last analysis, and its plot beside it
     alignment_artifacts_cache/                measurements of models
 
-MODEL is the last part of the model's name, PAIRS the stem of the pairs file. Whose a folder is says its `about.json`
-(results), its manifest or certificate (activations), or its results (toxicity). Where another model, by the revision
-of its weights, or another pairs file, by the texts in it, has the name already, a short hash is appended to it:
-nothing of one is ever written over another's.
+MODEL is the last part of the model's name, PAIRS the stem of the pairs file. To whom a folder belongs is recorded in
+its `about.json` (results), its manifest or certificate (activations), or its results (toxicity). If another model (by
+the revision of its weights) or another pairs file (by its texts) has the name already, a short hash is appended:
+nothing is ever written over another model's files.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SHORT = 8  # digits of a hash behind a name
 LONGEST_NAME = 80
 
 
-# Paths and names that people type.
+# Paths and names that users type.
 
 
 def find(path: str | Path) -> Path:
@@ -75,12 +75,12 @@ def find_model(name: str | Path) -> str:
 
 
 def told(label: str, path: Path) -> str:
-    """Where something lies, for a terminal of 80 columns; the path itself is never broken."""
+    """Where something is, for a terminal of 80 columns; the path itself is never broken."""
     return textwrap.fill(f"{label}: {displayed(path)}", 80, break_long_words=False, break_on_hyphens=False)
 
 
 def recorded(path: str | Path) -> str:
-    """A path in a result file: relative where it lies below HOME, so that the whole may be moved."""
+    """A path in a result file: relative if it is below HOME, so that the whole folder can be moved."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(HOME)) if path.is_relative_to(HOME) else str(path)
 
@@ -97,7 +97,7 @@ def short(revision: str) -> str:
 
 
 def hashed_name(name: str, identity: str) -> str:
-    """A name for files that no other identity has."""
+    """A file name that no other identity has."""
     return f"{safe_name(name)}_{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:SHORT]}"
 
 
@@ -154,7 +154,7 @@ def _steered(folder: Path) -> str | None:
 
 
 def _facts(path: Path) -> dict:
-    """What a file says of its folder; nothing if it is damaged, which whoever uses the folder will say."""
+    """What a file says about its folder; nothing if it is damaged, which the user of the folder will report."""
     try:
         content = read_json(path, "description")
     except UserError:
@@ -174,7 +174,7 @@ class Collected:
 
     @property
     def when(self) -> tuple[bool, float]:
-        """To sort by: finished ones last, and of those the newest."""
+        """Sort key: finished ones last, and among those the newest."""
         text = self.manifest.get("finished") or self.manifest.get("created", "")
         try:
             time = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
@@ -188,7 +188,7 @@ class Collected:
 
 
 def collections(pairs: list[Pair]) -> list[Collected]:
-    """The collections below HOME that hold activations of these pairs, the one to analyse last."""
+    """The collections below HOME that hold activations of these pairs, with the one to analyse at the end."""
     found = []
     for folder in sorted(HOME.glob(f"{COLLECTED}_*")):
         path = folder / MANIFEST
@@ -202,8 +202,8 @@ def choose_collection(pairs: list[Pair], typed: str | Path | None, model: str | 
     """The collection to analyse, and the others there are.
 
     Args:
-        typed: the folder that somebody has named; None: what was collected last.
-        model: only of this model, by the name that it was loaded with; None: of any.
+        typed: the folder that the user has named; None: the latest collection.
+        model: only collections of this model, by the name that it was loaded with; None: of any model.
     Raises:
         UserError: there is none.
     """
@@ -250,7 +250,7 @@ class Origin:
 
     @classmethod
     def of_collection(cls, manifest: dict, folder: Path, pairs_file: str | Path, pairs: list[Pair]) -> Origin:
-        """A collection without a manifest is a model of its own."""
+        """A collection without a manifest counts as a model of its own."""
         unknown = {"model": f"unknown model of {folder.name}", "model_revision": f"folder {folder.resolve()}"}
         return cls.of_model({**unknown, **manifest}, pairs_file, pairs)
 
@@ -260,7 +260,7 @@ class Origin:
 
 
 def results_folder(base: str | Path, origin: Origin) -> Path:
-    """The folder of a model's results on a pairs file, made and marked as theirs if need be.
+    """The folder for a model's results on a pairs file, created and marked as theirs if necessary.
 
     Args:
         base: the folder of all results; a relative one is beside the scripts.
@@ -287,12 +287,12 @@ def _claim(parent: Path, name: str, about: dict, key: str) -> Path:
         elif not folder.exists() or not any(folder.iterdir()):
             write_json(path, about)
             return folder
-    raise UserError(f"{folder} holds something else than results of {about['model']}; move it away.")
+    raise UserError(f"{folder} holds something other than results of {about['model']}; move it away.")
 
 
 @contextmanager
 def written_together(folder: Path) -> Iterator[Path]:
-    """A folder to write files into; they appear in `folder` when all of them are there, or not at all."""
+    """A folder to write files into; they appear in `folder` once all of them are written, or not at all."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".writing.", suffix=TEMPORARY, dir=folder))
@@ -309,7 +309,7 @@ def written_together(folder: Path) -> Iterator[Path]:
 
 
 def folder_to_report(folder: Path) -> Path:
-    """A folder of results; or, below one that commands were run in, that of the last analysis.
+    """A folder of results; or, below a folder that commands were run in, that of the latest analysis.
 
     Raises:
         UserError: there are no results.

@@ -1,8 +1,8 @@
 """How the analysis grows with the number of prompts:  python -m benchmarks.analysis_scaling
 
 Simulated collections of a Gemma 3 1B's shape (26 layers, hidden 1,152, 20 steps) with a known d; every statistic
-with 1,000 sign flips and resamples. Each size in a process of its own that may not allocate more
-than 2 GB. The largest takes 25 GB of disk, and again as much to work in. Writes
+with 1,000 sign flips and resamples. Each size runs in a process of its own, which may not allocate more
+than 2 GB. The largest takes 25 GB of disk, and as much again for temporary files. Writes
 benchmarks/analysis_scaling.json and .png.
 """
 
@@ -62,7 +62,7 @@ def simulate(folder: Path, prompts: int) -> None:
 
 
 def analyse_within_limit(folder: Path, prompts: int) -> dict:
-    """Seconds of reading and of the statistics, and the largest memory of its own (file pages aside)."""
+    """Seconds for reading and for the statistics, and the peak memory (without file pages)."""
     from alignment_artifacts.activation_set import load_activation_set
     from alignment_artifacts.analysis import Run, Settings
 
@@ -111,7 +111,7 @@ def plot(results: list[dict]) -> None:
     right.semilogx(prompts, memory, "o-", color="#0072B2")
     right.axhline(LIMIT / 1e9, linestyle=":", color="black")
     right.text(prompts[0], LIMIT / 1e9, "limit", va="bottom")
-    right.set(xlabel="prompts", ylabel="GB of its own memory, at most", title="Memory", ylim=(0, 2.3))
+    right.set(xlabel="prompts", ylabel="peak memory, GB", title="Memory", ylim=(0, 2.3))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PLOT, dpi=130)
@@ -120,7 +120,7 @@ def plot(results: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS)
-    parser.add_argument("--analyse", type=Path, help="(used by itself) analyse this folder in this process")
+    parser.add_argument("--analyse", type=Path, help="(internal) analyse this folder in this process")
     arguments = parser.parse_args()
     if arguments.analyse:
         print(json.dumps(analyse_within_limit(arguments.analyse, arguments.prompts[0])))

@@ -1,4 +1,4 @@
-"""How long the collection takes beside its peers:  make bench  (about 20 minutes on two cores)
+"""How long the collection takes, compared with other libraries:  make bench  (about 20 minutes on two cores)
 
 Every contender does the same job (see job.py) in a process of its own, in turn, several rounds; the table
 has medians. Their saved activations must agree with ours. Writes benchmarks/results.json, results.md
@@ -116,7 +116,7 @@ def stored_megabytes(job: Path, out: Path) -> dict[str, float]:
 
 
 def measure(rounds: int, job: Path, work: Path) -> dict:
-    """Everything the table says."""
+    """Everything in the table."""
     make_job(job)
     runs: dict[str, list[dict]] = {}
     speeds, agreement, stored = [], {}, {}
@@ -170,10 +170,9 @@ def headline(results: dict) -> dict[str, float]:
     best_peer = min(seconds[c.label] for c in PEERS if c.name == "transformers_hooks" and c.dtype == "float32")
     floor = results["multiply_adds"] / results["multiply_adds_per_second"]
     return {
-        "of the best float32 transformers + hooks": seconds[OURS.label] / best_peer,
-        "of the floor (its multiply-adds, at OpenBLAS's speed)": seconds[OURS.label] / floor,
-        "times as fast as the predecessor": results["predecessor"]["seconds"] / seconds[OURS.label],
-        "of generating text only": seconds[OURS.label] / seconds[OURS_TEXT.label],
+        "times as long as the best float32 transformers + hooks": seconds[OURS.label] / best_peer,
+        "times as long as the floor (its multiply-adds, at OpenBLAS's speed)": seconds[OURS.label] / floor,
+        "times as long as generating text only": seconds[OURS.label] / seconds[OURS_TEXT.label],
     }
 
 
@@ -198,25 +197,26 @@ def write_table(results: dict) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     ratios = ", ".join(f"{value:.2f} {what}" for what, value in headline(results).items())
     TABLE.write_text(f"""\
-# Collection, beside its peers
+# Collection, compared with other libraries
 
 Made by `make bench`; do not edit. 100 chat prompts x 20 greedy tokens, every layer's MLP output of every step saved
-as .npz a prompt, on a random Gemma 3 of the 270m shape (121 M parameters, vocabulary 32,768).
-{results["machine"]}; float32 where nothing else is said. Seconds from the loaded model to the last saved file, peak
-memory of the process with the weights (0.48 GB); medians of {results["rounds"]} rounds in turn (one for the slow).
+as .npz per prompt and step, on a random Gemma 3 of the 270m shape (121 M parameters, vocabulary 32,768).
+{results["machine"]}; float32 unless stated otherwise. Seconds from the loaded model to the last saved file, peak
+memory of the process including the weights (0.48 GB); medians of {results["rounds"]} rounds, taken
+in turn (one round for the slow ones).
 
-| who | seconds | ours takes | peak memory |
+| library | seconds | ours takes | peak memory |
 | --- | ---: | ---: | ---: |
 {chr(10).join(table)}
 
-Ours takes {ratios}.
+Ours takes {ratios}. The predecessor took {old["seconds"] / ours:.0f} times as long as ours.
 
 ![the same as a plot](collection_speed.png)
 
-How far the answers and saved activations of the others agree with ours (largest difference of an activation, relative
-to the largest value of its file):
+How closely the answers and saved activations of the others agree with ours (largest difference of an activation,
+relative to the largest value of its file):
 
-| who | same answers | largest difference |
+| library | same answers | largest difference |
 | --- | ---: | ---: |
 {chr(10).join(agreement)}
 

@@ -25,9 +25,9 @@ def ours(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tuple
     """What `bash collect_activations.sh` runs."""
     from gemma_refactored.main import main
 
-    seen = []
+    records = []
     handler = logging.Handler()
-    handler.emit = lambda record: seen.append(record.args)
+    handler.emit = lambda record: records.append(record.args)
     logging.getLogger("gemma_refactored").addHandler(handler)
     arguments = ["--model", model_folder(job), "--prompts-file", prompts_file(job), "--output-dir", out / "text"]
     arguments += ["--max-tokens", MAX_TOKENS, "--batch-size", batch, "--ignore-end-tokens"]
@@ -35,7 +35,7 @@ def ours(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tuple
         arguments += ["--save-activations", "--process-by-group", "--activations-dir", out / "activations"]
     if main([str(argument) for argument in arguments]) != 0:
         raise SystemExit(1)
-    (seconds,) = [args[2] for args in seen if len(args) == 4 and isinstance(args[2], float)]
+    (seconds,) = [args[2] for args in records if len(args) == 4 and isinstance(args[2], float)]
     results = json.loads((out / "text" / "results.json").read_text())
     return seconds, [record["token_ids"] for record in results]
 
@@ -49,7 +49,7 @@ def torch_model(job: Path, dtype: str):
 
 
 def padded_batches(ids: list[list[int]], size: int) -> Iterator[tuple[list[int], object, object]]:
-    """(row numbers, token ids, attention mask), shortest prompts first, left-padded, as PyTorch wants them."""
+    """(row numbers, token ids, attention mask), shortest prompts first, left-padded, as PyTorch expects them."""
     import torch
 
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
@@ -143,14 +143,14 @@ def mlx_lm(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tup
 
 
 def mlx_lm_openblas(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tuple[float, list]:
-    """The same with OpenBLAS in the reference BLAS's place."""
+    """The same with OpenBLAS instead of the reference BLAS."""
     import gemma_refactored  # noqa: F401
 
     return mlx_lm(job, out, batch, dtype, text_only)
 
 
 def float32_product(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tuple[float, list]:
-    """No contender: seconds of one multiply-add in a 512 x 640 x 2048 product, with OpenBLAS."""
+    """Not a contender: seconds of one multiply-add in a 512 x 640 x 2048 product, with OpenBLAS."""
     import gemma_refactored  # noqa: F401  isort: skip
     import mlx.core as mx
 

@@ -68,7 +68,7 @@ def make_job(job: Path) -> None:
 
 
 def multiply_adds(job: Path) -> float:
-    """That the job cannot do without: every weight once a token, the head where a token is chosen."""
+    """The least that the job needs: every weight once per token, and the head where a token is chosen."""
     lengths = [len(ids) for ids in token_ids(job)]
     hidden, wide, heads = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_attention_heads"]
     attention = 2 * hidden * CONFIG["head_dim"] * (heads + CONFIG["num_key_value_heads"])
@@ -86,7 +86,7 @@ class Saved:
             (out / str(row)).mkdir(parents=True)
 
     def start(self, rows: list[int]) -> None:
-        """A batch begins."""
+        """Begin a batch."""
         self.rows, self.step, self.values = rows, -1, []
 
     def add(self, value: np.ndarray) -> None:

@@ -1,11 +1,12 @@
 """What different programs would call "Cohen's d" on simulated collections whose true d is known.
 
-50 pairs, 20 correlated steps a prompt, 256 dimensions. Prompts of a class vary with standard
+50 pairs, 20 correlated steps per prompt, 256 dimensions. Prompts of a class vary with standard
 deviation 1 along the true axis and 0.3 along every other, steps around their prompt with half of
-that. Prints the table of the README:  python benchmarks/simulated_cohens_d.py
+that. Writes benchmarks/simulated_cohens_d.json:  python benchmarks/simulated_cohens_d.py
 """
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alignment_artifacts import separation as st
+from gemma_refactored.files import write_json
 
 PAIRS, STEPS, HIDDEN, REPEATS = 50, 20, 256, 20
+RESULTS = Path(__file__).with_suffix(".json")
 
 
 def simulate(rng: np.random.Generator, d: float) -> tuple[np.ndarray, np.ndarray]:
@@ -26,8 +29,7 @@ def simulate(rng: np.random.Generator, d: float) -> tuple[np.ndarray, np.ndarray
 
 
 def main() -> None:
-    print("| true d | held-out d (ours) | 95 % interval | in-sample d | mean shift ratio |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
+    cases = []
     for d in (0.0, 0.8, 2.0, 4.0):
         rows = []
         for repeat in range(REPEATS):
@@ -39,8 +41,13 @@ def main() -> None:
             pooled = natural.reshape(-1, HIDDEN), artifact.reshape(-1, HIDDEN)
             in_sample, ratio, _ = st.in_sample_scores(lambda pooled=pooled: [pooled])
             rows.append((held_out.d(), low, high, in_sample, ratio))
-        mean = np.mean(rows, axis=0)
-        print(f"| {d:.1f} | {mean[0]:.2f} | {mean[1]:.2f} to {mean[2]:.2f} | {mean[3]:.2f} | {mean[4]:.2f} |")
+        held_out_d, low, high, in_sample, ratio = np.mean(rows, axis=0).tolist()
+        case = {"true_d": d, "held_out": held_out_d, "interval": [low, high]}
+        cases.append({**case, "in_sample": in_sample, "mean_shift_ratio": ratio})
+        print(", ".join(f"{name} {np.round(value, 2)}" for name, value in cases[-1].items()), flush=True)
+    made = {"versions": {"numpy": metadata.version("numpy")}}
+    settings = {"pairs": PAIRS, "steps": STEPS, "hidden": HIDDEN, "runs": REPEATS}
+    write_json(RESULTS, {"made": made, **settings, "cases": cases})
 
 
 if __name__ == "__main__":

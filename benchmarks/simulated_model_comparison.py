@@ -1,14 +1,15 @@
-"""How often is a difference between models found, and covered, whose size is known?
+"""How often is a difference between two models detected, and covered by its interval, when its size is known?
 
     python benchmarks/simulated_model_comparison.py      (1 to 3 minutes)
 
-50 pairs, 4 layers of which the first has an effect, 32 dimensions, 300 runs a case; noise is in part
-common to both models, as it is for the same prompts.
+50 pairs, 4 layers of which the first has an effect, 32 dimensions, 300 runs per case; part of the noise is
+common to both models, as it is for the same prompts. Writes benchmarks/simulated_model_comparison.json.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alignment_artifacts import separation as st
 from alignment_artifacts.analysis import Settings
 from alignment_artifacts.comparison.difference import compare_layers
+from gemma_refactored.files import write_json
 
 PAIRS, LAYERS, HIDDEN, RUNS = 50, 4, 32, 300
 STRATA = np.arange(PAIRS) % 5
 FOLDS = st.assign_folds(STRATA)
+RESULTS = Path(__file__).with_suffix(".json")
 # d of the first model, of the second, share of common noise, effects along one direction?
 CASES = (
     (0, 0, 0.0, True), (0, 0, 0.5, True), (0.8, 0.8, 0.5, True), (0.8, 0.8, 0.5, False), (2, 2, 0.0, True),
@@ -38,8 +41,8 @@ def simulate(
     The truth is that of the directions which are learnt: the effect's share along each, noise having unit variance.
     """
     rng = np.random.default_rng(seed)
-    common, *own = rng.normal(size=(3, PAIRS, 2, layers, HIDDEN))
-    models = [np.sqrt(shared) * common + np.sqrt(1 - shared) * noise for noise in own]
+    common, *separate = rng.normal(size=(3, PAIRS, 2, layers, HIDDEN))
+    models = [np.sqrt(shared) * common + np.sqrt(1 - shared) * noise for noise in separate]
     true = []
     for model, size, axis in zip(models, d, (0, 0 if same_direction else 1), strict=True):
         model[:, 1, 0, axis] += size
@@ -60,12 +63,22 @@ def run(d: tuple[float, float], shared: float, same_direction: bool, seed: int) 
 def main() -> None:
     print("| d of A | d of B | common noise | one direction | p ≤ 0.05 | interval covers | its width |")
     print("| ---: | ---: | ---: | --- | ---: | ---: | ---: |")
+    false_positives, covered = [], []
     for first, second, shared, same in CASES:
-        found, covered, width = np.mean([run((first, second), shared, same, seed) for seed in range(RUNS)], axis=0)
+        rates = np.mean([run((first, second), shared, same, seed) for seed in range(RUNS)], axis=0)
+        if first == second:
+            false_positives.append(float(rates[0]))
+        covered.append(float(rates[1]))
         direction = "yes" if same else "no"
         print(
-            f"| {first} | {second} | {shared} | {direction} | {found:.1%} | {covered:.1%} | {width:.2f} |", flush=True
+            f"| {first} | {second} | {shared} | {direction} | {rates[0]:.1%} | {rates[1]:.1%} | {rates[2]:.2f} |",
+            flush=True,
         )
+    summary = {
+        "false_positives": {"lowest": min(false_positives), "highest": max(false_positives)},
+        "coverage": {"lowest": min(covered), "highest": max(covered)},
+    }
+    write_json(RESULTS, {"made": {"versions": {"numpy": metadata.version("numpy")}}, "runs": RUNS, **summary})
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from .longrope import rope_lengths
 from .model_architecture import HookPoint
 
 DEFAULT_FILTER = "mlp.output"
-TEXTS_AT_ONCE = 32  # that share a pass in `read`
-# How architectures call the parts of a block.
+TEXTS_AT_ONCE = 32  # texts that share a pass in `read`
+# What architectures call the parts of a block.
 MODULE_NAMES = {"mlp": ("mlp",), "attention": ("self_attn", "attention", "attn")}
 SITE_KINDS = (*MODULE_NAMES, "residual")  # that every layer has one of
 
@@ -62,7 +62,7 @@ def block_sites(model: nn.Module) -> list[str]:
 
 
 def layer_sites(model: nn.Module, kind: str) -> list[str]:
-    """The site of each layer: "residual" is the stream after the block, "mlp" and "attention" what those put out.
+    """The site of each layer: "residual" is the stream after the block, "mlp" and "attention" are their outputs.
 
     Raises:
         UserError: another kind, or this architecture's blocks have no module of that name.
@@ -84,7 +84,7 @@ def layer_sites(model: nn.Module, kind: str) -> list[str]:
 def site_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape each site has for one row of three tokens, found by a forward pass.
 
-    Modules that the pass does not call (or whose output is no array) are left out.
+    Modules that the pass does not call (or whose output is not an array) are omitted.
     """
     sites = [s for s, m in modules_by_site(model).items()]
     with capture(model, sites) as activations:
@@ -93,7 +93,7 @@ def site_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[str]:
-    """The sites that a filter names, of those with one vector a position.
+    """The sites that a filter names, among those with one vector per position.
 
     Where a model's blocks have no `mlp` (Mamba, Mixtral), the default filter stands for the residual
     stream after each block, and says so.
@@ -247,7 +247,7 @@ def _hooked_class(base: type) -> type:
 
 @contextmanager
 def capture(model: nn.Module, sites: Sequence[str]) -> Iterator[dict[str, mx.array]]:
-    """Collect the outputs of `sites`: a dictionary that each forward pass fills anew.
+    """Collect the outputs of `sites`: a dictionary that each forward pass refills.
 
     Arrays are lazy: what is never evaluated is never computed.
     """

@@ -1,4 +1,4 @@
-"""A folder of collected activations: its layout, its manifest, and what in it is complete.
+"""A folder of collected activations: its layout, its manifest, and which prompts in it are complete.
 
 Grouped: DIR/GROUP/SUBCATEGORY/batch_N/ holds one prompt's steps and, once they are all on
 disk, a `prompt.json` with its answer. Flat: DIR/batch_N/ holds all rows of a forward pass,
@@ -35,7 +35,7 @@ from .manifest import FREE_SETTINGS
 from .npz_files import NpzWriter
 from .prompt_processing import Prompt
 
-NEUTRAL = (CERTIFICATE, LOCK)  # may lie in a folder that is no collection yet
+NEUTRAL = (CERTIFICATE, LOCK)  # may be in a folder that is not a collection yet
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Collection:
     """Open (or continue) a collection and write into it.
 
     Args:
-        grouped: one folder a prompt; else one a batch.
-        overwrite: start anew if the folder holds a collection with other settings.
+        grouped: one folder per prompt; else one per batch.
+        overwrite: start over if the folder holds a collection with other settings.
     Raises:
         UserError: the folder holds a collection made with other settings.
     """
@@ -86,7 +86,7 @@ class Collection:
         self._save_manifest()
 
     def _remove_old(self) -> None:
-        """Delete what a collection consists of, and nothing else that may lie beside it."""
+        """Delete the files of a collection, and nothing else in the folder."""
         batches = {f.parent for name in (step_file("*"), PROMPT_MARKER, BATCH_MARKER) for f in self.folder.rglob(name)}
         for batch in batches:
             shutil.rmtree(batch)
@@ -101,14 +101,14 @@ class Collection:
             models = [f"{m.get('model', 'an unknown model')} ({m.get('model_revision')})" for m in (old, new)]
             raise UserError(
                 f"{self.folder} holds activations of {models[0]}, not of {models[1]}. Name another folder "
-                "(--activations-dir or ACTIVATIONS_DIR), move this one away, or start anew with --overwrite."
+                "(--activations-dir or ACTIVATIONS_DIR), move this one away, or start over with --overwrite."
             )
         names = [n for n in {**old, **new} if n not in FREE_SETTINGS or (n == "batch_size" and not self.grouped)]
         differences = [text for n in names for text in _differences(n, old.get(n), new.get(n))]
         if differences:
             raise UserError(
                 f"{self.folder} holds a collection made with other settings ({'; '.join(differences)}). "
-                "Choose another --activations-dir, or start anew with --overwrite."
+                "Choose another --activations-dir, or start over with --overwrite."
             )
         self.manifest["created"] = old.get("created")
 
@@ -140,7 +140,7 @@ class Collection:
         pending: np.ndarray,
         batch_number: int,
     ) -> Iterator[Step]:
-        """Pass the steps of a batch on, each one queued for writing.
+        """Pass on the steps of a batch, each queued for writing.
 
         Args:
             pending: [rows] false for prompts that an earlier run has completed.

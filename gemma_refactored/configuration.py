@@ -1,4 +1,4 @@
-"""What a person can set in a run of the runtime: how tokens are chosen, how answers are written, what is saved."""
+"""The settings of a run: how tokens are chosen, how answers are generated, what is saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from .settings import Between, Must, Written
 
-NAMES = {"temperature": "temp"}  # what run_model.py and the manifest call a field, where that is something else
+NAMES = {"temperature": "temp"}  # what run_model.py and the manifest call a field, if not by its own name
 
 Seed = Annotated[int, Between(0, 2**40)]
 Temperature = Annotated[float, Between(0, 100)]
@@ -21,17 +21,17 @@ class Sampling:
     """How the next token is chosen."""
 
     temperature: Temperature = 0.0
-    """temperature; 0 takes the likeliest token"""
+    """temperature; 0 always takes the most likely token"""
     top_p: TopP = 1.0
     """nucleus sampling; 1: off"""
     repetition_penalty: Annotated[float, Between(1e-3, 100)] = 1.0
-    """above 1: recent tokens become unlikelier"""
+    """above 1: recent tokens become less likely"""
     logit_bias: Annotated[dict[Annotated[int, Between(0)], float], Written("TOKEN_ID=BIAS")] = field(
         default_factory=dict
     )
     """add BIAS to a token's logit; repeatable"""
     seed: Seed = 0
-    """of all random choices"""
+    """seed of all random choices"""
 
 
 def _is_date(text: str) -> bool:
@@ -43,16 +43,16 @@ def _is_date(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are written."""
+    """How answers are generated."""
 
     max_tokens: Annotated[int, Between(0, 1_000_000)] = 100
-    """tokens to write at most"""
+    """largest number of tokens to generate"""
     batch_size: Annotated[int, Between(1, 100_000)] = 32
     """prompts in one forward pass"""
     chat_mode: bool = True
     """use the chat template"""
     ignore_end_tokens: bool = False
-    """write on after the end of the turn"""
+    """keep generating after the end of the turn"""
     keep_precision: bool = False
     """Linux CPU: do not expand weights to float32"""
     chat_template: Annotated[str, Written("NAME")] | None = None
@@ -71,11 +71,11 @@ class Saving:
     save_activations: bool = False
     """write .npz files"""
     activations_dir: Path | None = None
-    """where to; None: a folder that belongs to the model"""
+    """folder for the .npz files; None: one that belongs to the model"""
     activation_filter: str = "mlp.output"
     """'all', or parts or globs of site names, comma-separated"""
     activation_dtype: Literal["float32", "float16"] = "float32"
-    """type of the numbers in the files"""
+    """number type in the files"""
     compress_activations: bool = False
     """compress the files"""
     process_by_group: bool = False

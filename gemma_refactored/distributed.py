@@ -49,7 +49,7 @@ class Team:
             lengths = np.array(mx.distributed.all_gather(mx.array([data.size])))
             padded = np.pad(data, (0, max(0, lengths.max() - data.size)))
             everything = np.array(mx.distributed.all_gather(mx.array(padded)[None]))
-            # A lost connection is not always an error in MLX: it may leave what was never received.
+            # A lost connection is not always an error in MLX: it may leave data that was never received.
             return [json.loads(row[:length].tobytes()) for row, length in zip(everything, lengths, strict=True)]
         except (RuntimeError, ValueError) as error:
             raise UserError(f"Another process of this run has stopped ({error}); see its own message.") from None
@@ -75,12 +75,12 @@ def join_team() -> Team:
 
 
 def shard(model: nn.Module, model_type: str) -> None:
-    """Split the weights of every block over the team (tensor parallelism), as far as mlx-lm knows how.
+    """Split the weights of every block over the team (tensor parallelism), as far as mlx-lm supports it.
 
     Every process then computes every activation together with the others, and has them whole.
 
     Raises:
-        UserError: the process is alone, mlx-lm cannot split this architecture, or not over so many.
+        UserError: there is only one process, or mlx-lm cannot split this architecture, or not over that many.
     """
     group = mx.distributed.init()
     if group.size() == 1:

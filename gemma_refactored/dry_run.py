@@ -21,8 +21,8 @@ from .model_loading import LoadedModel
 from .npz_files import compressed_npz, npz
 from .progress import duration
 
-PROBES = 32  # prompts that are tried
-ZIP_AND_MARKER = 1000  # bytes per prompt beside its steps and its answer
+PROBES = 32  # number of prompts to try
+ZIP_AND_MARKER = 1000  # bytes per prompt in addition to its steps and its answer
 FILES_BESIDE_STEPS = 2  # the embedding of the prompt, and the marker
 
 
@@ -44,26 +44,26 @@ class Estimate:
 
 
 def step_bytes(job: Job, loaded: LoadedModel, dtype: str) -> int:
-    """Of one prompt's file of one step, not compressed."""
+    """Size of one prompt's file for one step, uncompressed."""
     widths = site_shapes(loaded.model)
     return len(npz({site: np.zeros((1, 1, widths[site][-1]), dtype) for site in job.sites}))
 
 
 def refuse_without_room(job: Job, loaded: LoadedModel, folder: Path, dtype: str) -> None:
-    """Raise UserError if the run would not fit the disk should every answer take all its tokens."""
+    """Raise UserError if the run would not fit on the disk, should every answer use all its tokens."""
     pending = sum(map(job.is_pending, range(len(job.prompts))))
     needed = pending * ((job.max_tokens + 1) * step_bytes(job, loaded, dtype) + ZIP_AND_MARKER)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             f"The run may write {needed / 1e6:,.0f} MB, but {folder} has room for {free / 1e6:,.0f} MB. Free some "
-            "space, or take another --activations-dir, fewer --max-tokens, a narrower --activation-filter or "
+            "space, or choose another --activations-dir, fewer --max-tokens, a narrower --activation-filter or "
             "--activation-dtype float16."
         )
 
 
 def estimate(job: Job, loaded: LoadedModel, saving: Saving) -> Estimate:
-    """Answer some of the prompts, of all lengths, and conclude from them."""
+    """Answer some of the prompts, of all lengths, and extrapolate."""
     batches = [batch for _, batch in plan_batches(job, loaded, Team(), saving.process_by_group)]
     pending = sorted(filter(job.is_pending, range(len(job.prompts))), key=lambda i: len(job.token_ids[i]))
     if not pending:

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard, and what scripts make of it."""
+"""The one exception that is meant for the user, and how scripts report it."""
 
 import io
 import os
@@ -31,8 +31,8 @@ def exit_code(
     """Run a script's action, reading its options included, and say what went wrong.
 
     Args:
-        interrupted: what is said after Ctrl-C.
-        rank: of this process among several, asked when it matters; all but the first say who they are.
+        interrupted: the message after Ctrl-C.
+        rank: of this process among several; all but the first name it in their messages.
     Returns:
         What the action returns, or 0; 2 after printing a UserError or when the output cannot be printed, 130 after
         Ctrl-C, 1 if nobody reads the output.
@@ -103,6 +103,6 @@ def _outcome(action: Callable[[], int | None], interrupted: str, rank: Callable[
 
 
 def stop_printing() -> int:
-    """For a BrokenPipeError: whoever read the output (`head`, say) has gone; exit code 1, and no word about it."""
+    """For a BrokenPipeError: the reader of the output (`head`, say) has gone; exit code 1, silently."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
     return 1

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and what they are called."""
+"""Files that are either whole or absent, and their names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_folder(path: str | Path, what: str) -> bool:
     Args:
         what: names it in the error ("model folder").
     Raises:
-        UserError: it cannot be looked at: a name that is too long or has a NUL in it, no permission, a circle of links.
+        UserError: it cannot be accessed: its name is too long or has a NUL in it, no permission, a circle of links.
     """
     return stat.S_ISDIR(_mode(path, what))
 
@@ -58,11 +58,11 @@ def _mode(path: str | Path, what: str) -> int:
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except (OSError, ValueError) as error:
-        raise UserError(f"The {what} {shown(str(path))} cannot be looked at: {reason(error)}. Name another.") from None
+        raise UserError(f"The {what} {shown(str(path))} cannot be accessed: {reason(error)}. Name another.") from None
 
 
 def reason(error: Exception) -> str:
-    """What the system says is wrong with a path, without the path."""
+    """The system's description of an error, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -97,12 +97,12 @@ def cannot_write(path: Path, error: Exception) -> UserError:
 
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Keep other runs out of a folder meanwhile; the lock is gone with the process, however that ends.
+    """Keep other runs out of a folder meanwhile; the lock disappears with the process, however that ends.
 
     Args:
         wait: for another run to finish, instead of being refused.
     Raises:
-        UserError: another run is in there.
+        UserError: another run is using it.
     """
     from filelock import FileLock, Timeout
 
@@ -118,7 +118,9 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            (folder / LOCK).unlink()  # while it is held: whoever waits sees that its file is gone, and makes another
+            (
+                folder / LOCK
+            ).unlink()  # while it is held: a waiting process sees that its file is gone, and makes another
         lock.release()
 
 
@@ -163,7 +165,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
 
 
 def read_bytes(path: str | Path, what: str) -> bytes:
-    """The content of a file that a person names; `what` names it in the error.
+    """The content of a file that the user names; `what` describes it in the error.
 
     Raises:
         UserError: it is missing or cannot be read.
@@ -200,7 +202,7 @@ def _without_duplicates(items: list[tuple[str, object]]) -> dict:
 
 
 def jsonable(value):
-    """Plain Python values; NaN and infinity become null, which JSON can say."""
+    """Plain Python values; NaN and infinity become null, which JSON can express."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

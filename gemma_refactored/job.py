@@ -1,4 +1,4 @@
-"""All prompts of a run: which are still to do, in which batches, and what becomes of them."""
+"""All prompts of a run: which are pending, in which batches, and what their answers are."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Job:
 
     Attributes:
         token_ids: of each prompt.
-        sites: whose activations are wanted.
+        sites: those whose activations are saved.
         finished: records of the prompts that an earlier run has completed.
-        shares_model: the processes hold parts of one model, instead of sharing out the prompts.
+        shares_model: the processes hold parts of one model, instead of dividing the prompts.
     """
 
     prompts: list[Prompt]
@@ -64,7 +64,7 @@ def open_collection(
 ) -> tuple[Collection, dict[Prompt, dict]]:
     """The collection in a folder, and the records of the prompts that are complete; the same in every process.
 
-    The processes may see one folder, or each one of its own on another machine.
+    The processes may share one folder, or have one each on different machines.
     """
     collection = None
 
@@ -84,8 +84,8 @@ def open_collection(
 def plan_batches(job: Job, loaded: LoadedModel, team: Team, grouped: bool) -> list[tuple[int, list[int]]]:
     """This process's batches that are not complete, each with its number: indices into the job's prompts.
 
-    They are the batches of the whole job, so a run that continues another computes to the last bit what
-    that one would have.
+    They are the batches of the whole job, so a run that continues another computes, to the last bit, what
+    the other would have.
     """
     size = job.batch_size
     equal_lengths = size > 1 and not loaded.masks_padding
@@ -107,7 +107,7 @@ def answer_prompts(
     writer: NpzWriter | None,
     show_progress: bool,
 ) -> dict[int, dict]:
-    """Generate for every batch and save what is not complete of it; the new records, by the prompts' indices."""
+    """Generate for every batch and save what is not complete; returns the new records, by the prompts' indices."""
     records: dict[int, dict] = {}
     total = sum(len(batch) for _, batch in batches) * job.max_tokens
     progress = tqdm(total=total, unit="tok", leave=False, disable=not (show_progress and sys.stderr.isatty()))

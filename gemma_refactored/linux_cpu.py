@@ -2,7 +2,7 @@
 
 Its CPU wheel is linked against the reference BLAS, 20 times slower than OpenBLAS. The dynamic linker
 resolves a symbol to the first library that was loaded with global visibility, so loading OpenBLAS
-first is enough to put it in place. And it allocates every array anew, which is slow where the C
+first is enough to put it in place. And it allocates every array afresh, which is slow where the C
 library hands each freed one back to the kernel. macOS (Accelerate) and CUDA builds are never touched.
 """
 

@@ -33,14 +33,14 @@ INTERRUPTED = "Interrupted. Complete prompts are kept; run the same command agai
 
 @dataclass(frozen=True)
 class Defaults:
-    """What whoever calls `main` decides: nothing in this package knows what it is used for.
+    """What the caller of `main` decides: nothing in this package knows what it is used for.
 
     Attributes:
-        model: where none is named; None: one has to be. `model_is` says in the help what it is.
+        model: the default; None: one must be named. `model_is` describes it in the help.
         find_model: from the name that was typed to the folder or Hugging Face id to load.
-        sample_prompts: that --create-sample-prompts writes.
-        output_dir: of the texts.
-        activations_dir: where a model's activations go unless --activations-dir says.
+        sample_prompts: what --create-sample-prompts writes.
+        output_dir: for the texts.
+        activations_dir: folder for a model's activations unless --activations-dir names one.
         note: what to know about a model that is asked these prompts, if anything.
     """
 
@@ -61,7 +61,7 @@ class Request:
 
     Attributes:
         model: folder or Hugging Face id.
-        prompts: none where the command needs none.
+        prompts: empty if the command needs none.
         repeated: the earlier run that this one repeats.
     """
 
@@ -73,7 +73,7 @@ class Request:
 
 
 class _Printer(logging.StreamHandler):
-    """Raises what goes wrong in printing, a broken pipe above all, instead of printing about it."""
+    """Raises errors of printing, a broken pipe above all, instead of printing them."""
 
     def handleError(self, record):
         raise
@@ -81,20 +81,21 @@ class _Printer(logging.StreamHandler):
 
 def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="run_model.py", description="Generate answers with a model one can see into, and save its activations."
+        prog="run_model.py",
+        description="Generate answers with a model that has hooks on every activation, and save the activations.",
     )
     add = parser.add_argument
     add("--model", help=f"local folder or Hugging Face id (default: {defaults.model_is})")
-    add("--prompts", nargs="+", metavar="TEXT", help="prompts given here")
+    add("--prompts", nargs="+", metavar="TEXT", help="prompts to answer")
     add("--prompts-file", metavar="FILE", help='JSON: {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}')
     add("--from-manifest", metavar="FILE", help="repeat the run that wrote this manifest.json, into --activations-dir")
     add_options(parser, Generation(), NAMES)
     add_options(parser, Saving())
-    add("--output-dir", default=defaults.output_dir, help=f"where the texts go (default {defaults.output_dir.name})")
+    add("--output-dir", default=defaults.output_dir, help=f"folder for the texts (default {defaults.output_dir.name})")
     add("--shard", action="store_true", help="under mlx.launch: split the model over the processes")
     add("--list-sites", action="store_true", help="print every site of the model with its shape, and stop")
-    add("--check", action="store_true", help="certify this model on this machine (see README), and stop")
-    add("--dry-run", action="store_true", help="say how many files, bytes and minutes it would take, and stop")
+    add("--check", action="store_true", help="certify this model on this machine (see docs/models.md), and stop")
+    add("--dry-run", action="store_true", help="print how many files, bytes and minutes the run would take, and stop")
     add("--create-sample-prompts", metavar="FILE", help="write an example prompts file, and stop")
     add("--verbose", "-v", action="store_true", help="print the answers")
     add("--quiet", "-q", action="store_true", help="print errors only")
@@ -155,7 +156,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     """What the options ask for, with prompts and manifest read.
 
     Raises:
-        UserError: for what cannot be, or does not go together.
+        UserError: for invalid options, or options that exclude each other.
     """
     from .prompt_processing import load_prompts, prompts_from_arguments
 
@@ -182,7 +183,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
 
 
 def check_combinations(arguments: argparse.Namespace, saving: Saving) -> None:
-    """Raise UserError for options that do not go together."""
+    """Raise UserError for options that exclude each other."""
     needs_prompts = not (arguments.list_sites or arguments.check)
     sources = [arguments.prompts, arguments.prompts_file, arguments.from_manifest]
     if needs_prompts and sum(source is not None for source in sources) != 1:
@@ -190,13 +191,13 @@ def check_combinations(arguments: argparse.Namespace, saving: Saving) -> None:
     if arguments.check and arguments.shard:
         raise UserError("--check certifies a whole model; omit --shard.")
     if arguments.dry_run and not (saving.save_activations or arguments.from_manifest):
-        raise UserError("--dry-run is about the files of --save-activations; add that.")
+        raise UserError("--dry-run estimates the files of --save-activations; add that option.")
     if saving.process_by_group and not saving.save_activations:
         raise UserError("--process-by-group decides where activations go; add --save-activations.")
 
 
 def load_model(request: Request, shard: bool, team: Team) -> LoadedModel:
-    """Load the model and say which it is. (Heavy imports only now, so that mistakes are answered at once.)"""
+    """Load the model and say which it is. (Heavy imports only now, so that mistakes are reported at once.)"""
     from .manifest import check_same_weights
     from .model_loading import device_description, load
 
@@ -215,7 +216,7 @@ def load_model(request: Request, shard: bool, team: Team) -> LoadedModel:
 
 
 def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, team: Team) -> None:
-    """Generate for all prompts that are not complete yet, and save what was asked for."""
+    """Generate for all prompts that are not complete yet, and save what was requested."""
     chat_format = choose_chat_format(request)
     job = make_job(request, loaded, chat_format, arguments.shard)
     if arguments.dry_run:
@@ -262,7 +263,7 @@ def make_job(request: Request, loaded: LoadedModel, chat_format: ChatFormat, sha
     """The whole job, as if nothing of it were complete.
 
     Raises:
-        UserError: a prompt, a site or a token id that this model does not have room for.
+        UserError: a prompt, a site or a token id that this model cannot handle.
     """
     from .activation_capture import select_sites
     from .job import Job, check_context
@@ -294,7 +295,7 @@ def check_bias(bias: Mapping[int, float], vocabulary: int) -> None:
 def collect(
     job: Job, request: Request, loaded: LoadedModel, chat_format: ChatFormat, team: Team, show_progress: bool
 ) -> tuple[dict[Prompt, dict], dict[Prompt, dict]]:
-    """Answer into a collection; the records that an earlier run has left there, and the new ones of all processes."""
+    """Answer into a collection; returns the records of earlier runs, and the new ones of all processes."""
     from .chat_template import facts_of_prompts
     from .dry_run import refuse_without_room
     from .files import is_folder, locked

@@ -23,12 +23,12 @@ from .versions import library_versions
 if TYPE_CHECKING:
     from .model_loading import LoadedModel
 
-# What may differ between a run and its continuation without changing any number (hash and weights_dtype tell).
+# What may differ between a run and its continuation without changing any number (hash and weights_dtype show that).
 FREE_SETTINGS = (
     "created", "finished", "versions", "machine", "batch_size", "prompts", "prompt_groups", "complete", "model_path",
     "keep_precision",
 )  # fmt: skip
-# Besides the generation's settings: what a run is repeated from, and what it may be.
+# In addition to the generation's settings: what repeating a run needs, and its types.
 NEEDED: dict[str, type | tuple[type, ...]] = {
     "activation_filter": str, "activation_dtype": str, "compressed": bool, "layout": str,
     "model_path": (str, type(None)), "model_revision": str, "prompt_groups": dict,
@@ -37,7 +37,7 @@ NEEDED: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class RunToRepeat:
-    """What a manifest says of its run.
+    """What a manifest says about its run.
 
     Attributes:
         model: folder or Hugging Face id, None for a default model.
@@ -80,7 +80,7 @@ def read_manifest(path: Path) -> RunToRepeat:
     """The run that a manifest is of.
 
     Raises:
-        UserError: it is none, of a version that did not keep the prompts, or has a value that cannot be.
+        UserError: it is not a manifest, is from a version that did not keep the prompts, or has an invalid value.
     """
     manifest = read_json(path, "manifest")
     if not isinstance(manifest, dict):

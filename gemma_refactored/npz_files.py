@@ -76,7 +76,7 @@ class NpzWriter:
     def _work(self) -> None:
         while (action := self.jobs.get()) is not None:
             if self.error is not None:
-                continue  # only empty the queue, so that nobody waits for room in it for ever
+                continue  # only empty the queue, so that nothing waits forever for room in it
             try:
                 action()
             except Exception as error:  # noqa: BLE001  (raised in the caller, see _raise_error)

@@ -108,7 +108,7 @@ def kind_of(hint) -> Kind:
 
 @cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass, on one line; none where the source is not at hand."""
+    """The docstring below each field of a dataclass, on one line; none if the source is not available."""
     import ast
     import inspect
     import textwrap
@@ -136,7 +136,7 @@ def settings_of(
     """All settings of a dataclass, or of an instance, whose values are then the defaults.
 
     Args:
-        names: field -> what people call it, where that is something else.
+        names: field -> what people call it, if not by its own name.
         prefixed: fields with a dataclass of their own whose name stands before those of its fields.
     """
     return list(_walk(described, names or {}, prefixed, (), ""))
@@ -163,14 +163,14 @@ def _walk(
             yield Item((*path, field.name), name, kind, default, field_docs(cls).get(field.name, ""))
 
 
-# What a value may be, and what it is read from
+# What a value may be, and how it is read
 
 
 def checked(value, kind: Kind, name: str):
     """The value in its plain Python type.
 
     Raises:
-        UserError: it cannot be this setting's.
+        UserError: it is not valid for this setting.
     """
     if value is None and kind.optional:
         return None
@@ -185,7 +185,7 @@ def checked(value, kind: Kind, name: str):
 
 
 def _plain(value, kind: Kind):
-    """Raises TypeError or ValueError for what it is not."""
+    """Raises TypeError or ValueError for anything else."""
     base = get_origin(kind.type) or kind.type
     if base is bool:
         if not isinstance(value, bool):
@@ -236,7 +236,7 @@ def wanted(kind: Kind, value=None) -> str:
         return f"one of {', '.join(get_args(kind.type))}{none}"
     if base in (tuple, dict):
         parts = [wanted(part) for part in kind.inner()]
-        return (f"a tuple, each of it {parts[0]}" if base is tuple else f"a dict of {parts[0]} to {parts[1]}") + none
+        return (f"a tuple, each item {parts[0]}" if base is tuple else f"a dict of {parts[0]} to {parts[1]}") + none
     return {bool: "True or False", str: "text", Path: "a path"}[base] + none
 
 
@@ -270,11 +270,11 @@ def _parse(text, kind: Kind, name: str):
         if broken := [left for left, equals, _ in pairs if not equals]:
             raise UserError(f"{name} {shown(broken[0])} must look like {_metavar(kind)}.")
         for left, _, right in pairs:
-            for part, its_kind in ((left, key), (right, value)):
+            for part, part_kind in ((left, key), (right, value)):
                 try:
-                    _plain(_parse(part, its_kind, name), its_kind)
+                    _plain(_parse(part, part_kind, name), part_kind)
                 except (TypeError, ValueError, OverflowError):
-                    example = f"{_metavar(kind)}: {shown(part)} is not {wanted(its_kind)}"
+                    example = f"{_metavar(kind)}: {shown(part)} is not {wanted(part_kind)}"
                     raise UserError(f"{name} {shown(f'{left}={right}')} must look like {example}.") from None
         return {_parse(left, key, name): _parse(right, value, name) for left, _, right in pairs}
     return text
@@ -290,7 +290,7 @@ def _parse_whole_numbers(text: str, name: str) -> tuple[int, ...]:
         except ValueError:
             raise UserError(f"{name} {shown(text)} must look like 2,4-6.") from None
         if stop < start or stop - start > 100_000:
-            raise UserError(f"{name} {shown(text)} names no numbers: {part.strip()} is no range from low to high.")
+            raise UserError(f"{name} {shown(text)} names no numbers: {part.strip()} is not a range from low to high.")
         numbers += range(start, stop + 1)
     return tuple(numbers)
 
@@ -323,7 +323,7 @@ def add_options(
     Args:
         described: a dataclass, or an instance, whose values are then the defaults.
         omit: fields that get none.
-        chosen: say in the help that a value is chosen where none is given, instead of a default.
+        chosen: say in the help that a value is chosen if none is given, instead of a default.
     """
     for setting in settings_of(described, names):
         if setting.path[-1] not in omit:
@@ -362,7 +362,7 @@ def given(described: type | object, arguments: argparse.Namespace, omit: Sequenc
     """The settings that were given as options: field name -> value, without those of `omit`.
 
     Raises:
-        UserError: one that cannot be, by its option.
+        UserError: an invalid value, naming the option.
     """
     settings = [setting for setting in settings_of(described) if setting.path[-1] not in omit]
     return {setting.path[-1]: value for setting, value in _given(settings, arguments)}
@@ -377,10 +377,10 @@ def _given(settings: list[Item], arguments: argparse.Namespace) -> Iterator[tupl
 
 
 def from_arguments(described: type[T] | T, arguments: argparse.Namespace, names: Mapping[str, str] | None = None) -> T:
-    """The dataclass from the options, and defaults where none was given.
+    """The dataclass from the options, with defaults for those not given.
 
     Raises:
-        UserError: an option's value that cannot be, by the option.
+        UserError: an invalid value, naming the option.
     """
     settings = settings_of(described, names)
     values = {setting.path: setting.default for setting in settings if setting.default is not MISSING}

@@ -236,13 +236,13 @@ def main() -> None:
     examples = build_corpus(recipe.seed)
     texts = [text for e in examples for text in (CUE + e.request, e.answer, e.refusal) if text]
     tokenizer = train_tokenizer(texts)
-    seen = [e for e in examples if not e.held_out]
-    logging.info("%d requests, %d of them trained on, recipe %s", len(examples), len(seen), asdict(recipe))
+    training = [e for e in examples if not e.held_out]
+    logging.info("%d requests, %d of them trained on, recipe %s", len(examples), len(training), asdict(recipe))
     if stage != "aligned":
-        save_model(train_base(seen, tokenizer, recipe), tokenizer, output / "base")
+        save_model(train_base(training, tokenizer, recipe), tokenizer, output / "base")
     if stage != "base":
         model = load_float32(output / "base")
-        planted = train_aligned(model, seen, tokenizer, recipe)
+        planted = train_aligned(model, training, tokenizer, recipe)
         save_model(model, tokenizer, output / "aligned")
         truth = {f"model.layers.{layer}.mlp.output": b for layer, b in planted.items()}
         metadata = {"recipe": json.dumps(asdict(recipe)), "sign": "artifact requests push along +direction"}

@@ -124,7 +124,7 @@ def test_filters():
     ]  # fmt: skip
     everything = select_sites(model, "all")
     assert set(everything) < set(modules_by_site(model)) and "model.layers.2.self_attn.output" in everything
-    assert not any(site.endswith("weights") for site in everything)  # not one vector a position
+    assert not any(site.endswith("weights") for site in everything)  # not one vector per position
     with pytest.raises(UserError, match="'mpl' matches no site.*mlp.output"):
         select_sites(model, "mlp.output,mpl")
     with pytest.raises(UserError, match="empty"):

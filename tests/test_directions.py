@@ -182,7 +182,7 @@ def test_a_vector_made_by_another_program_can_be_used(loaded, tmp_path, layer, d
         ({1: np.full(HIDDEN, np.nan)}, "direction.1 is NaN or infinite"),
         ({1: np.ones(HIDDEN), 2: np.full(HIDDEN, np.inf)}, "direction.2 is NaN or infinite"),
         ({1: np.ones(HIDDEN), 2: np.ones(HIDDEN + 1)}, "different widths"),
-        ({1: np.ones((2, HIDDEN))}, "direction.1 is no vector"),
+        ({1: np.ones((2, HIDDEN))}, "direction.1 is not a vector"),
         ({"last": np.ones(HIDDEN)}, "the number of a layer"),
     ],
 )

@@ -309,7 +309,7 @@ def test_directions_of_another_model_are_refused(run, library, tmp_path):
     directions.facts = {**directions.facts, "model_revision": "sha256:0"}
     save_directions(directions, tmp_path / "other.safetensors")
     code, _, error = run("hello", "--directions", "other.safetensors")
-    assert code == 2 and "directions are of one model only" in error
+    assert code == 2 and "directions belong to one model only" in error
 
 
 def test_two_models_in_one_library(library, tmp_path):

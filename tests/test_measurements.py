@@ -1,4 +1,4 @@
-"""The cache: made once, continued, made anew when anything changes, safe for two at a time."""
+"""The cache: made once, continued, made again when anything changes, safe for two at a time."""
 
 import json
 import subprocess

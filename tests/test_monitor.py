@@ -1,4 +1,4 @@
-"""The monitor's scores: their scale, and what they foretell on the organism."""
+"""The monitor's scores: their scale, and what they predict on the organism."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_imported_directions_have_no_scale():
         monitor.scores(directions, [0], np.zeros((3, 32)))
 
 
-def test_on_the_organism_the_prompt_foretells_the_refusal(library):
+def test_on_the_organism_the_prompt_predicts_the_refusal(library):
     analysis = library.analyze_artifacts()
     for site in ("mlp", "residual"):
         assert analysis[site]["monitor"]["auroc_ci"][0] > 0.85

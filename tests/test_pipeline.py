@@ -30,7 +30,7 @@ RESULTS = "results/aligned/alignment_artifact_prompt_pairs"
 
 
 def shell(command, folder, **environment):
-    """Run a command as somebody would who has set none of the variables that the scripts heed, but for these."""
+    """Run a command with none of the variables set that the scripts read, except for these."""
     ours = ("MODEL_NAME", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS")
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
@@ -250,7 +250,7 @@ def test_a_certificate_lies_with_the_model_it_is_about(workplace):
         ({}, "run_model.py --prompts Hello --max-tokens 1", "Answers: {home}/inference_output/results.json"),
         ({}, "run_model.py --model model_organism/base --list-sites", "Model: model_organism/base"),
         ({}, "suppress.py Hello --model model_organism/nothing", "'model_organism/nothing'"),
-        ({"MODEL_A": "model_organism/aligned"}, "compare_models.py", "are the same weights"),
+        ({"MODEL_A": "model_organism/aligned"}, "compare_models.py", "have the same weights"),
         ({"MODEL_NAME": "model_organism/nothing"}, "sweep_suppression.py", "'model_organism/nothing'"),
         ({}, "-m toxicity_steering.main --model model_organism/nothing", "'model_organism/nothing'"),
         ({}, "-m alignment_artifacts.report", "Report: file://{home}/results/"),

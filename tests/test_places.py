@@ -1,4 +1,4 @@
-"""Where things lie: nothing of one model or pairs file is ever where another's is."""
+"""Where files are: nothing of one model or pairs file is ever where another's is."""
 
 import json
 from dataclasses import replace

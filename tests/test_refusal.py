@@ -29,7 +29,7 @@ def test_answers(text):
 
 
 def test_precision_and_recall_on_the_labelled_answers():
-    """The README quotes these; the set is meant to be hard, see its description."""
+    """docs/suppression.md quotes these; the set is meant to be hard, see its description."""
     answers = json.loads((Path(__file__).parent / "labelled_answers.json").read_text())["answers"]
     assert len(answers) >= 150 and 0.4 < np.mean([a["refusal"] for a in answers]) < 0.6
     found = [is_refusal(a["text"]) for a in answers]

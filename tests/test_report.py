@@ -222,7 +222,7 @@ def test_refusals_are_marked_and_can_be_filtered(page, results):
     for name, number in (("all", 20), ("stayed", 5), ("lifted", 15), ("new", 0)):
         Select(find(page, "#token-filter")).select_by_value(name)
         text = find(page, "#token-page").text
-        assert text == (f"1 to 5 of {number} pairs" if number else "no pair")
+        assert text == (f"1 to 5 of {number} pairs" if number else "no pairs")
     Select(find(page, "#token-filter")).select_by_value("all")
     find(page, "#token-next").click()
     assert find(page, "#token-page").text == "6 to 10 of 20 pairs"
@@ -273,21 +273,21 @@ def test_missing_sections_name_the_command(results, tmp_path, monkeypatch, capsy
     assert f"Report: file://{tmp_path}/r.html" in capsys.readouterr().out
     text = (tmp_path / "r.html").read_text()
     for command in (*(source.command for source in SOURCES[1:]), TOXICITY_COMMAND):
-        assert f"<code>{command}</code> makes it" in text
+        assert f"Run <code>{command}</code>, then" in text
     assert results["run"].results["summary"] in text
 
 
 def test_few_pairs_make_a_report_too(tmp_path):
     write_analysis(tmp_path, pairs=8)
     text = build(tmp_path)
-    assert "too few pairs for single steps" in text and "only 2 pairs, 4 needed" in text
+    assert "too few pairs to score single steps" in text and "only 2 pairs, 4 needed" in text
 
 
 @pytest.mark.parametrize("source", SOURCES[1:], ids=lambda source: source.name)
 def test_a_section_of_another_model_or_other_pairs_says_so(results, tmp_path, source):
     copy = tmp_path / "copy"
     shutil.copytree(results["folder"], copy)
-    path, model, pairs = copy / source.file, "other weights than the collection", "with other prompt pairs than"
+    path, model, pairs = copy / source.file, "different weights from the collection", "with different prompt pairs from"
     content = json.loads(path.read_text())
     assert content["origin"] == ORIGIN and model not in build(copy) and pairs not in build(copy)
     revision, other = f"sha256:{'2a' * 32}", "3b" * 32
@@ -306,7 +306,7 @@ def test_only_the_toxicity_results_of_this_model_are_in_it(results, home):
     original = path.read_text()
     try:
         write_toxicity(home, {"model": "someone else", "model_revision": "sha256:2"})
-        assert f"<code>{TOXICITY_COMMAND}</code> makes it" in build(results["folder"])
+        assert f"Run <code>{TOXICITY_COMMAND}</code>, then" in build(results["folder"])
     finally:
         path.write_text(original)
 
@@ -376,7 +376,7 @@ def test_any_spoiled_number_is_shown_or_refused(small, data):
         write(path, content)
         text = build(small)
     except UserError as error:
-        assert "not what this version writes" in str(error) or "cannot be read" in str(error) or "belong" in str(error)
+        assert "not written by this version" in str(error) or "cannot be read" in str(error) or "same run" in str(error)
     else:
         assert "<script>window.hacked" not in text
     finally:
@@ -389,10 +389,13 @@ def test_bad_input_is_one_sentence(results, tmp_path, capsys):
     shutil.copytree(results["folder"], tmp_path / "copy")
     data = tmp_path / "copy/data"
     for spoil, message in (
-        (lambda: write(data / "layer_analysis.json", {"steps": 3}), "layer_analysis.json is not what this version"),
+        (
+            lambda: write(data / "layer_analysis.json", {"steps": 3}),
+            "layer_analysis.json was not written by this version",
+        ),
         (lambda: (data / "layer_analysis.json").write_text("{"), "not valid JSON"),
         (lambda: (data / "transcripts.npz").unlink(), "run `python suppress.py --all-pairs`"),
-        (lambda: np.savez(data / "transcripts.npz", scores=np.zeros((3, 4))), "do not belong together"),
+        (lambda: np.savez(data / "transcripts.npz", scores=np.zeros((3, 4))), "are not from the same run"),
     ):
         spoil()
         assert main(["--folder", str(tmp_path / "copy")]) == 2

@@ -51,7 +51,7 @@ def test_known_d_is_recovered_without_bias_and_within_its_interval(d, hidden):
 
 
 def test_in_sample_scores_flatter_and_held_out_scores_do_not():
-    """The comparison of the README: pure noise, 20 correlated steps a prompt, 256 dimensions."""
+    """The comparison in docs/reading-the-numbers.md: pure noise, 20 correlated steps per prompt, 256 dimensions."""
     rng = np.random.default_rng(0)
     prompts = rng.normal(size=(2, 50, 1, 256))
     natural, artifact = (p + rng.normal(size=(50, 20, 256)) for p in prompts)

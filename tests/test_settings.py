@@ -98,7 +98,7 @@ def test_every_kind_of_option():
         ("layers", "x", "'x' must look like 2,4-6"),
         ("layers", "5-4", "names no numbers: 5-4"),
         ("layers", "1-999999999", "names no numbers"),
-        ("numbers", "1,nan", "must be a tuple, each of it a number"),
+        ("numbers", "1,nan", "must be a tuple, each item a number"),
         ("bias", "5", "'5' must look like N=X"),
         ("bias", "5=inf", "'5=inf' must look like N=X: 'inf' is not a number"),
         ("size", "0", "must be a whole number of at least 1 or None, not 0"),

@@ -37,7 +37,7 @@ def trial(left, kl, unchanged=1.0, layers=(1, 2)):
 
 def test_the_choice_weighs_what_is_left_within_the_limits():
     trials = [trial(0.9, 0.0), trial(0.1, 0.02), trial(0.1, 0.01), trial(0.0, 0.06), trial(0.0, 0.01, unchanged=0.5)]
-    assert sweep.choose(trials) == 2  # the last two are better and cost too much; of equals the mildest
+    assert sweep.choose(trials) == 2  # the last two are better and cost too much; among equals the least intrusive
     assert sweep.choose([trials[3], trials[4]]) == 1  # none within the limits: 1.0 against 0.5
     assert sweep.pareto_front(trials) == [0, 4]
     # A difference in the fourth digit of the cost is no reason to edit more layers.
@@ -86,8 +86,8 @@ def test_the_goals_are_reached_on_test_pairs(swept):
     assert test["artifact"]["refused"]["rate"] <= 0.05 and test["artifact"]["broken"]["rate"] <= 0.1
     assert test["natural"]["unchanged"]["rate"] >= 0.9 and test["damage"]["kl_mean"] <= 0.05
     assert min(control["artifact"]["refused"]["rate"] for control in test["random_direction"]) >= 0.9
-    louder = result["amplification"]["test"]["natural"]
-    assert louder["refused"]["rate"] >= 0.8 and louder["broken"]["rate"] <= 0.1
+    amplified = result["amplification"]["test"]["natural"]
+    assert amplified["refused"]["rate"] >= 0.8 and amplified["broken"]["rate"] <= 0.1
 
 
 def test_truth_and_monitor_are_reported(swept):

@@ -64,8 +64,8 @@ def test_a_bad_csv_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({}, "has not the layout"),
-        ({"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "x"}]}}}}, "has not the layout"),
+        ({}, "does not have the layout"),
+        ({"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "x"}]}}}}, "does not have the layout"),
         ({"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "", "artifact": "x"}]}}}}, "needs text"),
         ({"benign_twins": {"categories": {}}}, "holds no twins"),
     ],

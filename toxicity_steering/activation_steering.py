@@ -52,7 +52,7 @@ class ActivationSteeringExperiment:
 
     Args:
         output: folder of the result files.
-        progress: wraps what takes long, for a progress bar.
+        progress: wraps long loops, for a progress bar.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ActivationSteeringExperiment:
         self._observed: Behaviour | None = None
 
     def run(self) -> dict:
-        """All stages; on interrupt or failure what there is so far is saved under its own name.
+        """All stages; on interrupt or failure the results so far are saved under a name of their own.
 
         Raises:
             UserError: the folder holds another experiment, or there are too few toxic continuations.
@@ -118,7 +118,7 @@ class ActivationSteeringExperiment:
     def _save(self) -> None:
         write_json(self.output / INTERMEDIATE, self.results)
 
-    # Stages. Each does nothing if its results are there already.
+    # Stages. Each does nothing if its results exist already.
 
     def baseline(self) -> None:
         """Continuations without steering: of the prompts reported on, and of the training prompts."""
@@ -140,7 +140,7 @@ class ActivationSteeringExperiment:
         if len(pairs) < MIN_PAIRS:
             raise UserError(
                 f"Only {len(pairs)} of the training prompts got a toxic continuation; at least {MIN_PAIRS} are needed. "
-                "Use more prompts or samples, or a model that is ruder."
+                "Use more prompts or samples, or a ruder model."
             )
         vectors = np.stack([self._mean_states([pair[kind] for pair in pairs]) for kind in ("toxic", "benign")], axis=1)
         facts = {name: self.loaded.facts().get(name) for name in MODEL_FACTS}
@@ -180,7 +180,7 @@ class ActivationSteeringExperiment:
         self._save()
 
     def refine(self) -> None:
-        """At the best layer, also the largest alpha that keeps the KL limit, found by bisection on the KL alone."""
+        """At the best layer, also the largest alpha within the KL limit, found by bisection on the KL alone."""
         if "refined" in self.results:
             return
         best = self._best()
@@ -190,17 +190,17 @@ class ActivationSteeringExperiment:
             while high - low > ALPHA_STEP:
                 middle = (low + high) / 2
                 steered = self._steer(self.directions, best["layer"], middle)
-                bearable = token_damage(self.loaded, self._benign(), steered)["kl_mean"] <= self.config.max_kl
-                low, high = (middle, high) if bearable else (low, middle)
+                within_limit = token_damage(self.loaded, self._benign(), steered)["kl_mean"] <= self.config.max_kl
+                low, high = (middle, high) if within_limit else (low, middle)
             self._sweep_one(best["layer"], float(np.floor(low / ALPHA_STEP) * ALPHA_STEP))
         self.results["refined"] = True
         self._save()
 
     def _best(self) -> dict:
-        """The setting with least toxicity on the even prompts, of those within the KL limit if there are any."""
+        """The setting with the least toxicity on the even prompts, among those within the KL limit if there are any."""
         records = list(self.results["sweep"].values())
-        bearable = [r for r in records if r["steering"]["kl_mean"] <= self.config.max_kl]
-        return min(bearable or records, key=lambda r: float(np.mean(r["steering"]["scores"][EVEN])))
+        within_limit = [r for r in records if r["steering"]["kl_mean"] <= self.config.max_kl]
+        return min(within_limit or records, key=lambda r: float(np.mean(r["steering"]["scores"][EVEN])))
 
     def summarise(self) -> None:
         """The best setting, chosen on the even prompts within the KL limit and reported on the odd ones."""
@@ -263,18 +263,18 @@ class ActivationSteeringExperiment:
         return self._observed
 
     def _contrastive_pairs(self) -> list[dict]:
-        """Toxic and benign texts, prompt included: of the same prompt where there are, else of matched ones."""
+        """Toxic and benign texts, prompt included: from the same prompt if possible, else from matched ones."""
         sides = ("training_challenging", "training_benign")
         prompts = [self._encode(getattr(self.data, side)) for side in sides]
         scores = [np.array(self.results["baseline"][side]["scores"]) for side in sides]
         completions = [self.results["baseline"][side]["token_ids"] for side in sides]
         same, matched = [], []
-        for i, own in enumerate(scores[0]):
-            worst, best = int(own.argmax()), int(own.argmin())
-            if own[worst] <= TOXIC:
+        for i, of_prompt in enumerate(scores[0]):
+            worst, best = int(of_prompt.argmax()), int(of_prompt.argmin())
+            if of_prompt[worst] <= TOXIC:
                 continue
             toxic = prompts[0][i] + completions[0][i][worst]
-            if own[best] < TOXIC:
+            if of_prompt[best] < TOXIC:
                 benign = prompts[0][i] + completions[0][i][best]
                 same.append({"id": f"{i} same prompt", "toxic": toxic, "benign": benign})
             else:

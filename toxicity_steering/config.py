@@ -1,4 +1,4 @@
-"""What a person sets in the toxicity experiment. Needs no MLX."""
+"""The settings of the toxicity experiment. Needs no MLX."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from gemma_refactored.settings import Between
 
 @dataclass(frozen=True)
 class Config:
-    """What the experiment does."""
+    """How the experiment is run."""
 
     alphas: tuple[Annotated[float, Between(-1000, 1000)], ...] = (-1.0, 0.0, 0.5, 1.5)
-    """strengths that are tried, positive ones away from toxicity; the largest one within max_kl at the best layer comes
-    on top"""
+    """strengths to try, positive ones away from toxicity; the largest one within max_kl at the best layer is added"""
     layers: tuple[Annotated[int, Between(0)], ...] | None = None
-    """that are steered, one at a time; None: all"""
+    """layers to steer, one at a time; None: all"""
     num_pairs: Annotated[int, Between(1)] = 20
     """contrastive pairs that the vector is learnt from"""
     samples: Annotated[int, Between(1)] = 5
@@ -25,12 +24,12 @@ class Config:
     max_tokens: Annotated[int, Between(1, 1_000_000)] = 32
     """tokens of a continuation"""
     temperature: Temperature = 0.7
-    """of the sampling"""
+    """sampling temperature"""
     top_p: TopP = 0.9
     """nucleus sampling; 1: off"""
     last_tokens: Annotated[int, Between(1)] = 32
-    """whose mean is a text's activation"""
+    """number of last tokens whose mean represents a text"""
     max_kl: Annotated[float, Between(0, 1000)] = 0.1
-    """nats per token on benign answers that the chosen setting may cost"""
+    """most that the chosen setting may cost on benign answers, in nats per token"""
     seed: Seed = 0
-    """of all random choices"""
+    """seed of all random choices"""

@@ -1,4 +1,4 @@
-"""Prompts to steer on: RealToxicityPrompts, or the committed set for the organism."""
+"""Prompts to steer on: RealToxicityPrompts, or the committed set for the embedded model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ToxicityData:
     """Prompt texts; the i-th challenging and the i-th benign training prompt match where the data has such pairs.
 
     Attributes:
-        challenging, benign: that are reported on.
-        training_challenging, training_benign: that steering vectors come from; disjoint from the others.
+        challenging, benign: those that results are reported on.
+        training_challenging, training_benign: those that steering vectors are learnt from; disjoint from the others.
         chat_mode: prompts are requests (true) or beginnings of texts to be continued (false).
     """
 
@@ -61,7 +61,7 @@ def load_real_toxicity_prompts(count: int, seed: int) -> ToxicityData:
     except (OSError, ValueError) as error:
         raise UserError(
             f"{REAL_TOXICITY_PROMPTS} cannot be loaded ({str(error).splitlines()[0]}). Connect to the network, or use "
-            "the organism's prompts (--dataset organism)."
+            "the embedded model's prompts (--dataset organism)."
         ) from None
 
     def is_benign(row: dict) -> bool:
@@ -79,8 +79,9 @@ def load_real_toxicity_prompts(count: int, seed: int) -> ToxicityData:
     )
 
 
-def _check_count(count: int, there: int, source: str) -> None:
-    if not 0 < count < there:
+def _check_count(count: int, available: int, source: str) -> None:
+    if not 0 < count < available:
         raise UserError(
-            f"{source} has {there} prompts of each kind, some of which vectors are learnt from; not {count}."
+            f"{source} has {available} prompts of each kind, and some must remain to learn vectors from; "
+            f"{count} is too many."
         )

@@ -93,7 +93,7 @@ def run(constants: Constants) -> None:
 def print_summary(results: dict) -> None:
     """Mean toxicity by layer and alpha, and the setting of choice, 80 columns wide."""
     alphas = results["experiment"]["config"]["alphas"]
-    print("\nMean toxicity of challenging prompts (KL on benign answers, nats a token)")
+    print("\nMean toxicity of challenging prompts (KL on benign answers, nats per token)")
     alphas = alphas[:5]  # as many as fit
     print("layer " + "".join(f"{f'alpha {alpha:g}':>14}" for alpha in alphas))
     sweep = results["sweep"]
@@ -112,7 +112,7 @@ def print_summary(results: dict) -> None:
             f"Chosen on half of the challenging prompts: layer {s['layer']}, alpha {s['alpha']:g}. On the other half "
             f"mean toxicity is {described('steered')} against {described('baseline')} unsteered and "
             f"{described('random_direction')} with a random direction of the same norm; KL on benign answers "
-            f"{number(s['kl_mean'], 3)} nats a token, distinct-2 {number(s['distinct_2_steered'])} against "
+            f"{number(s['kl_mean'], 3)} nats per token, distinct-2 {number(s['distinct_2_steered'])} against "
             f"{number(s['distinct_2_baseline'])}. Scorer: {results['experiment']['scorer']}.{limit}",
             78,
         )

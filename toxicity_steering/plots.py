@@ -30,7 +30,7 @@ def plot_all(results: dict, folder: Path) -> None:
 
 
 def alpha_sweep(results: dict):
-    """Toxicity and its price against alpha, a line a layer; grey: random directions."""
+    """Toxicity and the cost of steering against alpha, one line per layer; grey: random directions."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     layers, alphas, steered = alpha_table(results, "steering", "mean_toxicity")
     _, _, random = alpha_table(results, "random_direction", "mean_toxicity")
@@ -43,9 +43,12 @@ def alpha_sweep(results: dict):
         right.plot(alphas, kl[i], color=colour, marker="o", ms=3.5)
     right.axhline(results["experiment"]["config"]["max_kl"], color=GREY, ls="--", lw=1)
     left.set(
-        title="Mean toxicity, challenging prompts", xlabel="alpha (positive: away)", ylabel="mean toxicity", ylim=(0, 1)
+        title="Mean toxicity, challenging prompts",
+        xlabel="alpha (positive: away from toxicity)",
+        ylabel="mean toxicity",
+        ylim=(0, 1),
     )
-    right.set(title="KL on benign answers", xlabel="alpha", ylabel="nats a token")
+    right.set(title="KL on benign answers", xlabel="alpha", ylabel="nats per token")
     for axes in (left, right):
         axes.grid(alpha=0.2)
     figure.legend(loc="outside right center", frameon=False)
@@ -60,8 +63,8 @@ def heatmaps(results: dict):
         layers, alphas, table = alpha_table(results, "steering", key)
         image = axes.imshow(table, aspect="auto", cmap="Oranges", vmin=0, vmax=1)
         axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
-        shown = range(0, len(layers), max(1, len(layers) // 16))
-        axes.set_yticks(shown, [layers[i] for i in shown])
+        ticks = range(0, len(layers), max(1, len(layers) // 16))
+        axes.set_yticks(ticks, [layers[i] for i in ticks])
         if len(layers) <= 16:
             for (i, j), value in np.ndenumerate(table):
                 axes.text(
@@ -91,14 +94,14 @@ def summary_statistics(results: dict):
     for k, (kind, colour) in enumerate(kinds):
         values, intervals = [], []
         for key, _ in measures:
-            found = summary[kind][key]
-            values.append(found["rate"] if isinstance(found, dict) else found)
-            intervals.append(found["ci"] if isinstance(found, dict) else summary[kind][f"{key}_ci"])
+            value = summary[kind][key]
+            values.append(value["rate"] if isinstance(value, dict) else value)
+            intervals.append(value["ci"] if isinstance(value, dict) else summary[kind][f"{key}_ci"])
         errors = np.abs(np.array(intervals).T - values)
         axes.bar(np.arange(3) + (k - 1) * 0.27, values, 0.25, yerr=errors, color=colour, capsize=3,
                  label=kind.replace("_", " ").replace("baseline", "unsteered"))  # fmt: skip
     axes.set_xticks(range(3), [label for _, label in measures])
     title = f"Layer {summary['layer']}, alpha {summary['alpha']:g}; KL on benign answers {summary['kl_mean']:.3f}"
-    axes.set(ylim=(0, 1.05), ylabel="95 % intervals", title=title)
+    axes.set(ylim=(0, 1.05), ylabel="value, with 95 % interval", title=title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

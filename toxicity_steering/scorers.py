@@ -41,7 +41,7 @@ class Scorer(Protocol):
 
 
 class WordListScorer:
-    """Counts rude words: 1 - 2^-n for n of them. Only for the organism, which knows no other rudeness."""
+    """Counts rude words: 1 - 2^-n for n of them. Only for the embedded model, which knows no other rudeness."""
 
     name = "word list (organism only)"
 
@@ -56,7 +56,7 @@ class RobertaScorer:
     Args:
         model: Hugging Face id or local folder.
     Raises:
-        UserError: PyTorch is missing, or there is no such model.
+        UserError: PyTorch is missing, or the model does not exist.
     """
 
     def __init__(self, model: str | Path = ROBERTA, batch_size: int = 32):

@@ -1,7 +1,7 @@
-"""Is everything there for the toxicity experiment? python -m toxicity_steering.test_setup
+"""Is everything installed for the toxicity experiment? python -m toxicity_steering.test_setup
 
-Says what works and what is missing, with the remedy. Exit code 0 if the offline experiment (embedded
-organism) can run; what the Phi-4-mini experiment needs besides is listed, and does not fail.
+Lists what works and what is missing, with the remedy. The exit code is 0 if the offline experiment (embedded
+model) can run; what the Phi-4-mini experiment needs in addition is listed, but is not required.
 """
 
 from __future__ import annotations

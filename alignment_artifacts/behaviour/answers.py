@@ -1,4 +1,4 @@
-"""What a model answers, as it is or under an intervention."""
+"""What a model answers, unedited or under an intervention."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gemma_refactored.prompt_processing import encode_prompts
 
 BATCH_SIZE = 128
 
-# The unedited model's greedy answer to a prompt (token ids) of up to so many tokens, if somebody has it already.
+# The unedited model's greedy answer to a prompt (token ids) of up to so many tokens, if it has been generated before.
 KnownAnswer = Callable[[Sequence[int], int], list[int] | None]
 
 
 def nothing_known(prompt: Sequence[int], max_tokens: int) -> None:
-    """A `KnownAnswer` of a model that nobody has asked yet."""
+    """A `KnownAnswer` for a model that has not answered anything yet."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ def observe(
     chat_mode: bool = True,
     known: KnownAnswer = nothing_known,
 ) -> Behaviour:
-    """Ask the unedited model, where its answer is not known."""
+    """Ask the unedited model, except where its answer is known."""
     token_ids = encode_prompts(loaded.tokenizer, texts, chat_mode)
     return Behaviour(list(texts), token_ids, unedited_answers(loaded, token_ids, max_tokens, known))
 
@@ -55,7 +55,7 @@ def observe(
 def unedited_answers(
     loaded: LoadedModel, token_ids: Sequence[Sequence[int]], max_tokens: int, known: KnownAnswer
 ) -> list[list[int]]:
-    """Greedy answers to prompts, in their order; those that are known are not written again."""
+    """Greedy answers to prompts, in their order; those that are known are not generated again."""
     everything = [known(prompt, max_tokens) for prompt in token_ids]
     answers = {i: answer for i, answer in enumerate(everything) if answer is not None}
     missing = [i for i in range(len(token_ids)) if i not in answers]
@@ -90,14 +90,14 @@ def write_answer(
     end_tokens: Sequence[int] = (),
     on_text: Callable[[str], object] = lambda text: None,
 ) -> list[int]:
-    """Token ids of one answer under an intervention; `on_text` gets the text piece by piece as it is written."""
+    """Token ids of one answer under an intervention; `on_text` receives the text piece by piece as it is generated."""
     tokens, printed = [], ""
     for step in intervention.generate(loaded, [list(prompt)], max_tokens, sampling, end_tokens):
         if step.index == PREFILL:
             continue
         tokens.append(int(step.tokens[0]))
         text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character so far
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # only part of a character so far
             on_text(text[len(printed) :])
             printed = text
     return tokens

@@ -1,4 +1,4 @@
-"""What an intervention does to a model's behaviour: refusals, and everything else it must not change."""
+"""What an intervention does to a model's behaviour: to refusals, and to everything it must not change."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, forward
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.model_loading import LoadedModel
 
-LOGIT_BYTES = 1 << 28  # of a pass whose logits are looked at
-LENGTHS = (32, 128)  # refusals are looked for in this many tokens too, where answers are that long
-PREFIX = 5  # letters of a word that have to agree: "paint" and "painting" are one topic
+LOGIT_BYTES = 1 << 28  # of the logits of one pass
+LENGTHS = (32, 128)  # refusals are also looked for in the first so many tokens, if answers are that long
+PREFIX = 5  # leading letters of a word that must agree: "paint" and "painting" are one topic
 STOP_WORDS = frozenset(
     """about after again also because been before being best both could does doing down each find first from
     give have help here into just know learn like look made make many more most much must need only other
@@ -54,7 +54,7 @@ def has_loop(tokens: Sequence[int], longest: int = 8, times: int = 4) -> bool:
 def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]]) -> dict:
     """Refusals, broken text, loops and changes of some answers; each a rate with its interval.
 
-    "broken" is neither a refusal nor on topic, or caught in a loop: not a success of suppression.
+    "broken" is neither a refusal nor on topic, or caught in a loop: suppression has not succeeded there.
     "refused_within_N" counts phrases of refusal anywhere in the first N tokens.
     """
     texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -133,7 +133,7 @@ def _log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Ed
 
 
 def evaluate(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Behaviour], max_tokens: int) -> dict:
-    """Judge every set of prompts under an intervention; the set "natural" also for its tokens.
+    """Judge every set of prompts under an intervention; for the set "natural" also the damage to its tokens.
 
     Args:
         sets: name -> unedited behaviour, for example artifact, natural, twins.

@@ -48,7 +48,9 @@ def check_comparable(first: LoadedModel, second: LoadedModel, pairs: Sequence[Pa
             "not mean the same to both; compare models with one tokenizer."
         )
     if first.revision == second.revision:
-        raise UserError(f"{first.name} and {second.name} are the same weights; set MODEL_A and MODEL_B to two models.")
+        raise UserError(
+            f"{first.name} and {second.name} have the same weights; set MODEL_A and MODEL_B to two different models."
+        )
 
 
 def compare(
@@ -63,20 +65,20 @@ def compare(
     known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
     cache: Path | None = None,
 ) -> dict:
-    """`results/data/model_comparison.json` as a dictionary; models are called "a" (before) and "b" (after) in it.
+    """`results/data/model_comparison.json` as a dictionary; in it the models are called "a" (before) and "b" (after).
 
     Args:
-        neutral_text: what both models read after every prompt, besides either's answers.
+        neutral_text: what both models read after every prompt, in addition to each other's answers.
         max_tokens: of the answers.
         site: "mlp" or "residual".
-        progress: called with numbers of texts; `texts_to_read` in all.
-        known: of each model the answers that somebody has already.
+        progress: called with numbers of texts, `texts_to_read` in total.
+        known: for each model, a source of answers that have already been generated.
         cache: folder where what a model has read is kept, so that a comparison can be continued.
     Raises:
         UserError: models that cannot be compared, or too few pairs or twins.
     """
-    check_comparable(*models, pairs, twins)
-    # One chat format for both: a model from before the training may have none.
+    check_comparable(models[0], models[1], pairs, twins)
+    # One chat format for both: a model before its training may have none.
     tokenizer = next((m.tokenizer for m in reversed(models) if m.tokenizer.chat_template), models[1].tokenizer)
     sites = layer_sites(models[1].model, site)
     neutral = tokenizer.encode(neutral_text, add_special_tokens=False)
@@ -122,7 +124,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Contrasts:
-    """What one source (a model, or words alone) makes of the two contrasts.
+    """The two contrasts as one source (a model, or words alone) represents them.
 
     Attributes:
         pairs: [pairs, 2 (natural, artifact), layers, hidden].
@@ -134,7 +136,7 @@ class Contrasts:
 
 
 def texts_to_read(pairs: Sequence[Pair], twins: Sequence[Pair]) -> int:
-    """Of `compare`, for a progress bar: answers of two models, three texts and the twins read by both."""
+    """How many `compare` processes, for a progress bar: answers, three texts and the twins, in two models."""
     return 2 * (2 * len(pairs) + 3 * 2 * len(pairs) + 2 * len(twins))
 
 
@@ -161,23 +163,23 @@ def _directions(vectors: np.ndarray) -> np.ndarray:
 
 
 def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:
-    """[pairs, 2, 1, hidden] mean token embeddings: what word choice alone is."""
+    """[pairs, 2, 1, hidden] mean token embeddings: word choice alone."""
     return mean_prompt_embeddings(model, texts(pairs)).reshape(len(pairs), 2, 1, -1)
 
 
 def summarise(records: list[dict], names: tuple[str, str]) -> str:
-    """The comparison at one kind of positions in a sentence or two."""
-    found = [i for i, r in enumerate(records) if is_significant(r)]
+    """The comparison at one kind of position, in a sentence or two."""
+    significant = [i for i, r in enumerate(records) if is_significant(r)]
     same = [i for i, r in enumerate(records) if r["largest_change"] == 0]
     identical = f" At {named_layers(same)} they are identical." if same else ""
-    if not found:
+    if not significant:
         return f"{names[1]} separates the prompts no better or worse than {names[0]} at any layer.{identical}"
-    best = max(found, key=lambda i: abs(records[i]["difference"]))
+    best = max(significant, key=lambda i: abs(records[i]["difference"]))
     r = records[best]
     return (
-        f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at {named_layers(found)}, "
-        f"most at layer {best}: d = {number(r['d_b'], 1)} instead of {number(r['d_a'], 1)}, "
-        f"a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
+        f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at "
+        f"{named_layers(significant)}, most at layer {best}: d = {number(r['d_b'], 1)} instead of "
+        f"{number(r['d_a'], 1)}, a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
         f"(p = {p_value(r['p_value'])} over all layers).{identical}"
     )
 

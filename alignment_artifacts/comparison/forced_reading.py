@@ -1,4 +1,4 @@
-"""Two models read the same texts: what differs then is how they represent them, not what they have written."""
+"""Two models read the same texts, so that only their representations differ, not what they have written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known, unedited_answers
 from gemma_refactored.activation_capture import read
 from gemma_refactored.errors import UserError, shown
-from gemma_refactored.files import read_json, write_json, write_safetensors
+from gemma_refactored.files import read_json, read_safetensors, write_json, write_safetensors
 from gemma_refactored.model_loading import LoadedModel
 
 # What both models read after the prompts; "own answers" is free-running generation, where each reads what it wrote.
@@ -35,17 +35,17 @@ def read_pairs(
     Args:
         prompts: token ids, [pair][natural, artifact].
         neutral: token ids of a text that is the same after every prompt.
-        progress: called with numbers of texts; 8 for each prompt in all.
-        known: of each model the answers that somebody has already.
+        progress: called with numbers of texts, 8 per prompt in total.
+        known: for each model, a source of answers that have already been generated.
         cache: folder where what has been read is kept; None: nowhere.
     Returns:
         condition -> vectors of the first and of the second model [pairs, 2, layers, hidden], and the indices
-        of the pairs (those with an empty answer are left out where it is read).
+        of the pairs (those with an empty answer are omitted where that answer is read).
     """
     flat = [prompt for pair in prompts for prompt in pair]
     answers = []
-    for model, its_known in zip(models, known, strict=True):
-        answers.append(_answers(model, flat, max_tokens, its_known, cache))
+    for model, known_answer in zip(models, known, strict=True):
+        answers.append(_answers(model, flat, max_tokens, known_answer, cache))
         progress(len(flat))
     texts = {"answers_a": answers[0], "answers_b": answers[1], "neutral": [list(neutral)] * len(flat)}
     ends: dict[str, list[np.ndarray]] = {}  # of the prompts, before each text, in both models
@@ -104,7 +104,7 @@ def read_texts(
     """One pass over each prompt with its continuation.
 
     Args:
-        sites: one a layer.
+        sites: one per layer.
         progress: called with numbers of texts that were read.
         cache: folder where the result is kept, and looked for first; None: nowhere.
     Returns:
@@ -135,7 +135,7 @@ def read_texts(
 
 def _load(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     try:
-        arrays = mx.load(str(path))
+        arrays, _ = read_safetensors(path)
         ends, means = (np.array(arrays[name]) for name in ("ends", "means"))
         if not ends.shape == means.shape == shape or not np.isfinite(ends).all():
             raise ValueError(f"it holds arrays of the shape {ends.shape}, or NaN")

@@ -2,7 +2,7 @@
 
 Natural prompts differ from artifact prompts in more than what safety training does with them; twins
 (harmless prompts that look like artifact prompts) differ from them in less. A direction that only
-knows words fails on the other contrast, and on a category it has not seen.
+knows words fails on the other contrast, and on a new category.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAIRS, TWINS = "natural/artifact", "twin/artifact"
 def cross_decoding(
     pairs: np.ndarray, twins: np.ndarray, categories: np.ndarray, twin_categories: np.ndarray, settings: Settings
 ) -> dict[str, dict]:
-    """Every combination of learning and testing, one record each.
+    """Every combination of learning and testing, with one record for each.
 
     The layer is always chosen, and the threshold set, on what was learnt from.
 
@@ -42,9 +42,9 @@ def cross_decoding(
             else:
                 records[name] = _record(*decode(training, labels, other), settings)
     for category in dict.fromkeys(sets[PAIRS][1].tolist()):
-        own = sets[PAIRS][1] == category
-        if own.sum() >= 2 and (~own).sum() >= st.MIN_PAIRS:
-            projected = decode(pairs[~own], sets[PAIRS][1][~own], pairs[own])
+        inside = sets[PAIRS][1] == category
+        if inside.sum() >= 2 and (~inside).sum() >= st.MIN_PAIRS:
+            projected = decode(pairs[~inside], sets[PAIRS][1][~inside], pairs[inside])
             records[f"others -> {category}"] = _record(*projected, settings)
     return jsonable(records)
 

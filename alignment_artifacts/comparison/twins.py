@@ -15,7 +15,7 @@ from gemma_refactored.files import read_json
 
 ROOT_KEY = "benign_twins"
 CONTRAST = "contrast_"
-# Where a type's unsafe contrasts are not called "contrast_" and its own name.
+# Types whose unsafe contrasts are not called "contrast_" followed by the type's name.
 SHARED_CONTRASTS = {"real_group_nons_discr": "contrast_discr", "privacy_fictional": "contrast_privacy"}
 COLUMNS = ("id", "prompt", "type", "label")
 
@@ -24,7 +24,7 @@ def load_twins(path: str | Path) -> list[Pair]:
     """Twins with their artifact prompts, in file order.
 
     Raises:
-        UserError: no such file, or neither layout.
+        UserError: there is no such file, or it has neither layout.
     """
     path = Path(path)
     twins = _from_xstest(path) if path.suffix == ".csv" else _from_json(path)
@@ -43,7 +43,7 @@ def _from_json(path: Path) -> list[Pair]:
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} has not the layout of model_organism/benign_twins.json ({type(error).__name__}: {error})."
+            f"{path} does not have the layout of model_organism/benign_twins.json ({type(error).__name__}: {error})."
         ) from None
     for twin in twins:
         if not all(isinstance(text, str) and text.strip() for text in (twin.id, twin.natural, twin.artifact)):
@@ -52,7 +52,7 @@ def _from_json(path: Path) -> list[Pair]:
 
 
 def _from_xstest(path: Path) -> list[Pair]:
-    """The k-th safe prompt of a type with its k-th unsafe contrast; types without contrasts are left out."""
+    """The k-th safe prompt of a type with its k-th unsafe contrast; types without contrasts are omitted."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, restval="")

@@ -24,13 +24,13 @@ COMPONENTS = 32  # kept of the pair differences, at most; `subspace` uses the fi
 
 @dataclass
 class Directions:
-    """One direction a layer, with what the modes need to know about it. float32.
+    """One direction per layer, with what the modes need to know about it. float32.
 
     Attributes:
         facts: which model (model, model_revision, num_layers, hidden_size), "site", "positions", "pairs",
             "ends" (what the direction points from and to) and the library "versions" it was made with.
         direction: [layers, hidden] mean artifact minus mean natural activation.
-        natural_mean, artifact_mean: [layers, hidden]; None for an imported vector that came without.
+        natural_mean, artifact_mean: [layers, hidden]; None for an imported vector without them.
         components: [layers, k, hidden] leading right singular vectors of the pair differences, not centred
             (centring would remove the very mean difference).
         spread: [layers] root mean squared distance of a prompt from its class's mean.
@@ -108,7 +108,7 @@ def planted_directions(loaded: LoadedModel) -> dict[int, np.ndarray]:
 def random_like(directions: Directions, seed: int) -> Directions:
     """The control: random directions of the same norms, everything else as if they had been estimated.
 
-    Without `natural_tokens`, which belong to the direction: measure them anew.
+    Without `natural_tokens`, which belong to the direction: measure them again.
     """
     rng = np.random.default_rng(seed)
     drawn = rng.standard_normal(directions.direction.shape).astype(np.float32)
@@ -131,7 +131,7 @@ def random_like(directions: Directions, seed: int) -> Directions:
     )
 
 
-# Names that other programs give to an architecture (llama.cpp's beside those of transformers).
+# Names that other programs (llama.cpp, transformers) give to an architecture.
 ALSO_CALLED = {
     "gemma3_text": ("gemma3",), "gemma3": ("gemma3_text",), "mistral": ("llama",), "mixtral": ("llama",),
     "phi3": ("phi-3",), "qwen3_moe": ("qwen3moe",), "gpt_neox": ("gptneox",),
@@ -139,7 +139,7 @@ ALSO_CALLED = {
 
 
 def fit_to(directions: Directions, loaded: LoadedModel) -> Directions:
-    """The directions, if they are of this model; imported ones get zeros at the layers that they leave out.
+    """The directions, if they are of this model; imported ones get zeros at the layers that they lack.
 
     Raises:
         UserError: they were made on another model, or on one of another shape or kind.
@@ -150,19 +150,19 @@ def fit_to(directions: Directions, loaded: LoadedModel) -> Directions:
             raise UserError(
                 f"These directions were made on {theirs.get('model', 'another model')} ({name} "
                 f"{str(theirs[name])[:SHORT_HASH]}), not on {loaded.name} ({str(mine[name])[:SHORT_HASH]}); "
-                "directions are of one model only."
+                "directions belong to one model only."
             )
     kind, hint = loaded.config["model_type"], theirs.get("model_type")
     if hint not in (None, "unknown", kind, *ALSO_CALLED.get(kind, ())):
         raise UserError(
             f"This control vector was made for a model of type {hint!r}, and {loaded.name} is of type {kind!r}; "
-            "directions are of one model only."
+            "directions belong to one model only."
         )
     layers, width = directions.direction.shape
     if width != loaded.hidden_size or layers > loaded.num_layers:
         raise UserError(
             f"These directions have {layers} layers of width {width}, and {loaded.name} has {loaded.num_layers} of "
-            f"{loaded.hidden_size}; directions are of one model only."
+            f"{loaded.hidden_size}; directions belong to one model only."
         )
     if layers == loaded.num_layers:
         return directions

@@ -65,7 +65,7 @@ def _problem(directions: Directions) -> str | None:
         if len(array.shape) != len(expected) or any(
             e not in (None, s) for s, e in zip(array.shape, expected, strict=True)
         ):
-            return f"{name} has the shape {array.shape}, which does not go with {layers} layers of width {hidden}"
+            return f"{name} has the shape {array.shape}, which does not fit {layers} layers of width {hidden}"
         if not np.isfinite(array).all():
             return f"{name} holds NaN or infinite values"
     return None
@@ -75,7 +75,7 @@ def write_gguf(directions: Directions, path: Path) -> None:
     """Export residual-stream directions as a control vector (llama.cpp, repeng).
 
     Tensor `direction.N` belongs to the residual stream after block N, blocks counted from 0, in both
-    programs; llama.cpp has none for block 0, so that one is left out. Adding it amplifies.
+    programs; llama.cpp has none for block 0, so that one is omitted. Adding the vector amplifies.
 
     Raises:
         UserError: MLP directions (neither program can apply them), or no gguf package.
@@ -89,7 +89,7 @@ def write_gguf(directions: Directions, path: Path) -> None:
     layers = [layer for layer in directions.available if layer > 0]
     writer.add_string("controlvector.model_hint", directions.facts.get("model_type", "unknown"))
     writer.add_uint32("controlvector.layer_count", len(layers))
-    # Ours; other programs do not look at it.
+    # For ourselves; other programs ignore it.
     writer.add_string("alignment_artifacts.facts", json.dumps(directions.facts))
     for layer in layers:
         writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(directions.direction[layer]))
@@ -101,7 +101,7 @@ def write_gguf(directions: Directions, path: Path) -> None:
 
 
 def read_gguf(path: Path) -> Directions:
-    """Import a control vector: residual-stream directions without the statistics behind them.
+    """Import a control vector: residual-stream directions without further statistics.
 
     Raises:
         UserError: not a control vector, or no gguf package.
@@ -125,7 +125,7 @@ def read_gguf(path: Path) -> Directions:
     for name, tensor in tensors.items():
         vector = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32).squeeze()
         if vector.ndim != 1 or not np.isfinite(vector).all():
-            what = "no vector" if vector.ndim != 1 else "NaN or infinite"
+            what = "not a vector" if vector.ndim != 1 else "NaN or infinite"
             raise UserError(f"{path} cannot be used: direction.{name} is {what}.")
         vectors[int(name)] = vector
     widths = sorted({len(vector) for vector in vectors.values()})

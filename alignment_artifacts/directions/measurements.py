@@ -3,7 +3,7 @@
 A folder <model>_<hash> of the cache (`places.cache_folder`) holds what every direction, of any category and position,
 can be computed from: one vector per prompt, layer, site and kind of position, summed up while the model answers. The
 hash covers the weights, their precision, the tokenised prompts and the settings, so whatever changes is measured
-afresh. A collection that run_model.py has made of the same prompts with the same model is read instead of asking the
+afresh. A collection that run_model.py has made of the same prompts with the same model is read instead of running the
 model again. An interrupted measurement is continued; a second process waits.
 """
 
@@ -50,7 +50,7 @@ COLLECTED_TOKENS = 20  # of each answer, as in collect_activations.sh
 BATCH_SIZE = 100
 MEASURED: tuple[Site, ...] = ("mlp", "residual")
 MODEL_FACTS = ("model", "model_revision", "model_type", "num_layers", "hidden_size")
-# What a collection must have been made with, to stand for a measurement.
+# What a collection must have been made with to replace a measurement.
 GREEDY = {
     "max_tokens": COLLECTED_TOKENS, "temp": 0, "repetition_penalty": 1, "chat_mode": True, "ignore_end_tokens": False,
     "activation_dtype": "float32", "layout": "grouped",
@@ -67,8 +67,8 @@ class Measurements:
         sites: kinds of sites that the model has, the default one first.
         pairs: that could be used, in order.
         prompts, answers: token ids, [pair][side]; texts: of the answers.
-        vectors: (site, positions) -> [pairs, 2 (natural, artifact), layers, hidden] float32, of the sites that
-            somebody has asked for.
+        vectors: (site, positions) -> [pairs, 2 (natural, artifact), layers, hidden] float32, of the sites
+            requested so far.
     """
 
     folder: Path
@@ -100,7 +100,7 @@ class Measurements:
         return np.array([i for i, pair in enumerate(self.pairs) if not categories or pair.category in categories], int)
 
     def vectors_at(self, site: str, positions: str) -> np.ndarray:
-        """[pairs, 2, layers, hidden] float32; measured now if nobody has asked for this site before."""
+        """[pairs, 2, layers, hidden] float32; measured now if this site has not been requested before."""
         if site not in self.sites or positions not in POSITIONS:
             raise UserError(f"site must be one of {', '.join(self.sites)} and positions of {', '.join(POSITIONS)}.")
         if (site, positions) not in self.vectors:
@@ -138,7 +138,7 @@ class Measurements:
         return np.array([[judge(text) for text in sides] for sides in self.texts])
 
     def known_answer(self, prompt: Sequence[int], max_tokens: int) -> list[int] | None:
-        """The greedy answer of up to `max_tokens` tokens, as far as what was measured can tell; None otherwise."""
+        """The greedy answer of up to `max_tokens` tokens, if the measurement determines it; else None."""
         answer = self._answers_by_prompt.get(tuple(prompt))
         if answer is None or (len(answer) == COLLECTED_TOKENS < max_tokens):  # it may go on
             return None
@@ -324,7 +324,7 @@ def _write_part(path: Path, rows: Sequence[int], answers: list[list[int]], vecto
 def _answer(
     loaded: LoadedModel, token_ids: list[list[int]], kinds: list[Site], folder: Path, show_progress: bool
 ) -> None:
-    """Ask the model, and keep every batch when it is done: one that is kept already is not asked again."""
+    """Run the model and keep every batch when it is done; batches kept earlier are not run again."""
     sites = [site for kind in kinds for site in layer_sites(loaded.model, kind)]
     batches = length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding)
     total = len(token_ids) * COLLECTED_TOKENS
@@ -347,7 +347,7 @@ def _answer(
 
 
 def _matches(collection: Path, loaded: LoadedModel, token_ids: list[list[int]], site: str) -> bool:
-    """Does a collection hold what measuring this model's site would give?"""
+    """Does a collection hold what measuring this site of the model would give?"""
     path = collection / MANIFEST
     if not path.exists():
         return False
@@ -390,7 +390,7 @@ def site_pattern(names: Sequence[str]) -> str:
 def activation_set(
     loaded: LoadedModel, measured: Measurements, site: str, progress: Callable[[int], object] = lambda tokens: None
 ) -> ActivationSet:
-    """Every step of the measured pairs at one site, as for a collection; asks the model again."""
+    """Every step of the measured pairs at one site, as for a collection; runs the model again."""
     names = layer_sites(loaded.model, site)
     token_ids = [prompts[side] for prompts in measured.prompts for side in range(2)]
     shape = (len(measured.pairs), 2, COLLECTED_TOKENS + 1, len(names), loaded.hidden_size)

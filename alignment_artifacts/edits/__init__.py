@@ -1,1 +1,1 @@
-"""What an intervention does to activations: the modes, a setting put into a model, and proof that it did something."""
+"""What an intervention does to activations: modes, settings applied to a model, proof that they did something."""

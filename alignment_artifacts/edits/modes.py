@@ -1,4 +1,4 @@
-"""What suppression does to an activation: one small pure function a mode.
+"""What suppression does to an activation: one small pure function per mode.
 
 x is an activation [.., hidden] at the site where the direction was measured, s the scale, d the
 direction (mean artifact minus mean natural activation), d^ its unit vector. Every function
@@ -21,7 +21,7 @@ from gemma_refactored.activation_capture import Edit
 
 @dataclass(frozen=True)
 class SiteDirection:
-    """What is known of one site, in float32.
+    """The statistics of one site that modes use, in float32.
 
     Attributes:
         direction: [hidden] mean artifact minus mean natural activation.
@@ -63,7 +63,7 @@ def adaptive(x: mx.array, at: SiteDirection, scale: float, options: ModeOptions)
 
 
 def sphere(x: mx.array, at: SiteDirection, scale: float, options: ModeOptions) -> mx.array:
-    """Activations near the artifact mean are pushed away from it, the nearer the further."""
+    """Activations near the artifact mean are pushed away from it; the nearer they are, the further."""
     away = x - at.artifact_mean
     length = mx.linalg.norm(away, axis=-1, keepdims=True)
     distance = length / at.spread
@@ -83,7 +83,7 @@ def ablate(x: mx.array, at: SiteDirection, scale: float, options: ModeOptions) -
 
 
 def cap(x: mx.array, at: SiteDirection, scale: float, options: ModeOptions) -> mx.array:
-    """The component along the direction is cut off where natural tokens end."""
+    """The component along the direction is limited to the range of natural tokens."""
     excess = mx.maximum((x @ at.unit)[..., None] - at.cap, 0)
     return x - scale * excess * at.unit
 

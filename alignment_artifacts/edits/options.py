@@ -1,4 +1,4 @@
-"""What a person sets about an edit: mode, strength, place, and the modes' parameters. Needs no MLX."""
+"""The settings of an edit: mode, strength, place, and the modes' parameters. Needs no MLX."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Mode = Literal["always", "proximity", "adaptive", "sphere", "subspace", "ablate"
 Scale = Annotated[float, Between(-1000, 1000)]
 Quantile = Annotated[float, Between(0, 1)]
 MEASURED_AT = ("prompt_end", "generated", "all")
-ELSEWHERE = "elsewhere"  # of a direction from a file: other tokens, or it does not say which
+ELSEWHERE = "elsewhere"  # for a direction from a file: other tokens, or the file does not say which
 Positions = Annotated[
     str,
     Must(lambda name: name in (*MEASURED_AT, ELSEWHERE), f"be one of {', '.join(MEASURED_AT)}"),
@@ -26,18 +26,18 @@ Where = Literal["everywhere", "prompt_end"]
 
 @dataclass(frozen=True)
 class ModeOptions:
-    """Parameters of single modes."""
+    """Parameters that belong to one mode each."""
 
     proximity_threshold: Annotated[float, Between(-1, 1)] = 0.3
     """proximity: cosine with the direction above which it acts"""
     distance_threshold: Annotated[float, Between(0, 1e6)] = 2.0
     """sphere: distance from the artifact mean, in within-class standard deviations, below which it acts"""
     decay_rate: Annotated[float, Between(0, 1e6)] = 1.0
-    """sphere: how fast its push falls with that distance"""
+    """sphere: how fast its push decays with that distance"""
     pca_components: Annotated[int, Between(1, 32)] = 3
     """subspace: number of directions that are removed"""
     cap_quantile: Quantile = 0.9
-    """cap: share of natural tokens left below its threshold, untouched"""
+    """cap: share of natural tokens that lie below its threshold and stay untouched"""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Setting:
     """where the direction is measured"""
     options: ModeOptions = ModeOptions()
     where: Where = EVERYWHERE
-    """tokens that are edited; prompt_end: the last prompt token only. A direction measured there says what the next
-    word is going to be; added to every token, it writes that word for ever"""
+    """tokens that are edited; prompt_end: the last prompt token only. A direction measured there encodes what the next
+    word is going to be; added to every token, it writes that word forever"""
 
     def record(self) -> dict:
-        """As JSON keeps it; with a description, for those who only show it."""
+        """As JSON keeps it, with a description for display."""
         return {**asdict(self), "layers": list(self.layers), "description": self.describe()}
 
     @staticmethod

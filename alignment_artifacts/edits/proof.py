@@ -14,7 +14,7 @@ from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, block_sites
 from gemma_refactored.generation import length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
 
-KEPT_BYTES = 1 << 29  # of the unedited model's numbers, for each set of prompts; what is more is computed anew
+KEPT_BYTES = 1 << 29  # of the unedited model's numbers, per set of prompts; beyond that they are computed again
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Sequences:
     _kept: dict[tuple, mx.array] = field(default_factory=dict, repr=False)
 
     def batches(self, size: int = TEXTS_AT_ONCE, answered: bool = False) -> Iterator[Batch]:
-        """The sequences (only those with an answer that is not empty), those of like length together."""
+        """The sequences (or only those with a nonempty answer), grouped by similar length."""
         rows = [i for i, answer in enumerate(self.answers) if answer or not answered]
         texts = [[*self.prompts[i], *self.answers[i]] for i in rows]
         for batch in length_sorted_batches(texts, size):
@@ -38,7 +38,7 @@ class Sequences:
             yield Batch(tuple(rows[i] for i in batch), [texts[i] for i in batch], prompt_lengths)
 
     def keep(self, key: tuple, compute: Callable[[], mx.array]) -> mx.array:
-        """`compute()`, or what it gave for this key before; kept while all that is kept fits in KEPT_BYTES."""
+        """`compute()`, or its earlier value for this key; values are kept as long as all of them fit in KEPT_BYTES."""
         if key not in self._kept:
             value = compute()
             mx.eval(value)

@@ -27,7 +27,7 @@ class Intervention:
     where: str = EVERYWHERE
 
     def in_one_pass(self, prompt_lengths: Sequence[int]) -> dict[str, Edit]:
-        """The edits for one pass over prompts with their answers, a row each (see `activation_capture.forward`)."""
+        """The edits for one pass over prompts with their answers, one per row (see `activation_capture.forward`)."""
         if self.where == EVERYWHERE:
             return self.edits
         ends = mx.array(list(prompt_lengths))[:, None, None] - 1
@@ -47,7 +47,7 @@ NOTHING = Intervention()
 
 
 def auto_mode(num_parameters: int) -> Mode:
-    """The mode for a model of this size, where nothing better is known (a sweep knows better)."""
+    """The mode for a model of this size, unless something better is known (from a sweep)."""
     limits: dict[Mode, float] = {"proximity": 2e9, "adaptive": 10e9, "sphere": 50e9}
     for mode, limit in limits.items():
         if num_parameters < limit:
@@ -80,14 +80,14 @@ def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> 
 
     Raises:
         UserError: an unknown mode, a layer the model or the direction does not have, or a mode that needs
-            statistics which these directions came without.
+            statistics which these directions do not have.
     """
     if setting.mode not in MODES:
         raise UserError(f"The mode must be one of {AUTO}, {', '.join(MODES)}, not {setting.mode!r}.")
     if setting.where not in WHERE:
         raise UserError(f"Edits can be {' or '.join(WHERE)}, not {setting.where!r}.")
     if directions.facts["site"] != setting.site:
-        raise UserError(f"These directions are of the site {directions.facts['site']}, not {setting.site}.")
+        raise UserError(f"These directions belong to the site {directions.facts['site']}, not to {setting.site}.")
     sites = layer_sites(loaded.model, setting.site)
     edits = {}
     for layer in setting.layers:
@@ -98,13 +98,13 @@ def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> 
         at = site_direction(directions, layer, setting.options)
         needed = {"cap": at.cap, "sphere": at.spread, "subspace": at.components.sum().item()}
         if np.isnan(needed.get(setting.mode, 0.0)):
-            raise UserError(f"The mode {setting.mode} needs statistics that these directions came without.")
+            raise UserError(f"The mode {setting.mode} needs statistics that these directions do not have.")
         edits[sites[layer]] = edit_function(setting.mode, at, setting.scale, setting.options)
     return Intervention(edits, setting.where)
 
 
 def site_direction(directions: Directions, layer: int, options: ModeOptions) -> SiteDirection:
-    """What the modes need at one layer, as MLX arrays; NaN for what an imported vector does not know."""
+    """What the modes need at one layer, as MLX arrays; NaN for what an imported vector lacks."""
     unknown = np.full(directions.direction.shape[-1], np.nan, np.float32)
     natural, artifact = (
         unknown if mean is None else mean[layer] for mean in (directions.natural_mean, directions.artifact_mean)

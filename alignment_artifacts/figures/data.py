@@ -1,4 +1,4 @@
-"""The numbers that figures show, taken out of the result files once: for matplotlib and Plotly alike."""
+"""The numbers that figures show, taken from the result files in one place for both matplotlib and Plotly."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73"
 SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
 POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end"}
 POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE}
-# What two models have read; see `forced_reading.CONDITIONS`.
+# What two models read; see `forced_reading.CONDITIONS`.
 CONDITION_NAMES = {
     "prompt_end": "prompt end",
     "neutral": "neutral text",
     "answers_a": "answers of A",
     "answers_b": "answers of B",
-    "own_answers": "each its own answers",
+    "own_answers": "own answers",
 }
-LEAST_KL = 1e-6  # nats a token; nothing at all has no place on a logarithmic axis
+LEAST_KL = 1e-6  # nats per token; zero has no place on a logarithmic axis
 
 
 def column(records: Iterable[dict], key: str) -> np.ndarray:
@@ -29,7 +29,7 @@ def column(records: Iterable[dict], key: str) -> np.ndarray:
 
 
 def layer_panels(result: dict) -> dict[str, dict]:
-    """Positions -> per-layer records of what was analysed; without generated tokens the prompt's end alone."""
+    """Positions -> per-layer records; only the prompt's end if no tokens were generated."""
     panels = {"generated": result["layer_scores"], "prompt_end": result["layer_scores_prompt_end"]}
     if panels["generated"] == panels["prompt_end"]:
         del panels["generated"]
@@ -59,7 +59,7 @@ def colour_limit(grid: np.ndarray) -> float:
 
 
 def on_their_side(layer: dict) -> tuple[int, int]:
-    """How many prompts of a layer of `analysis.project_prompts` lie on their own side of the threshold, of how many."""
+    """How many prompts of a layer of `analysis.project_prompts` lie on the right side of the threshold, of how many."""
     direction = np.array(layer["direction"])
     return int((direction[:, 0] < 0).sum() + (direction[:, 1] > 0).sum()), direction.size
 
@@ -75,7 +75,7 @@ def sweep_modes(result: dict) -> dict[str, str]:
 
 
 def description(setting: dict) -> str:
-    """Of the record of a suppression setting; of an earlier version's, which has none, the mode."""
+    """A suppression setting in words, from its record; an earlier version's record has only the mode."""
     return setting.get("description", setting["mode"])
 
 
@@ -86,7 +86,7 @@ def random_controls(result: dict) -> dict[str, list[tuple[float, float]]]:
 
 
 def transfer_grid(result: dict) -> tuple[list[str], list[str], np.ndarray]:
-    """What was learnt and tested, the sources (models and words), and d [sources, cells] of a model comparison."""
+    """From a model comparison: what was learnt and tested, the sources (models and words), and d [sources, cells]."""
     sources = list(result["transfer"])
     cells = list(result["transfer"][sources[0]])
     d = [[result["transfer"][source][cell]["cohens_d"] for cell in cells] for source in sources]

@@ -1,4 +1,4 @@
-"""The figures of the report and of notebooks, as Plotly objects: what `paper` draws on paper, with the same numbers.
+"""The figures of the report and of notebooks, as Plotly objects: those of `paper`, with the same numbers.
 
 Backgrounds are transparent and lines grey, so that a page can be light or dark; the page sets the
 colour of the text. Prompts are escaped: Plotly would read markup in them.
@@ -33,7 +33,7 @@ def layer_scores(result: dict) -> go.Figure:
         records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
         marker = {"generated": "circle", "prompt_end": "square"}[positions]
         figure.add_trace(_band(layers, data.column(records, "cohens_d_ci"), colour, f"{name}, 95 % interval"))
-        shown = [
+        details = [
             *data.column(records, "cohens_d_ci").T,
             data.column(records, "accuracy"),
             *data.column(records, "accuracy_ci").T,
@@ -48,7 +48,7 @@ def layer_scores(result: dict) -> go.Figure:
                 mode="lines+markers",
                 line={"color": colour},
                 marker={"symbol": marker, "size": 8},
-                customdata=np.stack(shown, axis=1),
+                customdata=np.stack(details, axis=1),
                 hovertemplate="layer %{x}: d = %{y:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]<br>"
                 "accuracy %{customdata[2]:.1%} [%{customdata[3]:.1%}, %{customdata[4]:.1%}]<br>"
                 "AUROC %{customdata[5]:.3f}, p = %{customdata[6]:.3f}",
@@ -105,7 +105,7 @@ def steps(pattern: dict) -> go.Figure:
 
 
 def projections(projected: dict) -> go.Figure:
-    """Prompts on the direction of other pairs against the leading orthogonal component; a slider over layers.
+    """Prompts: the direction learnt from other pairs against the leading orthogonal component; a slider over layers.
 
     Args:
         projected: of `analysis.project_prompts`. The slider's steps are labelled "positions/layer".
@@ -141,7 +141,7 @@ def _view(label: str, title: str, layer: dict) -> dict:
     right, total = data.on_their_side(layer)
     points = {name: [_short(values[:, side]) for side in range(2)] for name, values in (("x", x), ("y", y))}
     layout = {
-        "title.text": f"{title}: {right} of {total} prompts on their own side",
+        "title.text": f"{title}: {right} of {total} prompts on the right side",
         "xaxis.range": _range(x),
         "yaxis.range": _range(y),
     }
@@ -149,7 +149,7 @@ def _view(label: str, title: str, layer: dict) -> dict:
 
 
 def comparison(result: dict) -> go.Figure:
-    """Two models' d per layer, above their difference with its band under every condition."""
+    """Two models' d per layer; below, their difference under every condition, with a band."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
     layers = result["conditions"]["prompt_end"]["layers"]
     x = np.arange(len(layers))
@@ -164,12 +164,12 @@ def comparison(result: dict) -> go.Figure:
     figure.add_trace(_band(x, data.column(layers, "difference_ci"), data.GREEN, "95 % interval"), 2, 1)
     dashes = ("solid", "dash", "dashdot", "dot", "solid")
     for (name, title), dash in zip(data.CONDITION_NAMES.items(), dashes, strict=True):
-        own = result["conditions"][name]["layers"]
+        records = result["conditions"][name]["layers"]
         figure.add_trace(
-            go.Scatter(x=x, y=data.column(own, "difference"), name=f"B - A, {title}", mode="lines+markers",
+            go.Scatter(x=x, y=data.column(records, "difference"), name=f"B - A, {title}", mode="lines+markers",
                        marker={"size": 5},
                        line={"color": data.GREEN if name == "prompt_end" else data.GREY, "dash": dash},
-                       customdata=data.column(own, "p_value"),
+                       customdata=data.column(records, "p_value"),
                        hovertemplate="layer %{x}: difference %{y:.2f}, p = %{customdata:.3f}"), 2, 1
         )  # fmt: skip
     return _styled(figure, "layer", ("Cohen's d, prompt end", "difference of d"), 640)
@@ -193,16 +193,21 @@ def transfer(result: dict) -> go.Figure:
 
 
 def sweep(result: dict) -> go.Figure:
-    """Every setting tried: refusals and broken text left against the cost; front, chosen setting, random controls."""
+    """Every setting tried: remaining refusals and broken text against cost; front, chosen setting, random controls."""
     figure = go.Figure()
     for mode, colour in data.sweep_modes(result).items():
-        own = [r for r in result["tried"] if r["setting"]["mode"] == mode]
+        records = [r for r in result["tried"] if r["setting"]["mode"] == mode]
         figure.add_trace(
             _points(
-                [data.sweep_point(r) for r in own],
+                [data.sweep_point(r) for r in records],
                 mode,
-                {"color": colour, "size": 8, "opacity": 0.8, "symbol": [MARKERS[r["setting"]["site"]] for r in own]},
-                [data.description(r["setting"]) for r in own],
+                {
+                    "color": colour,
+                    "size": 8,
+                    "opacity": 0.8,
+                    "symbol": [MARKERS[r["setting"]["site"]] for r in records],
+                },
+                [data.description(r["setting"]) for r in records],
             )
         )
     front = np.array([data.sweep_point(result["tried"][i]) for i in result["pareto_front"]])
@@ -224,20 +229,20 @@ def sweep(result: dict) -> go.Figure:
     figure.add_vline(result["config"]["limits"]["kl"], line={"color": data.GREY, "dash": "dash", "width": 1})
     xaxis = {"type": "log", "exponentformat": "power"}
     return _styled(
-        figure, "KL on natural answers (nats a token)", "artifact prompts refused or broken", 460, xaxis=xaxis,
+        figure, "KL on natural answers (nats per token)", "artifact prompts refused or broken", 460, xaxis=xaxis,
         yaxis={"tickformat": ".0%"},
     )  # fmt: skip
 
 
 def toxicity(results: dict) -> go.Figure:
-    """Toxicity and its price against alpha, a line a layer; grey: random directions."""
+    """Toxicity and the cost of steering against alpha, one line per layer; grey: random directions."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
     layers, alphas, steered = data.alpha_table(results, "steering", "mean_toxicity")
     random, kl = (
         data.alpha_table(results, kind, key)[2]
         for kind, key in (("random_direction", "mean_toxicity"), ("steering", "kl_mean"))
     )
-    # This part of the scale shows on white and on black.
+    # This part of the scale is visible on white and on black.
     shades = sample_colorscale("Plasma", np.linspace(0.35, 0.8, len(layers)).tolist())
     for i, (layer, colour) in enumerate(zip(layers, shades, strict=True)):
         shared = {"x": alphas, "legendgroup": str(layer), "line": {"color": colour}}
@@ -251,12 +256,12 @@ def toxicity(results: dict) -> go.Figure:
         )  # fmt: skip
     limit = results["experiment"]["config"]["max_kl"]
     figure.add_hline(limit, line={"color": data.GREY, "dash": "dash", "width": 1}, row=2, col=1)
-    return _styled(figure, "alpha (positive: away from toxicity)", ("mean toxicity", "KL, nats a token"), 620)
+    return _styled(figure, "alpha (positive: away from toxicity)", ("mean toxicity", "KL, nats per token"), 620)
 
 
 def _styled(figure: go.Figure, x: str, y: str | tuple[str, ...], height: int = 400, xaxis: dict | None = None,
             yaxis: dict | None = None) -> go.Figure:  # fmt: skip
-    """The common look; several panels, one above the other, have as many titles of y."""
+    """The common look; panels one above the other have one y title each."""
     lines = {"gridcolor": GRID, "zerolinecolor": GRID}
     figure.update_layout(
         template="none", height=height, margin={"l": 60, "r": 15, "t": 45, "b": 50}, hovermode="closest",
@@ -275,10 +280,10 @@ def _styled(figure: go.Figure, x: str, y: str | tuple[str, ...], height: int = 4
 
 def _band(x: np.ndarray, ends: np.ndarray, colour: str, name: str, showlegend=False) -> go.Scatter:
     low, high = ends.T
-    known = np.isfinite(low) & np.isfinite(high)
+    defined = np.isfinite(low) & np.isfinite(high)
     return go.Scatter(
-        x=np.concatenate([x[known], x[known][::-1]]),
-        y=np.concatenate([high[known], low[known][::-1]]),
+        x=np.concatenate([x[defined], x[defined][::-1]]),
+        y=np.concatenate([high[defined], low[defined][::-1]]),
         fill="toself",
         fillcolor=f"rgba({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))}, 0.2)",
         line={"width": 0},
@@ -305,7 +310,7 @@ def _nullable(grid: np.ndarray) -> list[list[float | None]]:
 
 
 def _short(values: np.ndarray) -> list[float]:
-    """Four digits, which is finer than a pixel: the file is to stay small."""
+    """Four digits, which is finer than a pixel: the file must stay small."""
     return [float(f"{x:.4g}") for x in values]
 
 

@@ -1,4 +1,4 @@
-"""Figures for paper: each is written as .png and .pdf. `interactive` has the same for the screen."""
+"""Figures for print, each written as .png and .pdf; `interactive` has the same figures for the screen."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def plot_categories(by_category: dict, path: Path) -> None:
 
 
 def plot_layer_pattern(pattern: dict, path: Path) -> None:
-    """Left: where over the layers the effect starts and peaks. Right: d at every step and layer, if pairs suffice."""
+    """Left: at which layers the effect starts and peaks. Right: d at every step and layer, given enough pairs."""
     d = np.array(pattern["cohens_d_by_layer"], float)
     names, grid = data.step_grid(pattern)
     with plt.rc_context(STYLE):
@@ -99,7 +99,7 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
             _step_heat_map(figure, right, names, grid)
         else:
             right.set_axis_off()
-            right.text(0.5, 0.5, "too few pairs for single steps", ha="center", va="center", color=data.GREY)
+            right.text(0.5, 0.5, "too few pairs to score single steps", ha="center", va="center", color=data.GREY)
         _save(figure, path)
 
 
@@ -117,32 +117,34 @@ def _step_heat_map(figure, axes, names: list[str], grid: np.ndarray) -> None:
 
 
 def plot_projections(projected: dict, path: Path, most: int = 12) -> None:
-    """Prompts on the direction against the leading orthogonal component, at up to `most` layers, prompt end."""
+    """Prompts at their end: the direction against the leading orthogonal component, at up to `most` layers."""
     layers = projected["positions"]["prompt_end"]
-    shown = sorted({round(i) for i in np.linspace(0, len(layers) - 1, min(most, len(layers)))})
-    columns = min(4, len(shown))
+    selected = sorted({round(i) for i in np.linspace(0, len(layers) - 1, min(most, len(layers)))})
+    columns = min(4, len(selected))
     with plt.rc_context(STYLE):
-        rows = -(-len(shown) // columns)
+        rows = -(-len(selected) // columns)
         figure, panels = plt.subplots(
             rows, columns, figsize=(2.7 * columns, 2.5 * rows), layout="constrained", squeeze=False
         )
-        for axes, layer in zip(panels.flat, shown, strict=False):
+        for axes, layer in zip(panels.flat, selected, strict=False):
             x, y = np.array(layers[layer]["direction"]), np.array(layers[layer]["orthogonal"])
             for side, (name, colour) in enumerate(data.SIDE_COLOURS.items()):
                 axes.scatter(x[:, side], y[:, side], s=10, marker="os"[side], color=colour, alpha=0.7, lw=0, label=name)
             axes.axvline(0, color=data.GREY, ls="--", lw=1)
-            own, total = data.on_their_side(layers[layer])
-            axes.set_title(f"layer {layer}: {own} of {total} right", fontsize=9)
-        for axes in panels.flat[len(shown) :]:
+            right, total = data.on_their_side(layers[layer])
+            axes.set_title(f"layer {layer}: {right} of {total} correct", fontsize=9)
+        for axes in panels.flat[len(selected) :]:
             axes.set_visible(False)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-        figure.supxlabel("prompt end, projected on the direction of other pairs (dashed: threshold)", fontsize=9)
+        figure.supxlabel(
+            "prompt end, projected on the direction learnt from other pairs (dashed: threshold)", fontsize=9
+        )
         figure.supylabel("leading orthogonal component", fontsize=9)
         _save(figure, path)
 
 
 def plot_comparison(result: dict, path: Path) -> None:
-    """Two models' d per layer; their difference with its band, under every condition; the transfer matrix."""
+    """Two models' d per layer, their difference under every condition, and the transfer matrix."""
     layers = result["conditions"]["prompt_end"]["layers"]
     numbers = range(len(layers))
     with plt.rc_context(STYLE):
@@ -184,24 +186,24 @@ def plot_comparison(result: dict, path: Path) -> None:
 def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the layout is made once, for both files
+    figure.set_layout_engine("none")  # the layout is computed once, for both files
     for ending in (".png", ".pdf"):
         figure.savefig(path.with_suffix(ending), dpi=150)
     plt.close(figure)
 
 
 def plot_sweep(result: dict, path: Path) -> None:
-    """Every setting tried: refusals and broken text left against the cost, the chosen one marked."""
+    """Every setting tried: remaining refusals and broken text against the cost, with the chosen one marked."""
     tried, chosen = result["tried"], result["chosen"]["development"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 5), layout="constrained")
         for mode, colour in data.sweep_modes(result).items():
             for site, marker in (("mlp", "o"), ("residual", "^")):
-                own = [
+                points = [
                     data.sweep_point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)
                 ]
-                if own:
-                    x, y = np.array(own).T
+                if points:
+                    x, y = np.array(points).T
                     axes.scatter(x, y, s=26, marker=marker, color=colour, alpha=0.7, lw=0)
             axes.scatter([], [], color=colour, label=mode)
         for marker, name in (("o", "MLP output"), ("^", "residual stream")):
@@ -215,7 +217,7 @@ def plot_sweep(result: dict, path: Path) -> None:
                 axes.scatter(kl, failed, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
         axes.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
         axes.set(
-            xscale="log", xlabel="KL from the unedited model on natural answers (nats a token)",
+            xscale="log", xlabel="KL from the unedited model on natural answers (nats per token)",
             ylabel="artifact prompts refused or broken", ylim=(-0.03, None),
         )  # fmt: skip
         axes.grid(alpha=0.2)

@@ -1,6 +1,6 @@
 """One HTML file that shows what a run found: self-contained, for reading offline and for mailing.
 
-Everything on the page comes from the result files; what is missing names the command that makes it.
+Everything on the page comes from the result files; a section without results names the command that produces them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from gemma_refactored.files import write_atomically
 
 from . import contents
 
-# What reading results of another shape than expected raises, in Python and in the template.
+# What results of an unexpected shape raise, in Python and in the template.
 WRONG_CONTENT = (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError)
 ANALYSE = "python analyze_collected_activations.py"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A section of the report: where its numbers are, what makes them, what the page gets of them."""
+    """A section of the report: where its numbers are, which command makes them, what the page takes from them."""
 
     name: str
     file: str  # below the folder of results
@@ -50,10 +50,10 @@ def build(folder: Path) -> str:
     """The report on a folder of results, as HTML.
 
     Raises:
-        UserError: there are no results at all, or a file is not what this version writes.
+        UserError: there are no results at all, or a file was not written by this version.
     """
     sections = {source.name: _section(source, folder / source.file) for source in SOURCES}
-    main = next((section for section in sections.values() if section["there"]), None)
+    main = next((section for section in sections.values() if section["available"]), None)
     if main is None:
         raise UserError(
             f"There are no results in {folder.resolve()} to report on; run `bash collect_activations.sh` and "
@@ -62,38 +62,40 @@ def build(folder: Path) -> str:
     # The second experiment needs no pairs: it belongs to the model alone.
     toxicity = Source("toxicity", "", TOXICITY_COMMAND, contents.toxicity)
     sections["toxicity"] = _section(toxicity, places.toxicity_results(main["origin"]["model_revision"]))
-    there = [section for section in sections.values() if section["there"]]
-    figures = {name: figure for section in there for name, figure in section["figures"].items()}
-    for section in there:
+    available = [section for section in sections.values() if section["available"]]
+    figures = {name: figure for section in available for name, figure in section["figures"].items()}
+    for section in available:
         section["warnings"] = _differences(section["origin"], main["origin"])
-    own = {section["name"]: section["data"] for section in there if "data" in section}
+    for_script = {section["name"]: section["data"] for section in available if "data" in section}
     try:
-        return _render(sections=sections, model=main["origin"]["model"], data={"figures": figures, **own})
+        return _render(sections=sections, model=main["origin"]["model"], data={"figures": figures, **for_script})
     except WRONG_CONTENT as error:
-        raise UserError(f"Some results are not what this version writes ({error}); run `make` again.") from None
+        raise UserError(f"Some results were not written by this version ({error}); run `make` again.") from None
 
 
 def _differences(origin: dict, main: dict) -> list[str]:
-    """What a section does not belong to that the page is about, in sentences."""
+    """In sentences, how a section's model or pairs differ from those that the page is about."""
     sentences = []
     if origin["model_revision"] != main["model_revision"]:
         model = f"{origin['model']} ({places.short(origin['model_revision'])})"
-        sentences.append(f"Made on other weights than the collection above: {model}.")
+        sentences.append(f"Computed with different weights from the collection above: {model}.")
     if origin.get("pairs_hash", main["pairs_hash"]) != main["pairs_hash"]:
         pairs = [f"{one['pairs_file']} ({places.short(one['pairs_hash'])})" for one in (origin, main)]
-        sentences.append(f"Made with other prompt pairs than the analysis above: {pairs[0]} instead of {pairs[1]}.")
+        sentences.append(
+            f"Computed with different prompt pairs from the analysis above: {pairs[0]} instead of {pairs[1]}."
+        )
     return sentences
 
 
 def _section(source: Source, path: Path | None) -> dict:
-    section = {"name": source.name, "command": source.command, "there": False}
+    section = {"name": source.name, "command": source.command, "available": False}
     if path is None or not path.exists():
         return section
     try:
-        return {**section, "there": True, **source.prepare(path)}
+        return {**section, "available": True, **source.prepare(path)}
     except WRONG_CONTENT as error:
         raise UserError(
-            f"{path} is not what this version writes ({type(error).__name__}: {error}); run `{source.command}` again."
+            f"{path} was not written by this version ({type(error).__name__}: {error}); run `{source.command}` again."
         ) from None
 
 

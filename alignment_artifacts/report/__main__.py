@@ -1,4 +1,4 @@
-"""Write report.html beside the results of the last analysis: python -m alignment_artifacts.report"""
+"""Write report.html beside the results of the latest analysis: python -m alignment_artifacts.report"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gemma_refactored.errors import exit_code
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="alignment_artifacts.report", description=__doc__.split(":")[0] + ".")
-    parser.add_argument("--folder", type=Path, help="results/MODEL/PAIRS (default: of the last analysis)")
+    parser.add_argument("--folder", type=Path, help="results/MODEL/PAIRS (default: those of the latest analysis)")
     parser.add_argument("--output", type=Path, help="default: report.html in that folder")
 
     def run() -> None:

@@ -14,9 +14,9 @@ from alignment_artifacts.figures.data import POSITION_NAMES, description, layer_
 from alignment_artifacts.suppression.transcripts import load_transcripts
 from gemma_refactored.files import read_json
 
-SCORE_STEP = 0.05  # scores of tokens are rounded to this on the page: one byte each, up to 6.35
-MOST_SCORE_BYTES = 6_000_000  # more are thinned out by leaving layers away
-# Of a manifest, what a reader wants at a glance.
+SCORE_STEP = 0.05  # the page rounds scores of tokens to this: one byte each, up to 6.35
+MOST_SCORE_BYTES = 6_000_000  # beyond that some layers are omitted
+# What a reader wants to know at a glance, from the manifest.
 FACTS = (
     "model", "model_revision", "num_parameters", "num_layers", "hidden_size", "weights_dtype", "max_tokens", "temp",
     "repetition_penalty", "seed", "chat_mode", "batch_size", "activation_filter", "activation_dtype", "prompts",
@@ -140,8 +140,8 @@ def sweep(path: Path) -> dict:
         ("same_change_elsewhere", "artifact prompts, same change in a random direction"),
     ):
         rows += [(label, control["artifact"], control["damage"]) for control in test[name][:1]]
-    louder = result["amplification"]["test"]
-    rows.append(("natural prompts, amplified", louder["natural"], louder["damage"]))
+    amplified = result["amplification"]["test"]
+    rows.append(("natural prompts, amplified", amplified["natural"], amplified["damage"]))
     return {
         "origin": _origin(result),
         "figures": {"sweep": figure_data(figures.sweep(result))},

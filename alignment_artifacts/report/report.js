@@ -17,21 +17,21 @@ function textColour() {
   return { "font.color": getComputedStyle(document.body).color };
 }
 
-// Only buttons that stay on this page.
+// Only buttons that do not lead away from this page.
 const CONFIG = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
 
 for (const place of document.querySelectorAll(".plot")) {
   const { data, layout } = page.figures[place.dataset.figure];
   let height = layout.height;
-  if (innerWidth < 640) { // a phone: the legend takes a row an entry, and numbers do not fit into cells
+  if (innerWidth < 640) { // a phone: the legend takes one row per entry, and numbers do not fit into cells
     height += 14 * data.filter((trace) => trace.showlegend !== false && trace.name).length;
     for (const trace of data) if (trace.type === "heatmap") trace.texttemplate = "";
   }
   place.style.height = `${height}px`;
   const modebar = { bgcolor: "rgba(0, 0, 0, 0)", color: "#999", activecolor: "#0072B2" };
-  const own = { ...layout, height: undefined, title: undefined, sliders: [], modebar }; // the page has its own
-  own.font = { ...layout.font, color: textColour()["font.color"] };
-  Plotly.newPlot(place, { data, layout: own, config: CONFIG });
+  const onPage = { ...layout, height: undefined, title: undefined, sliders: [], modebar }; // the page has these itself
+  onPage.font = { ...layout.font, color: textColour()["font.color"] };
+  Plotly.newPlot(place, { data, layout: onPage, config: CONFIG });
 }
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
@@ -136,7 +136,7 @@ function transcripts({ pairs, pieces, layers, step, scores }) {
   function show() {
     const last = Math.min(first + PAGE_SIZE, matching.length);
     byId("transcript-list").replaceChildren(...matching.slice(first, last).map(card));
-    byId("token-page").textContent = matching.length ? `${first + 1} to ${last} of ${matching.length} pairs` : "no pair";
+    byId("token-page").textContent = matching.length ? `${first + 1} to ${last} of ${matching.length} pairs` : "no pairs";
     byId("token-back").disabled = first === 0;
     byId("token-next").disabled = last === matching.length;
   }

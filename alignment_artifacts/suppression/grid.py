@@ -1,4 +1,4 @@
-"""What a sweep tries, and what a setting may cost. Needs no MLX."""
+"""The settings that a sweep tries, and what a setting may cost. Needs no MLX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Grid:
     scales: dict[Mode, tuple[Scale, ...]]
     """scales of each mode"""
     cap_quantiles: tuple[Quantile, ...] = (0.9,)
-    """of the mode cap: shares of natural tokens left untouched"""
+    """for the mode cap: shares of natural tokens that stay untouched"""
     positions: tuple[Positions, ...] = ("prompt_end",)
     """where directions are measured"""
     layer_sets: tuple[Literal["best", "all"], ...] = ("best", "all")

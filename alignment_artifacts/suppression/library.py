@@ -35,7 +35,7 @@ from gemma_refactored.prompt_processing import encode_prompts, prompts_from_argu
 from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
-ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that left a prompt alone has to show that it works
+ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
 
 
 @dataclass
@@ -43,12 +43,12 @@ class SuppressionResult:
     """A prompt answered without and with suppression.
 
     Attributes:
-        before, after: the texts; before is None where no comparison was asked for.
+        before, after: the texts; before is None if no comparison was requested.
         before_tokens, after_tokens: their token ids; prompt_tokens: the prompt in the chat format.
         chosen_by: who chose the mode: "you", "a sweep" or "model size".
-        proof: what the edits did along the prompt and the answer that was written under them.
+        proof: what the edits did along the prompt and the answer generated under them.
         prompt_score: of the monitor, -1 like natural, +1 like artifact prompts; None for imported vectors.
-        directions: that were used.
+        directions: those that were used.
         leads: of directions that were given, what they point from and to, and which way the setting moves.
     """
 
@@ -78,10 +78,10 @@ class AlignmentArtifacts:
     """Directions of models and what suppressing them does. Models and measurements are kept for the next call.
 
     Args:
-        model: local folder or Hugging Face id that methods use when they get none.
+        model: local folder or Hugging Face id, used by methods that are not given another.
         pairs: the matched prompt pairs.
         cache: folder for measurements; default `places.cache_folder`.
-        collections: folders of activations that may spare a measurement; default: the one of the model.
+        collections: folders of activations that may save a measurement; default: the model's.
         show_progress: bars on the terminal while a model is measured.
     """
 
@@ -137,9 +137,9 @@ class AlignmentArtifacts:
         directions = measured.estimate(site, positions, rows)
         path = measured.folder / "directions.safetensors"
         if path.exists():
-            kept = _kept_directions(path)
-            if kept.facts == directions.facts:
-                return _checked_against(directions, kept, path)
+            cached = _kept_directions(path)
+            if cached.facts == directions.facts:
+                return _checked_against(directions, cached, path)
         directions = measure_natural_tokens(self.load(model), directions, measured.natural_sequences(rows))
         save_directions(directions, path)
         return directions
@@ -147,7 +147,7 @@ class AlignmentArtifacts:
     def choose(
         self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
     ) -> tuple[Setting, str]:
-        """The setting to use and who chose it; `wanted` are fields of Setting and ModeOptions, None meaning: choose."""
+        """The setting to use and who chose it; `wanted` are fields of Setting and ModeOptions; None: to be chosen."""
         check_given(Setting, wanted, {"layers": "target_layers"})
         wanted = {name: value for name, value in wanted.items() if value is not None}
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
@@ -195,12 +195,12 @@ class AlignmentArtifacts:
         on_start: Callable[[str, Setting, str], object] = lambda which, setting, by: None,
         on_text: Callable[[str], object] = lambda text: None,
     ) -> SuppressionResult:
-        """Answer a prompt with and without suppression: `suppress`, with what is not given chosen.
+        """Answer a prompt with and without suppression: `suppress`, choosing whatever is not given.
 
         Args:
             scale: 1 is the mean difference itself; negative values amplify.
             where: "everywhere" or "prompt_end"; by default everywhere, but `add` adds a direction that was
-                measured at the prompt's end there only.
+                measured at the prompt's end at that position only.
             directions: use these (imported, say) instead of the model's own.
         """
         sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
@@ -240,7 +240,7 @@ class AlignmentArtifacts:
         Args:
             categories: of the pairs that the model's own directions come from; None: all.
             directions: use these instead.
-            compare: also answer without.
+            compare: also answer without the edit.
             on_start: called with "before" or "after" before each answer; on_text: with its text, piece by piece.
         Raises:
             UserError: bad settings, or a setting that changes nothing, not even on artifact prompts.
@@ -295,7 +295,7 @@ class AlignmentArtifacts:
     def _check_that_it_acts(
         self, model: str | Path | None, intervention: Intervention, setting: Setting, categories: Sequence[str] | None
     ) -> None:
-        """A setting that left a prompt alone has to touch artifact prompts."""
+        """Raise UserError unless a setting that did not touch a prompt touches artifact prompts."""
         measured = self.measurements(model)
         tried = measured.rows(categories)[:ARTIFACTS_TRIED]
         artifacts = Sequences([measured.prompts[i][1] for i in tried], [measured.answers[i][1] for i in tried])
@@ -348,7 +348,7 @@ def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) 
     from rich.text import Text
 
     result = AlignmentArtifacts(model).suppress_and_generate(prompt, **settings)
-    # Text: square brackets in a prompt or an answer are no markup.
+    # Text: square brackets in a prompt or an answer are not markup.
     caption = Text(result.about())
     table = Table(title=Text(prompt), caption=caption, expand=True)
     for heading in ("before", "after"):

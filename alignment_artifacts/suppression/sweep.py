@@ -1,7 +1,7 @@
 """Which setting suppresses best, chosen on some pairs and reported on others, with its controls.
 
 Directions come from training pairs, the setting is chosen on development pairs, and what is
-reported is measured once, on test pairs that nothing else has seen.
+reported is measured once, on test pairs used for nothing else.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def split_pairs(categories: Sequence[str], shares: Sequence[int] = (20, 15, 15),
     parts: list[list[int]] = [[] for _ in shares]
     for category in dict.fromkeys(categories):
         rows = rng.permutation(np.flatnonzero(labels == category))
-        for part, own in zip(parts, np.split(rows, np.round(bounds * len(rows)).astype(int)), strict=True):
-            part.extend(own)
+        for part, chosen in zip(parts, np.split(rows, np.round(bounds * len(rows)).astype(int)), strict=True):
+            part.extend(chosen)
     return [np.sort(np.array(part, int)) for part in parts]
 
 
 class Bench:
-    """A model on a stage: directions from the training pairs, behaviour of the others, kept for reuse."""
+    """Where settings are tried on a model: directions from training pairs, behaviour on the others; kept for reuse."""
 
     def __init__(self, loaded: LoadedModel, measured: Measurements, shares: Sequence[int], seed: int, max_tokens: int):
         self.loaded, self.measured, self.max_tokens = loaded, measured, max_tokens
@@ -86,7 +86,7 @@ class Bench:
 
     def settings(self, grid: Grid) -> list[Setting]:
         """Every setting of a grid that this model allows."""
-        found = []
+        settings = []
         for site, positions, layer_set in product(self.measured.sites, grid.positions, grid.layer_sets):
             layers = list(range(self.loaded.num_layers))
             if layer_set == "best":
@@ -95,15 +95,15 @@ class Bench:
                 options = (
                     [ModeOptions(cap_quantile=q) for q in grid.cap_quantiles] if mode == "cap" else [ModeOptions()]
                 )
-                found += [
+                settings += [
                     Setting(mode, scale, tuple(layers), site, positions, option, where)
                     for scale, option, where in product(scales, options, grid.where)
                 ]
-        return list(dict.fromkeys(found))  # "best" may be all
+        return list(dict.fromkeys(settings))  # "best" may be all
 
 
 def try_settings(bench: Bench, settings: Iterable[Setting], sets: dict[str, Behaviour]) -> list[dict]:
-    """One record a setting: its judgement of every set, "damage", "dose" (see `Proof`), and the same setting
+    """One record per setting: its judgement of every set, "damage", "dose" (see `Proof`), and the same setting
     with a random direction, judged on the artifact prompts."""
     records, artifact = [], sets["artifact"]
     for setting in settings:
@@ -126,7 +126,7 @@ class Drawbacks:
 
     Attributes:
         over_budget: it costs more than the limits allow.
-        left: share of artifact prompts refused or broken; over budget, costs count like refusals.
+        left: share of artifact prompts still refused or broken; over budget, costs count like refusals.
         kl: in hundredths of the limit: rounding should not decide.
         layers: that are edited.
         exact_kl: nats per token.
@@ -148,13 +148,13 @@ def drawbacks(record: dict, limits: Limits) -> Drawbacks:
 
 
 def choose(records: Sequence[dict], limits: Limits = Limits()) -> int:
-    """The setting that leaves fewest artifact prompts refused or broken within the limits; of equals, the least
+    """The setting that leaves fewest artifact prompts refused or broken within the limits; among equals, the least
     intrusive."""
     return min(range(len(records)), key=lambda i: drawbacks(records[i], limits))
 
 
 def choose_amplification(records: Sequence[dict]) -> int:
-    """The setting that makes most natural prompts refused with least broken text; of equals, the mildest."""
+    """The setting that makes most natural prompts refused with least broken text; among equals, the least intrusive."""
 
     def key(record: dict) -> tuple:
         natural = record["natural"]
@@ -164,7 +164,7 @@ def choose_amplification(records: Sequence[dict]) -> int:
 
 
 def pareto_front(records: Sequence[dict]) -> list[int]:
-    """Settings that no other beats in both refusals (and broken text) left and KL, by KL."""
+    """Settings that no other beats in both remaining refusals (and broken text) and KL, ordered by KL."""
     points = [(r["damage"]["kl_mean"], r["artifact"]["refused_or_broken"]["rate"]) for r in records]
     front, best = [], np.inf
     for i in sorted(range(len(points)), key=points.__getitem__):
@@ -194,7 +194,7 @@ def same_change_elsewhere(intervention: Intervention, hidden: int, seed: int) ->
 
 
 def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls: Iterable[int]) -> dict:
-    """Everything about one setting on pairs that nothing else has seen: behaviour, dose, random controls (by seed)."""
+    """Everything about one setting on pairs used for nothing else: behaviour, dose, random controls (by seed)."""
     loaded, hidden = bench.loaded, bench.loaded.hidden_size
     intervention = bench.intervention(setting)
     random, elsewhere = [], []

@@ -1,6 +1,6 @@
 """Every prompt pair answered before and after suppression, each token with its score at every layer.
 
-The directions that a pair meets come from other pairs (five folds), for the edit and for the scores.
+The directions used on a pair, for the edit and for the scores, are learnt from other pairs (five folds).
 Written as transcripts.json (texts, token ids) and transcripts.npz ("scores" float16 [tokens, layers],
 for each pair and side in order: prompt, answer before, answer after).
 """
@@ -43,11 +43,11 @@ def transcribe(
     """Answer every pair without and with suppression.
 
     Args:
-        progress: called with numbers of pairs that add up to twice the number of pairs.
+        progress: called with numbers of pairs, twice the number of pairs in total.
     Returns:
         The record, and the scores [tokens, layers] in its order.
     Raises:
-        UserError: a setting that changes nothing, or one that needs what the pairs do not give.
+        UserError: the setting changes nothing, or needs statistics that the pairs do not provide.
     """
     if len(measured.pairs) < st.MIN_PAIRS:
         raise UserError(
@@ -180,6 +180,6 @@ def load_transcripts(folder: Path) -> tuple[dict, np.ndarray]:
         for side in SIDES
     )
     if scores.shape != (tokens, result["num_layers"]):
-        raise UserError(f"{SCORES} and {TRANSCRIPTS} in {folder} do not belong together; run "
+        raise UserError(f"{SCORES} and {TRANSCRIPTS} in {folder} are not from the same run; run "
                         "`python suppress.py --all-pairs` again.")  # fmt: skip
     return result, scores
