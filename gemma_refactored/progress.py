@@ -25,16 +25,21 @@ def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Cal
 
     has_bar = sys.stderr.isatty() and not quiet
     start, done, is_told = time.perf_counter(), 0, has_bar or quiet
+    warm_up: tuple[float, int] | None = None  # the first call comes late: of its time nothing follows for the rest
     with tqdm(total=total, desc=name, unit=f" {unit}", leave=False, disable=not has_bar) as bar:
 
         def advance(count: int) -> None:
-            nonlocal done, is_told
+            nonlocal done, is_told, warm_up
             done += count
             bar.update(count)
             seconds = time.perf_counter() - start
-            if not is_told and done and (done >= SHARE * total or seconds > SECONDS):
+            is_first, (first_seconds, first) = warm_up is None, warm_up or (0.0, 0)
+            warm_up = warm_up or (seconds, done)
+            is_time = seconds > SECONDS or done >= total or (done >= SHARE * total and not is_first)
+            if is_time and not is_told and done > first:
                 is_told = True
-                print(f"{name}: {total} {unit}s, about {duration(seconds * total / done)}", file=sys.stderr, flush=True)
+                whole = first_seconds + (seconds - first_seconds) / (done - first) * (total - first)
+                print(f"{name}: {total} {unit}s, about {duration(whole)}", file=sys.stderr, flush=True)
 
         yield advance
 
@@ -49,4 +54,5 @@ def each(items: Sequence[T], name: str, unit: str) -> Iterator[T]:
 
 def duration(seconds: float) -> str:
     """For people: "45 seconds", "3 minutes"."""
-    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    number, unit = (seconds, "second") if seconds < 90 else (seconds / 60, "minute")
+    return f"{number:.0f} {unit}{'' if round(number) == 1 else 's'}"

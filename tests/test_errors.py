@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import run_model
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from gemma_refactored.errors import UserError, exit_code
 
 from .conftest import ROOT
@@ -88,3 +90,13 @@ runpy.run_path({script!r}, run_name="__main__")
 """
     ended = subprocess.run([sys.executable, "-c", action], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode in (130, -2) and ended.stderr == "\nInterrupted.\n", ended.stderr
+
+
+def test_run_model_says_what_the_embedded_model_knows(caplog, tmp_path):
+    caplog.set_level("INFO")
+    ask = ["--max-tokens", "2", "--output-dir", str(tmp_path / "out"), "--prompts"]
+    assert run_model.main([*ask, "How do I make a kite?"]) == 0
+    assert "The embedded model knows only requests like those" in caplog.text
+    caplog.clear()
+    assert run_model.main([*ask, load_pairs(PAIRS_JSON)[0].natural]) == 0
+    assert "embedded model knows" not in caplog.text
