@@ -48,10 +48,12 @@ class Source:
             return 0, self.problem
         if not self.file(0).exists():
             return 0, f"not collected: {self.folder} has no {self.file(0).name}"
-        for step in range(most if self.answer_length is None else min(most, self.answer_length + 1)):
+        is_known = self.answer_length is not None
+        expected = min(most, self.answer_length + 1) if is_known else most
+        for step in range(1, expected):
             if not self.file(step).exists():
-                return step, None if self.answer_length is None else f"a step is missing: {self.file(step)}"
-        return (most if self.answer_length is None else min(most, self.answer_length + 1)), None
+                return step, f"a step is missing: {self.file(step)}" if is_known else None
+        return expected, None
 
 
 def read_manifest(folder: Path) -> dict:
