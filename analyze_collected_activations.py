@@ -16,7 +16,13 @@ from typing import Annotated
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
-from alignment_artifacts.activation_set import certificate_verdict, load_activation_set
+from alignment_artifacts.activation_set import (
+    ActivationSet,
+    certificate_verdict,
+    load_activation_set,
+    names_a_layer,
+    refuse_excluded,
+)
 from alignment_artifacts.analysis import NAMES, Run, Settings
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.pairs import load_pairs
@@ -54,10 +60,8 @@ class Constants:
     """folder between a group and its batch"""
     num_layers: Annotated[int, Between(1)] | None
     """number of layers to read; None: all"""
-    key_pattern_template: (
-        Annotated[str, Must(lambda text: text.count("{layer_idx}") == 1, "have {layer_idx} in it once")] | None
-    )
-    """name of the arrays, with {layer_idx} for the layer; None: from the manifest"""
+    key_pattern_template: Annotated[str, Must(names_a_layer, "have {layer_idx} or {layer} in it once")] | None
+    """name of the arrays, with {layer_idx} or {layer} for the layer; None: from the manifest"""
     num_token_steps_to_collect: Annotated[int, Between(0)] | None
     """number of generated tokens to read; None: all"""
     expected_hidden_dim: Annotated[int, Between(1)] | None
@@ -99,9 +103,9 @@ def run(constants: Constants) -> None:
         constants.num_layers,
         constants.num_token_steps_to_collect,
         constants.expected_hidden_dim,
-        progress=lambda items: tqdm(items, desc="reading", unit="pair", leave=False, disable=not sys.stderr.isatty()),
+        progress=lambda items: tqdm(items, desc="reading", unit="folder", leave=False, disable=not sys.stderr.isatty()),
     )
-    report_excluded(data, len(pairs), constants.max_excluded)
+    report_excluded(data, constants.max_excluded)
     config = {
         "RAW_ACTIVATIONS_BASE_DIR": places.recorded(folder),
         "ORIGINAL_PAIRS_JSON_FOR_ITERATION": places.recorded(pairs_file),
@@ -109,10 +113,7 @@ def run(constants: Constants) -> None:
         "NUM_TOKEN_STEPS_TO_COLLECT": data.values.shape[2] - 1,
         "EXPECTED_HIDDEN_DIM": data.values.shape[4],
     }
-    print(
-        f"Model: {data.manifest.get('model', 'unknown')} "
-        f"({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs"
-    )
+    print(f"Model: {data.model} ({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs")
     print(places.told("Collection", folder))
     if others:
         print("Also collected (ACTIVATIONS_DIR or MODEL_NAME chooses):")
@@ -120,7 +121,7 @@ def run(constants: Constants) -> None:
     verdict = certificate_verdict(folder, data.manifest)
     print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))
     analysed = Run(data, constants.statistics, config)
-    origin = places.Origin.of_collection(data.manifest, folder, pairs_file, pairs)
+    origin = places.Origin.of_collection(data.manifest, data.model, folder, pairs_file, pairs)
     results = places.results_folder(constants.results_dir, origin)
     result = {**analysed.results, "certificate": verdict}
     write(constants, analysed, result, origin, results)
@@ -156,15 +157,11 @@ def write(constants: Constants, analysed: Run, result: dict, origin: places.Orig
             shutil.copy((figures / places.PLOT).with_suffix(ending), last_plot / f"{plot.stem}{ending}")
 
 
-def report_excluded(data, total: int, max_excluded: float) -> None:
+def report_excluded(data: ActivationSet, max_excluded: float) -> None:
     """Print what could not be used; stop if that is too much, or too little remains."""
     for item in data.excluded:
         print(f"Excluded {item['category']} {item['pair']}: {item['reason']}", file=sys.stderr)
-    if len(data.excluded) > max_excluded * total:
-        raise UserError(
-            f"{len(data.excluded)} of {total} pairs cannot be used. Run `bash collect_activations.sh` again to "
-            "complete them, or raise MAX_EXCLUDED to go on without."
-        )
+    refuse_excluded(data, max_excluded)
     if len(data.pairs) < MIN_PAIRS:
         raise UserError(f"Held-out statistics need at least {MIN_PAIRS} pairs; there are {len(data.pairs)}.")
 

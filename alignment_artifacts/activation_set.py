@@ -6,29 +6,24 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from alignment_artifacts.pairs import SIDES, SUBCATEGORY, Pair
+from alignment_artifacts.collected_files import Source, difference, find_sources, read_manifest
+from alignment_artifacts.pairs import SUBCATEGORY, Pair
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import (
-    CERTIFICATE,
-    MANIFEST,
-    PROMPT_EMBEDDING,
-    PROMPT_MARKER,
-    is_folder,
-    read_json,
-    step_file,
-)
+from gemma_refactored.files import CERTIFICATE, PROMPT_EMBEDDING, read_json, step_file
 from gemma_refactored.npz_files import NpzReader
 
 POSITIONS = ("prompt_end", "generated", "all")
 IN_MEMORY = 1 << 29  # bytes; larger arrays are kept in a temporary file
 PAIRS_AT_ONCE = 128
 DEFAULT_KEY = "model.layers.{layer_idx}.mlp.output"
+LAYER = re.compile(r"\{layer(?:_idx)?\}")
+MAX_EXCLUDED = 0.05  # share of the pairs
 
 
 @dataclass
@@ -45,6 +40,7 @@ class ActivationSet:
         excluded: pairs left out, each with its reason.
         manifest: of the collection, {} if it has none.
         folder: of the collection.
+        has_texts: the collection says which prompts it is of, and they are those of the pairs.
     """
 
     pairs: list[Pair]
@@ -54,11 +50,20 @@ class ActivationSet:
     excluded: list[dict]
     manifest: dict
     folder: Path | None = None
+    has_texts: bool = True
     _prompt_vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def num_layers(self) -> int:
         return self.values.shape[3]
+
+    @property
+    def model(self) -> str:
+        """Name of the model, with what is not known wherever the numbers are shown."""
+        name = self.manifest.get("model")
+        if self.has_texts:
+            return name or "model unknown"
+        return f"{name} (prompts unknown)" if name else "model and prompts unknown"
 
     def mask(self, positions: str) -> np.ndarray:
         """[pairs, 2, steps] bool: which steps `positions` (one of POSITIONS) covers."""
@@ -132,15 +137,20 @@ def certificate_verdict(folder: str | Path, manifest: dict) -> str:
     return f"{certificate['verdict']} on {certificate['device']} in {certificate['dtype']}{detail}"
 
 
-def find_key_pattern(manifest: dict, folder: Path) -> str:
+def find_key_pattern(sites: Iterable[str], folder: Path) -> str:
     """The site pattern of a collection, with {layer_idx} for the layer number."""
-    sites = {re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1) for site in manifest.get("sites", [])}
-    patterns = sorted(site for site in sites if "{layer_idx}" in site)
+    patterns = {re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1) for site in sites}
+    patterns = sorted(p for p in patterns if "{layer_idx}" in p)
     if DEFAULT_KEY in patterns or not patterns:
         return DEFAULT_KEY
     if len(patterns) > 1:
-        raise UserError(f"{folder} holds several sites a layer: set KEY_PATTERN_TEMPLATE to one of {patterns}.")
+        raise UserError(f"{folder} holds several sites per layer: set KEY_PATTERN_TEMPLATE to one of {patterns}.")
     return patterns[0]
+
+
+def names_a_layer(key_pattern: str) -> bool:
+    """Does a pattern have {layer_idx}, or {layer}, once?"""
+    return len(LAYER.findall(key_pattern)) == 1
 
 
 def load_activation_set(
@@ -151,19 +161,20 @@ def load_activation_set(
     num_layers: int | None = None,
     num_steps: int | None = None,
     hidden_size: int | None = None,
-    progress=lambda items: items,
+    progress: Callable = lambda items: items,
 ) -> ActivationSet:
-    """Read a grouped collection, each file once.
+    """Read a collection, grouped or flat, each file once.
 
-    None for a setting means: what the collection's manifest (or, without one, its files) says.
+    None for a setting means: what the collection's manifest (or, without one, its files) says. Pairs whose texts are
+    not those that were collected are excluded.
 
     Raises:
         UserError: no collection there, a damaged file, or a setting that contradicts the files.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    places = {pair: [folder / pair.group(side) / subcategory / "batch_1" for side in SIDES] for pair in pairs}
-    files = _survey(folder, manifest, list(places.values()), key_pattern, num_steps)
+    manifest = read_manifest(folder)
+    sources = find_sources(folder, manifest, pairs, subcategory)
+    files = _survey(folder, manifest, [source for both in sources for source in both], key_pattern, num_steps)
     for name, wanted, actual in (
         ("NUM_LAYERS", num_layers, len(files.keys)),
         ("EXPECTED_HIDDEN_DIM", hidden_size, files.hidden),
@@ -171,31 +182,40 @@ def load_activation_set(
         if wanted is not None and wanted != actual:
             raise UserError(f"{name} is {wanted}, but the files in {folder} have {actual}; None takes it from them.")
 
-    values = layers_first((len(pairs), 2, files.num_steps + 1, len(files.keys), files.hidden), folder)
-    valid = np.zeros(values.shape[:3], bool)
-    kept: list[Pair] = []
-    embeddings, excluded = [], []
-    for pair in progress(pairs):
-        row = len(kept)
-        reason = _read_pair(places[pair], files, values[row], valid[row])
-        if reason is None:
-            kept.append(pair)
-            embeddings.append([_read_embedding(place, files) for place in places[pair]])
-        else:
-            values[row], valid[row] = 0, False  # the next pair takes its row
-            excluded.append({"pair": pair.id, "category": pair.category, "reason": reason})
+    valid = np.zeros((len(pairs), 2, files.num_steps + 1), bool)
+    reasons = [_check_pair(pair, *item, files) for pair, *item in zip(pairs, sources, valid, strict=True)]
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    excluded = [
+        {"pair": pair.id, "category": pair.category, "reason": reason}
+        for pair, reason in zip(pairs, reasons, strict=True)
+        if reason
+    ]
     if not kept:
-        raise UserError(f"No pair in {folder} is complete (for example: {excluded[0]['reason']}).")
-    has_embeddings = all(embedding is not None for both in embeddings for embedding in both)
+        raise UserError(f"No pair in {folder} can be used (for example: {excluded[0]['reason']}).")
+    valid, sources = valid[kept], [sources[i] for i in kept]
+    values = layers_first((*valid.shape, len(files.keys), files.hidden), folder)
+    embeddings = _read_all(sources, valid, files, values, progress)
     return ActivationSet(
-        pairs=kept,
-        values=values[: len(kept)],
-        valid=valid[: len(kept)],
-        prompt_embeddings=np.array(embeddings, np.float32) if has_embeddings else None,
+        pairs=[pairs[i] for i in kept],
+        values=values,
+        valid=valid,
+        prompt_embeddings=embeddings,
         excluded=excluded,
         manifest=manifest,
         folder=folder,
+        has_texts=all(source.text is not None for both in sources for source in both),
     )
+
+
+def refuse_excluded(data: ActivationSet, limit: float = MAX_EXCLUDED) -> None:
+    """Raise UserError if more than this share of the pairs cannot be used."""
+    total = len(data.pairs) + len(data.excluded)
+    if len(data.excluded) > limit * total:
+        raise UserError(
+            f"{len(data.excluded)} of {total} pairs cannot be used (for example {data.excluded[0]['pair']}: "
+            f"{data.excluded[0]['reason']}). Complete the collection with `bash collect_activations.sh`, into another "
+            "ACTIVATIONS_DIR if the prompts have changed; or raise MAX_EXCLUDED to go on without these pairs."
+        )
 
 
 @dataclass(frozen=True)
@@ -203,33 +223,22 @@ class _Files:
     """What is to be read of each prompt of a collection.
 
     Attributes:
-        keys: name of the array of each layer; hidden: its size.
+        keys: name of the array of each layer; hidden: its width.
         num_steps: generated tokens, at most.
-        have_markers: a prompt without its marker was interrupted. (Collections without a manifest have none.)
     """
 
     keys: list[str]
     hidden: int
     num_steps: int
-    have_markers: bool
     reader: NpzReader
 
 
-def _read_manifest(folder: Path) -> dict:
-    if not is_folder(folder, "activations folder"):
-        raise UserError(f"There is no collection in {folder}; run `bash collect_activations.sh` first.")
-    path = folder / MANIFEST
-    manifest = read_json(path, "manifest") if path.exists() else {}
-    if not isinstance(manifest, dict):
-        raise UserError(f"The manifest {path} is not an object; run the collection again.")
-    return manifest
-
-
 def _survey(
-    folder: Path, manifest: dict, places: list[list[Path]], key_pattern: str | None, num_steps: int | None
+    folder: Path, manifest: dict, sources: list[Source], key_pattern: str | None, num_steps: int | None
 ) -> _Files:
     """What there is to read: the first prompt's files speak for all, and must agree with the manifest."""
-    key_pattern = key_pattern or find_key_pattern(manifest, folder)
+    if key_pattern and not names_a_layer(key_pattern):
+        raise UserError(f"KEY_PATTERN_TEMPLATE must have {{layer_idx}} in it once, not be {key_pattern!r}.")
     collected_steps = manifest.get("max_tokens")
     if num_steps is None:
         num_steps = collected_steps
@@ -237,93 +246,102 @@ def _survey(
         raise UserError(
             f"NUM_TOKEN_STEPS_TO_COLLECT is {num_steps}, but {folder} was collected with {collected_steps}."
         )
-    prefills = (place / _step_file(0) for both in places for place in both)
-    first = next((path for path in prefills if path.exists()), None)
+    first = next((source for source in sources if source.is_collected), None)
     if first is None:
-        raise UserError(f"{folder} holds none of the prompt pairs' activations; run `bash collect_activations.sh`.")
+        problem = next((f" ({source.problem})" for source in sources if source.problem), "")
+        raise UserError(
+            f"{folder} holds none of the prompt pairs' activations{problem}; run `bash collect_activations.sh`."
+        )
     reader = NpzReader()
-    arrays = reader.read(first)
-    layers, promised = (_count_layers(names, key_pattern) for names in (arrays, manifest.get("sites", [])))
+    arrays = reader.read(first.file(0))
+    sites = manifest.get("sites", [])
+    key_pattern = key_pattern or find_key_pattern(sites or arrays, folder)
+    layers, promised = (_count_layers(names, key_pattern) for names in (arrays, sites))
     if layers == 0:
         raise UserError(
-            f"{first} has no array named {_key(key_pattern, 0)!r}; "
+            f"{first.file(0)} has no array named {_key(key_pattern, 0)!r}; "
             f"set KEY_PATTERN_TEMPLATE to match one of: {', '.join(list(arrays)[:4])} .."
         )
     if promised not in (0, layers):
         raise UserError(
-            f"{first} has {layers} of the {promised} layers; delete its folder and run the collection again."
+            f"{first.file(0)} has {layers} of the {promised} layers; delete its folder and run the collection again."
+        )
+    if key_pattern.endswith(".self_attn.weights"):
+        raise UserError(
+            f"{key_pattern} holds attention weights, of another length for each prompt; the analysis needs vectors of "
+            "one width. Collect another site, or set KEY_PATTERN_TEMPLATE to one."
         )
     if num_steps is None:
-        steps = (int(f.stem.rsplit("_", 1)[1]) for place in places[0] for f in place.glob(step_file("[0-9]*")))
+        folders = {source.folder for source in sources}
+        steps = (int(f.stem.rsplit("_", 1)[1]) for place in folders for f in place.glob(step_file("[0-9]*")))
         num_steps = max(steps, default=-1) + 1
     keys = [_key(key_pattern, layer) for layer in range(layers)]
-    return _Files(keys, arrays[keys[0]].size, num_steps, bool(manifest), reader)
+    return _Files(keys, arrays[keys[0]].size // first.rows, num_steps, reader)
 
 
-def _read_pair(places: list[Path], files: _Files, values: np.ndarray, valid: np.ndarray) -> str | None:
-    """Fill one pair's [2, steps, layers, hidden]; returns why it cannot be used, if it cannot."""
-    for place, *sides in zip(places, values, valid, strict=True):
-        if reason := _read_prompt(place, files, *sides):
-            return reason
+def _check_pair(pair: Pair, sources: list[Source], valid: np.ndarray, files: _Files) -> str | None:
+    """Fill one pair's [2, steps]; returns why it cannot be used, if it cannot."""
+    if changed := difference(pair, sources):
+        return changed
+    for source, steps in zip(sources, valid, strict=True):
+        number, problem = source.find_steps(len(steps))
+        if problem:
+            return problem
+        steps[:number] = True
     if files.num_steps and not valid[:, 1:].any(axis=1).all():
         return "one of its prompts got an empty answer"
     return None
 
 
-def _read_prompt(place: Path, files: _Files, values: np.ndarray, valid: np.ndarray) -> str | None:
-    """Fill one prompt's [steps, layers, hidden]; returns why it cannot be used, if it cannot."""
-    if not (place / _step_file(0)).exists():
-        return f"not collected: {place} has no {_step_file(0)}"
-    answer_length = _answer_length(place)
-    if answer_length is None and files.have_markers:
-        return f"not complete: {place} has no {PROMPT_MARKER}"
-    for step in range(len(values)):
-        path = place / _step_file(step)
-        if not path.exists():
-            if step <= min(answer_length or 0, files.num_steps):
-                return f"a step is missing: {path}"
-            break
-        _read_step(path, files, values[step])
-        valid[step] = True
-    return None
+def _read_all(
+    sources: list[list[Source]], valid: np.ndarray, files: _Files, values: np.ndarray, progress: Callable
+) -> np.ndarray | None:
+    """Fill [pairs, 2, steps, layers, hidden]; returns the prompts' embeddings [pairs, 2, hidden], if all have one."""
+    prompts_in: dict[Path, list[tuple[int, int]]] = {}  # pair and side
+    for pair, both in enumerate(sources):
+        for side, source in enumerate(both):
+            prompts_in.setdefault(source.folder, []).append((pair, side))
+    embeddings = np.full((*valid.shape[:2], files.hidden), np.nan, np.float32)
+    for prompts in progress(list(prompts_in.values())):
+        first = sources[prompts[0][0]][prompts[0][1]]
+        _read_embeddings(first, sources, prompts, embeddings, files.reader)
+        for step in range(valid.shape[2]):
+            reading = [(pair, side) for pair, side in prompts if valid[pair, side, step]]
+            if not reading:
+                break
+            path = first.file(step)
+            for layer, (key, array) in enumerate(files.reader.read(path, files.keys).items()):
+                if array.size != first.rows * files.hidden:
+                    raise UserError(
+                        f"{path}: {key!r} has shape {array.shape}, expected ({first.rows}, 1, {files.hidden})."
+                    )
+                rows = array.reshape(first.rows, files.hidden)
+                for pair, side in reading:
+                    values[pair, side, step, layer] = rows[sources[pair][side].row]
+            if not all(np.isfinite(values[pair, side, step]).all() for pair, side in reading):
+                raise UserError(f"{path} holds NaN or infinite values; collect this prompt again.")
+    return None if np.isnan(embeddings).any() else embeddings
 
 
-def _read_step(path: Path, files: _Files, values: np.ndarray) -> None:
-    """Fill [layers, hidden] from one file."""
-    for layer, (key, array) in enumerate(files.reader.read(path, files.keys).items()):
-        if array.size != files.hidden:
-            raise UserError(f"{path}: {key!r} has shape {array.shape}, expected (1, 1, {files.hidden}).")
-        values[layer] = array.ravel()
-    if not np.isfinite(values).all():
-        raise UserError(f"{path} holds NaN or infinite values; collect this prompt again.")
-
-
-def _read_embedding(place: Path, files: _Files) -> np.ndarray | None:
-    """[hidden] mean token embedding of a prompt; None without one of the activations' width."""
-    path = place / PROMPT_EMBEDDING
+def _read_embeddings(
+    first: Source,
+    sources: list[list[Source]],
+    prompts: list[tuple[int, int]],
+    embeddings: np.ndarray,
+    reader: NpzReader,
+) -> None:
+    """Fill the mean token embeddings of one folder's prompts, if they have the activations' width."""
+    path = first.folder / PROMPT_EMBEDDING
     if not path.exists():
-        return None
-    embedding = files.reader.read(path, ["prompt_embedding"])["prompt_embedding"].ravel()
-    return embedding if embedding.size == files.hidden else None
-
-
-def _answer_length(place: Path) -> int | None:
-    path = place / PROMPT_MARKER
-    if not path.exists():
-        return None
-    marker = read_json(path, "prompt marker")
-    if not isinstance(marker, dict) or not isinstance(marker.get("token_ids"), list):
-        raise UserError(f"The prompt marker {path} has no 'token_ids'; delete its folder and run the collection again.")
-    return len(marker["token_ids"])
-
-
-def _step_file(step: int) -> str:
-    """Step 0 is the prompt's last token, step k + 1 the k-th generated one."""
-    return step_file(str(step - 1) if step else "prefill")
+        return
+    array = reader.read(path, ["prompt_embedding"])["prompt_embedding"]
+    if array.size == first.rows * embeddings.shape[-1]:
+        for pair, side in prompts:
+            embeddings[pair, side] = array.reshape(first.rows, -1)[sources[pair][side].row]
 
 
 def _key(pattern: str, layer: int) -> str:
-    return pattern.replace("{layer_idx}", str(layer))  # other braces are no business of ours
+    return LAYER.sub(str(layer), pattern)  # other braces stay as they are
 
 
 def _count_layers(names: Collection[str], key_pattern: str) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from alignment_artifacts import formatting
 from alignment_artifacts import separation as st
-from alignment_artifacts.activation_set import ActivationSet, load_activation_set
+from alignment_artifacts.activation_set import MAX_EXCLUDED, ActivationSet, load_activation_set, refuse_excluded
 from alignment_artifacts.figures.data import layer_panels
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from gemma_refactored.configuration import Seed
@@ -158,6 +158,7 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
         lexical = score_layers(data.prompt_embeddings[:, :, None], strata, settings).layers[0]
     order = sorted(range(data.num_layers), key=lambda i: -np.nan_to_num(headline.layers[i]["cohens_d"], nan=-np.inf))
     result: dict[str, Any] = {
+        "model": data.model,
         "layer_scores": _by_layer(headline.layers),
         "layer_scores_prompt_end": _by_layer(by_position["prompt_end"].layers),
         "lexical_baseline": lexical,
@@ -373,13 +374,17 @@ def load_run(
     pairs: str | Path = PAIRS_JSON,
     settings: Settings = Settings(),
     progress: Callable = lambda items: items,
+    max_excluded: float = MAX_EXCLUDED,
 ) -> Run:
     """Read a collection.
 
     Args:
         folder: that `bash collect_activations.sh` has filled.
-        pairs: the matched prompt pairs that were collected.
+        pairs: the matched prompt pairs that were collected; pairs whose texts have changed are excluded.
+        max_excluded: share of the pairs.
     Raises:
-        UserError: no collection there, or a damaged one.
+        UserError: no collection there, a damaged one, or too many pairs that cannot be used.
     """
-    return Run(load_activation_set(folder, load_pairs(pairs), progress=progress), settings)
+    data = load_activation_set(folder, load_pairs(pairs), progress=progress)
+    refuse_excluded(data, max_excluded)
+    return Run(data, settings)

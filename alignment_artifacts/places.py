@@ -193,7 +193,9 @@ def collections(pairs: list[Pair]) -> list[Collected]:
     for folder in sorted(HOME.glob(f"{COLLECTED}_*")):
         path = folder / MANIFEST
         manifest = _facts(path) if path.exists() else {}
-        if any((folder / pair.group("artifact")).is_dir() for pair in pairs):
+        groups = manifest.get("prompt_groups")
+        of_pairs = [pair.group("artifact") for pair in pairs]
+        if any((folder / group).is_dir() or (isinstance(groups, dict) and group in groups) for group in of_pairs):
             found.append(Collected(folder, manifest))
     return sorted(found, key=lambda one: one.when)
 
@@ -249,10 +251,18 @@ class Origin:
         return cls(facts["model"], facts["model_revision"], Path(pairs_file).name, pairs_hash(pairs))
 
     @classmethod
-    def of_collection(cls, manifest: dict, folder: Path, pairs_file: str | Path, pairs: list[Pair]) -> Origin:
-        """A collection without a manifest counts as a model of its own."""
-        unknown = {"model": f"unknown model of {folder.name}", "model_revision": f"folder {folder.resolve()}"}
-        return cls.of_model({**unknown, **manifest}, pairs_file, pairs)
+    def of_collection(
+        cls, manifest: dict, model: str, folder: Path, pairs_file: str | Path, pairs: list[Pair]
+    ) -> Origin:
+        """A collection that does not say of which model it is counts as a model of its own.
+
+        Args:
+            model: what to call it (`ActivationSet.model`).
+        """
+        if "model_revision" not in manifest:
+            model = f"{folder.resolve().name}, {model}"
+        facts = {"model_revision": f"folder {folder.resolve()}", **manifest, "model": model}
+        return cls.of_model(facts, pairs_file, pairs)
 
     def stamp(self, result: dict) -> dict:
         """A result with what it belongs to and the versions it was made with."""

@@ -34,6 +34,7 @@ DEFAULT_FILTER = "mlp.output"
 TEXTS_AT_ONCE = 32  # texts that share a pass in `read`
 # What architectures call the parts of a block.
 MODULE_NAMES = {"mlp": ("mlp",), "attention": ("self_attn", "attention", "attn")}
+ATTENTION_WEIGHTS = ".self_attn.weights"  # the ending of sites with one number per key
 SITE_KINDS = (*MODULE_NAMES, "residual")  # that every layer has one of
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def site_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[str]:
     """The sites that a filter names, among those with one vector per position.
 
+    Our own Gemma also has single heads and attention weights; a part of the filter means these if it matches no other.
+
     Where a model's blocks have no `mlp` (Mamba, Mixtral), the default filter stands for the residual
     stream after each block, and says so.
 
@@ -107,6 +110,8 @@ def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[st
     shapes = site_shapes(model)
     # Attention weights, rotary embeddings etc. have other axes than [batch, positions, width].
     sites = [site for site, shape in shapes.items() if len(shape) == 3 and shape[:2] == (1, 3)]
+    modules = modules_by_site(model)
+    others = [site for site in shapes if isinstance(modules[site], HookPoint) and site not in sites]
     patterns = [part.strip() for part in site_filter.split(",") if part.strip()]
     if patterns == ["all"]:
         return sites
@@ -117,24 +122,47 @@ def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[st
     for pattern in patterns:
         # These words mean a site of every layer; as parts of names they would match norms, if anything.
         is_kind = pattern in ("attention", "residual")
-        matches = set(layer_sites(model, pattern)) if is_kind else {site for site in sites if _matches(site, pattern)}
+        matches = set(layer_sites(model, pattern)) if is_kind else _matching(sites, pattern)
+        matches = matches or _matching(others, pattern)
         if matches and all("norm" in site for site in matches) and "norm" not in pattern:
             log.warning("The activation filter %r matches nothing but norms: %s.", pattern, describe_sites(matches))
         if not matches:
+            only_ours = "" if others else " Attention weights and single heads are sites of Gemma 1, 2 and 3 only."
             raise UserError(
                 f"The activation filter {pattern!r} matches no site of this model. "
-                f"Its sites are, for example: {_examples(sites)}. Use --list-sites to see all."
+                f"Its sites are, for example: {_examples(sites)}.{only_ours} Use --list-sites to see all."
             )
         chosen |= matches
     if not chosen:
         raise UserError("The activation filter is empty. Use 'mlp.output', 'all' or a part of a site's name.")
-    return [site for site in sites if site in chosen]
+    return [site for site in shapes if site in chosen]
+
+
+def _matching(sites: Iterable[str], pattern: str) -> set[str]:
+    return {site for site in sites if _matches(site, pattern)}
 
 
 def _matches(site: str, pattern: str) -> bool:
     if any(character in pattern for character in "*?["):
         return fnmatch.fnmatchcase(site, f"*{pattern}")
     return pattern in site
+
+
+def layer_of(site: str) -> int:
+    """The number of the block that a site is in."""
+    return next(int(part) for part in site.split(".") if part.isdigit())
+
+
+def weights_of_row(weights: np.ndarray, row: int, length: int) -> np.ndarray:
+    """Attention weights of one row of a batch, without its padding.
+
+    Args:
+        weights: [rows, heads, 1, keys], keys in the order of their positions, padding first.
+        length: tokens of this row so far.
+    Returns:
+        [1, heads, 1, keys]: the row's tokens, or the last ones that fit into a sliding window.
+    """
+    return weights[row : row + 1, ..., -min(length, weights.shape[-1]) :]
 
 
 def describe_sites(sites: Iterable[str]) -> str:

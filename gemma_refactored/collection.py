@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .activation_capture import ATTENTION_WEIGHTS, weights_of_row
 from .errors import UserError
 from .files import (
     BATCH_MARKER,
@@ -158,12 +159,20 @@ class Collection:
         arrays = {site: np.asarray(array) for site, array in step.activations.items()}
         name = step_file(step.name)
         if self.grouped:
-            folders = [prompts[row].folder for row in np.flatnonzero(wanted).tolist()]
+            rows = np.flatnonzero(wanted).tolist()
+            folders = [prompts[row].folder for row in rows]
+            if any(site.endswith(ATTENTION_WEIGHTS) for site in arrays):  # each row has its own number of keys
+                for row, folder in zip(rows, folders, strict=True):
+                    single = {site: _of_row(site, array, row, step.lengths[row]) for site, array in arrays.items()}
+                    writer.put(single, {self.folder / folder / name: slice(None)})
+                return
             if not wanted.all():
                 arrays = {site: array[wanted] for site, array in arrays.items()}
             writer.put(arrays, {self.folder / f / name: slice(row, row + 1) for row, f in enumerate(folders)})
             return
-        arrays = {site: np.where(wanted[:, None, None], array, 0) for site, array in arrays.items()}
+        arrays = {
+            site: np.where(wanted.reshape(-1, *[1] * (array.ndim - 1)), array, 0) for site, array in arrays.items()
+        }
         writer.put(arrays, {self.folder / f"batch_{batch_number}" / name: slice(None)})
 
     def finish_batch(
@@ -196,6 +205,10 @@ class Collection:
         self.manifest["complete"] = sorted(f"{p.group}/{p.subcategory}/{p.number}" for p in done)
         self.manifest["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._save_manifest()
+
+
+def _of_row(site: str, array: np.ndarray, row: int, length: int) -> np.ndarray:
+    return weights_of_row(array, row, length) if site.endswith(ATTENTION_WEIGHTS) else array[row : row + 1]
 
 
 def _differences(name: str, old, new) -> list[str]:

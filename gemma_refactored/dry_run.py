@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .activation_capture import site_shapes
+from .activation_capture import ATTENTION_WEIGHTS, layer_of, site_shapes
 from .configuration import Saving
 from .distributed import Team
 from .errors import UserError
-from .generation import Step, collect_answers, generate
+from .generation import Step, collect_answers, generate, make_batch_cache
 from .job import Job, plan_batches
 from .model_loading import LoadedModel
 from .npz_files import compressed_npz, npz
@@ -45,8 +45,15 @@ class Estimate:
 
 def step_bytes(job: Job, loaded: LoadedModel, dtype: str) -> int:
     """Size of one prompt's file for one step, uncompressed."""
-    widths = site_shapes(loaded.model)
-    return len(npz({site: np.zeros((1, 1, widths[site][-1]), dtype) for site in job.sites}))
+    shapes, windows = site_shapes(loaded.model), make_batch_cache(loaded.model, [0])
+    longest = max(map(len, job.token_ids)) + job.max_tokens
+
+    def shape(site: str) -> tuple[int, ...]:
+        if site.endswith(ATTENTION_WEIGHTS):  # at most
+            return (1, shapes[site][1], 1, min(longest, getattr(windows[layer_of(site)], "max_size", longest)))
+        return (1, 1, *shapes[site][2:])
+
+    return len(npz({site: np.zeros(shape(site), dtype) for site in job.sites}))
 
 
 def refuse_without_room(job: Job, loaded: LoadedModel, folder: Path, dtype: str) -> None:

@@ -27,7 +27,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import apply_top_p
 
-from .activation_capture import Edit, capturing, edit
+from .activation_capture import ATTENTION_WEIGHTS, Edit, capturing, edit, layer_of
 from .checks import mark_not_finite, refuse_beyond_tables, refuse_not_finite
 from .configuration import Sampling
 from .errors import UserError
@@ -46,13 +46,16 @@ class Step:
         index: PREFILL or k for the k-th generated token.
         tokens: [rows] the token each row read in this pass.
         active: [rows] false for rows that have ended: nothing of theirs is valid any more.
-        activations: site -> [rows, 1, width] float32, evaluated.
+        activations: site -> [rows, 1, width] float32, evaluated; attention weights are [rows, heads, 1, keys], keys
+            in the order of their positions, padding first (`weights_of_row` removes it).
+        lengths: [rows] tokens that each row has read so far, prompt included.
     """
 
     index: int
     tokens: np.ndarray
     active: np.ndarray
     activations: dict[str, mx.array]
+    lengths: np.ndarray
 
     @property
     def name(self) -> str:
@@ -139,7 +142,7 @@ def generate(
         with rope, everywhere, at_prompt_end if is_prompt_end else nullcontext(), reading:
             logits = model(token[:, None], cache=cache)[:, -1]
         chosen = mark_not_finite(sampler(logits), logits) if sample else None
-        states = {site: x.astype(mx.float32) for site, x in activations.items()}
+        states = {site: _in_order(site, x, cache).astype(mx.float32) for site, x in activations.items()}
         # Without a sample, the last pass still has to happen, for its activations.
         mx.async_eval(*states.values(), *([chosen] if sample else []))
         return chosen, states
@@ -160,10 +163,19 @@ def generate(
             if not active.any():
                 return
         mx.eval(states)
-        yield Step(index, read, active, states)
+        yield Step(index, read, active, states, np.array(lengths) + index + 1)
         if following:
             token_read = chosen
             chosen, states = following
+
+
+def _in_order(site: str, x: mx.array, cache: list) -> mx.array:
+    """Attention weights with keys in the order of their positions, also when a sliding window's cache has wrapped."""
+    if not site.endswith(ATTENTION_WEIGHTS):
+        return x
+    of_layer = cache[layer_of(site)]
+    is_window = isinstance(of_layer, (RotatingKVCache, BatchRotatingKVCache))
+    return mx.roll(x, -of_layer._idx, axis=-1) if is_window else x  # where the next key will be written is the oldest
 
 
 def _prefill(model: nn.Module, tokens: mx.array, lengths: Sequence[int], growth: int) -> list:

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import logging
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -38,7 +39,7 @@ class Defaults:
     Attributes:
         model: the default; None: one must be named. `model_is` describes it in the help.
         find_model: from the name that was typed to the folder or Hugging Face id to load.
-        sample_prompts: what --create-sample-prompts writes.
+        sample_prompts: what --create-sample-prompts writes and --save-activations takes without prompts.
         output_dir: for the texts.
         activations_dir: folder for a model's activations unless --activations-dir names one.
         note: what to know about a model that is asked these prompts, if anything.
@@ -158,7 +159,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     Raises:
         UserError: for invalid options, or options that exclude each other.
     """
-    from .prompt_processing import load_prompts, prompts_from_arguments
+    from .prompt_processing import load_prompts, parse_prompts, prompts_from_arguments
 
     generation = from_arguments(Generation(), arguments, NAMES)
     saving = from_arguments(Saving(), arguments)
@@ -175,6 +176,9 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
         repeated = None
         if arguments.prompts_file is not None:
             prompts = load_prompts(arguments.prompts_file)
+        elif arguments.prompts is None and saving.save_activations:
+            prompts = parse_prompts(defaults.sample_prompts, "sample prompts")
+            log.info("No prompts given: taking the %d sample prompts of --create-sample-prompts.", len(prompts))
         else:
             prompts = prompts_from_arguments(arguments.prompts or [])
     if model is None:
@@ -186,7 +190,9 @@ def check_combinations(arguments: argparse.Namespace, saving: Saving) -> None:
     """Raise UserError for options that exclude each other."""
     needs_prompts = not (arguments.list_sites or arguments.check)
     sources = [arguments.prompts, arguments.prompts_file, arguments.from_manifest]
-    if needs_prompts and sum(source is not None for source in sources) != 1:
+    given = sum(source is not None for source in sources)
+    has_samples = saving.save_activations  # a first try; whoever only wants answers has a prompt
+    if needs_prompts and given != 1 and not (given == 0 and has_samples):
         raise UserError("Give one of --prompts, --prompts-file (see --create-sample-prompts) and --from-manifest.")
     if arguments.check and arguments.shard:
         raise UserError("--check certifies a whole model; omit --shard.")
@@ -219,6 +225,10 @@ def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedM
     """Generate for all prompts that are not complete yet, and save what was requested."""
     chat_format = choose_chat_format(request)
     job = make_job(request, loaded, chat_format, arguments.shard)
+    if job.sites:
+        from .activation_capture import describe_sites
+
+        log.info("%s", textwrap.fill(f"Sites: {describe_sites(job.sites)}.", 80, break_long_words=False))
     if arguments.dry_run:
         from .dry_run import estimate
 
@@ -265,7 +275,7 @@ def make_job(request: Request, loaded: LoadedModel, chat_format: ChatFormat, sha
     Raises:
         UserError: a prompt, a site or a token id that this model cannot handle.
     """
-    from .activation_capture import select_sites
+    from .activation_capture import ATTENTION_WEIGHTS, select_sites
     from .job import Job, check_context
     from .prompt_processing import encode_prompts
 
@@ -274,6 +284,9 @@ def make_job(request: Request, loaded: LoadedModel, chat_format: ChatFormat, sha
     token_ids = encode_prompts(loaded.tokenizer, texts, generation.chat_mode, chat_format)
     check_context(request.prompts, token_ids, generation.max_tokens, loaded.context_length)
     check_bias(generation.sampling.logit_bias, len(loaded.tokenizer))
+    sites = select_sites(loaded.model, saving.activation_filter) if saving.save_activations else []
+    if any(site.endswith(ATTENTION_WEIGHTS) for site in sites) and not saving.process_by_group:
+        raise UserError("Attention weights differ in length from prompt to prompt: add --process-by-group.")
     return Job(
         prompts=request.prompts,
         token_ids=token_ids,
@@ -281,7 +294,7 @@ def make_job(request: Request, loaded: LoadedModel, chat_format: ChatFormat, sha
         batch_size=generation.batch_size,
         sampling=generation.sampling,
         end_tokens=() if generation.ignore_end_tokens else loaded.end_tokens,
-        sites=select_sites(loaded.model, saving.activation_filter) if saving.save_activations else (),
+        sites=sites,
         shares_model=shares_model,
     )
 

@@ -125,6 +125,12 @@ def test_filters():
     everything = select_sites(model, "all")
     assert set(everything) < set(modules_by_site(model)) and "model.layers.2.self_attn.output" in everything
     assert not any(site.endswith("weights") for site in everything)  # not one vector per position
+    assert select_sites(model, "self_attn.weights") == [f"model.layers.{i}.self_attn.weights" for i in range(4)]
+    assert select_sites(model, "self_attn.heads,mlp.output")[:2] == [
+        "model.layers.0.mlp.output",
+        "model.layers.0.self_attn.heads",
+    ]
+    assert not any("weights" in site or "heads" in site for site in select_sites(model, "self_attn"))
     with pytest.raises(UserError, match="'mpl' matches no site.*mlp.output"):
         select_sites(model, "mlp.output,mpl")
     with pytest.raises(UserError, match="empty"):

@@ -1,13 +1,14 @@
 """Reading a collection: what is taken, what is left out and said, what is refused."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from alignment_artifacts import activation_set
-from alignment_artifacts.activation_set import load_activation_set
+from alignment_artifacts.activation_set import load_activation_set, refuse_excluded
 from alignment_artifacts.pairs import SIDES, Pair
 from gemma_refactored.errors import UserError
 
@@ -26,7 +27,9 @@ def write_prompt(folder, i, side, answer_length=STEPS):
         arrays = {f"model.layers.{k}.mlp.output": value(i, side, step, k)[None, None] for k in range(LAYERS)}
         np.savez(place / f"activations_step_{step - 1 if step else 'prefill'}.npz", **arrays)
     np.savez(place / "prompt_embedding.npz", prompt_embedding=value(i, side, 99, 0)[None, None])
-    (place / "prompt.json").write_text(json.dumps({"token_ids": [7] * answer_length}))
+    (place / "prompt.json").write_text(
+        json.dumps({"token_ids": [7] * answer_length, "prompt": getattr(PAIRS[i], SIDES[side])})
+    )
     return place
 
 
@@ -98,6 +101,7 @@ def test_without_a_manifest_the_files_speak(folder):
         (folder / file).unlink()
     data = load_activation_set(folder, PAIRS)
     assert data.values.shape == (6, 2, STEPS + 1, LAYERS, HIDDEN) and data.manifest == {}
+    assert data.model == "model and prompts unknown"
 
 
 def test_incomplete_pairs_are_left_out_and_named(folder):
@@ -180,3 +184,99 @@ def test_no_collection(tmp_path):
         load_activation_set(tmp_path / "nothing", PAIRS)
     with pytest.raises(UserError, match="none of the prompt pairs"):
         load_activation_set(tmp_path, PAIRS)
+
+
+def test_pairs_whose_texts_were_edited_after_the_collection_are_excluded_by_name(folder):
+    swapped = replace(PAIRS[1], natural=PAIRS[1].artifact, artifact=PAIRS[1].natural)
+    edited = [PAIRS[0], swapped, replace(PAIRS[2], artifact="other words"), *PAIRS[3:]]
+    data = load_activation_set(folder, edited)
+    assert [pair.id for pair in data.pairs] == ["t_0", "t_3", "t_4", "t_5"] and data.model == "m"
+    assert np.array_equal(data.values, load_activation_set(folder, [PAIRS[0], *PAIRS[3:]]).values)
+    reasons = {item["pair"]: item["reason"] for item in data.excluded}
+    assert reasons["t_1"] == "its two sides were swapped in the pairs file after the collection"
+    assert "'a2'" in reasons["t_2"] and "'other words'" in reasons["t_2"] and "natural" not in reasons["t_2"]
+    with pytest.raises(UserError, match="2 of 6 pairs cannot be used.*swapped"):
+        refuse_excluded(data)
+    refuse_excluded(data, limit=0.5)
+
+
+def test_collections_that_do_not_say_their_prompts_are_labelled(folder):
+    for marker in folder.rglob("prompt.json"):
+        marker.write_text('{"token_ids": [7, 7]}')
+    data = load_activation_set(folder, PAIRS)
+    assert data.model == "m (prompts unknown)" and data.valid.sum() == 6 * 2 * 3
+    (folder / "manifest.json").unlink()
+    assert load_activation_set(folder, PAIRS).model == "model and prompts unknown"
+
+
+def test_names_of_arrays_are_found_without_a_manifest(tmp_path):
+    for i, pair in enumerate(PAIRS):
+        for side in SIDES:
+            place = tmp_path / pair.group(side) / "prompt_list" / "batch_1"
+            place.mkdir(parents=True)
+            for step in ("prefill", 0, 1, 2)[: 2 + i % 3]:  # answers of different lengths
+                np.savez(place / f"activations_step_{step}.npz", **{f"blocks.{k}.out": np.ones(4) for k in range(2)})
+    data = load_activation_set(tmp_path, PAIRS)
+    assert data.values.shape == (6, 2, 4, 2, 4) and data.valid.sum() == 2 * (2 + 3 + 4) * 2
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.{layer}.mlp.output", "model.layers.{layer_idx}.mlp.output"])
+def test_a_layer_may_be_called_layer(folder, pattern):
+    expected = load_activation_set(folder, PAIRS).values
+    assert np.array_equal(load_activation_set(folder, PAIRS, key_pattern=pattern).values, expected)
+    for wrong in ("model.layers.0.mlp.output", f"{pattern}.{{layer}}"):
+        with pytest.raises(UserError, match="layer_idx"):
+            load_activation_set(folder, PAIRS, key_pattern=wrong)
+
+
+def as_flat(grouped, folder, rows_per_batch=5):
+    """The same collection in the other layout; zeros where a prompt has ended."""
+    prompts = [(i, side) for i in range(len(PAIRS)) for side in range(2)][::-1]
+    for number, start in enumerate(range(0, len(prompts), rows_per_batch), 1):
+        batch = prompts[start : start + rows_per_batch]
+        (folder / f"batch_{number}").mkdir(parents=True)
+        for step in range(STEPS + 1):
+            name = f"activations_step_{step - 1 if step else 'prefill'}.npz"
+            files = [place(grouped, *prompt) / name for prompt in batch]
+            rows = [np.load(file) if file.exists() else None for file in files]
+            arrays = {
+                f"model.layers.{k}.mlp.output": np.concatenate(
+                    [np.zeros((1, 1, HIDDEN)) if row is None else row[f"model.layers.{k}.mlp.output"] for row in rows]
+                )
+                for k in range(LAYERS)
+            }
+            np.savez(folder / f"batch_{number}" / name, **arrays)
+        embeddings = [np.load(place(grouped, *prompt) / "prompt_embedding.npz")["prompt_embedding"] for prompt in batch]
+        np.savez(folder / f"batch_{number}" / "prompt_embedding.npz", prompt_embedding=np.concatenate(embeddings))
+        rows = [
+            {
+                "group": PAIRS[i].group(SIDES[side]), "subcategory": "prompt_list", "number": 1,
+                "prompt": getattr(PAIRS[i], SIDES[side]), "valid_steps": 2 if (i, side) == (1, 1) else STEPS,
+            }
+            for i, side in batch
+        ]  # fmt: skip
+        (folder / f"batch_{number}" / "batch.json").write_text(json.dumps({"rows": rows}))
+    manifest = json.loads((grouped / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "layout": "flat"}))
+    return folder
+
+
+def test_a_flat_collection_gives_the_numbers_of_the_grouped_one(folder, tmp_path_factory):
+    expected, flat = load_activation_set(folder, PAIRS), as_flat(folder, tmp_path_factory.mktemp("flat"))
+    data = load_activation_set(flat, PAIRS)
+    assert np.array_equal(data.values, expected.values) and np.array_equal(data.valid, expected.valid)
+    assert np.array_equal(data.prompt_embeddings, expected.prompt_embeddings) and data.model == "m"
+    edited = [replace(PAIRS[0], natural="other words"), *PAIRS[1:]]
+    assert [item["pair"] for item in load_activation_set(flat, edited).excluded] == ["t_0"]
+
+
+def test_an_unfinished_or_damaged_batch_is_said(folder, tmp_path_factory):
+    flat = as_flat(folder, tmp_path_factory.mktemp("flat"))
+    (flat / "batch_1" / "batch.json").unlink()  # its rows are the last pairs
+    data = load_activation_set(flat, PAIRS)
+    assert [item["pair"] for item in data.excluded] == ["t_3", "t_4", "t_5"]
+    assert "batch.json" in data.excluded[0]["reason"]
+    for damaged in ("{}", "[]", '{"rows": [{}]}', '{"rows": [{"group": 1}]}', '{"rows": 3}'):
+        (flat / "batch_1" / "batch.json").write_text(damaged)
+        with pytest.raises(UserError, match="batch_1/batch.json"):
+            load_activation_set(flat, PAIRS)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gemma_refactored import generation
-from gemma_refactored.activation_capture import capture
+from gemma_refactored.activation_capture import capture, weights_of_row
 from gemma_refactored.errors import UserError
 from gemma_refactored.generation import (
     PREFILL,
@@ -231,3 +231,26 @@ def test_an_edit_at_the_prompts_end_is_made_there_only(model):
         list(generate(model, [prompt], 3, **{edits: {SITES[0]: note}}))
         where.append(lengths)
     assert where == [[4, 1, 1, 1, 1], [1]]
+
+
+@pytest.mark.parametrize("name", GOLDEN_GEMMAS)
+@pytest.mark.parametrize("lengths", [LENGTHS, LENGTHS[-2:-1], [1, 1]])
+def test_attention_weights_are_those_of_a_pass_without_cache(name, lengths):
+    """Keys in the order of positions, without padding, also when the cache of a sliding window has wrapped."""
+    model = load_golden(name)[0]
+    sites, kinds = [f"model.layers.{i}.self_attn.weights" for i in range(len(model.layers))], model.config.layer_types
+    windows = [model.config.sliding_window if kind == "sliding_attention" else 1000 for kind in kinds]
+    prompts = random_prompts(lengths)
+    steps = list(generate(model, prompts, 15, sites=sites))
+    for row, prompt in enumerate(prompts):
+        text = [*prompt, *(int(step.tokens[row]) for step in steps[1:])]
+        with capture(model, sites) as expected:
+            model(mx.array([text]))
+        for step in steps:
+            length = len(prompt) + step.index + 1
+            assert step.lengths[row] == length
+            for site, window in zip(sites, windows, strict=True):
+                weights = weights_of_row(np.array(step.activations[site]), row, length)
+                own = np.array(expected[site])[:, :, length - 1 : length, max(0, length - window) : length]
+                assert weights.shape == own.shape and np.abs(weights - own).max() < 1e-5, (row, step.index, site)
+                np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-4)

@@ -21,6 +21,7 @@ ROOMS = (
     {"directions"},
     {"analysis"},
     {"activation_set", "places"},
+    {"collected_files"},
     {"pairs"},
     {"separation", "rates", "formatting", "figures", "default_model"},
 )

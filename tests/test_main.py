@@ -15,6 +15,7 @@ import run_model
 from gemma_refactored import main as command_line
 from gemma_refactored.files import locked
 from gemma_refactored.main import main
+from gemma_refactored.npz_files import NpzReader
 
 from .conftest import ROOT
 from .tiny_checkpoints import random_gemma, write_checkpoint
@@ -297,6 +298,7 @@ def test_the_runtime_knows_nothing_of_artifacts():
         (["--prompts", "a", "--batch-size", "x"], "--batch-size must be a whole number between"),
         (["--prompts", "a", "--logit-bias", "99999=1"], "token ids of this model"),
         (["--prompts", "a", "--save-activations", "--activation-filter", "nothing"], "matches no site"),
+        (["--save-activations", "--activation-filter", "self_attn.weights"], "add --process-by-group"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(model_folder, tmp_path, monkeypatch, capsys, options, message):
@@ -307,6 +309,52 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(model_folder, tmp_path, mon
     error = capsys.readouterr().err
     assert error.startswith("Error: ") and message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_weights_are_collected_and_read_back(run):
+    """One array per layer and step; 12 tokens cross the window of 8 in layers 0 and 1."""
+    assert run("--activation-filter", "self_attn.weights,mlp.output") == 0
+    for place in (run.folder / "acts").glob("*/prompt_list/batch_*"):
+        prompt_tokens = json.loads((place / "prompt.json").read_text())["prompt_tokens"]
+        for step, name in enumerate(STEPS):
+            arrays = NpzReader().read(place / f"activations_step_{name}.npz")
+            assert len(arrays) == 6 and arrays["model.layers.2.mlp.output"].shape == (1, 1, 64)
+            for layer, most in enumerate((8, 8, 1000)):
+                weights = arrays[f"model.layers.{layer}.self_attn.weights"]
+                assert weights.shape == (1, 4, 1, min(most, prompt_tokens + step))
+                np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    before = tree(run.folder / "acts")
+    assert run("--activation-filter", "self_attn.weights,mlp.output", "--overwrite", "--batch-size", "1") == 0
+    after = tree(run.folder / "acts")
+    assert before.keys() == after.keys() and all(len(before[name]) == len(after[name]) for name in before)
+    assert run("--activation-filter", "self_attn.weights,mlp.output", "--dry-run") == 0
+
+
+def test_single_heads_are_collected_in_both_layouts(run):
+    assert run("--activation-filter", "self_attn.heads", group=False) == 0
+    arrays = read(run.folder / "acts/batch_1/activations_step_prefill.npz")
+    assert {array.shape for array in arrays.values()} == {(3, 1, 4, 16)}
+    assert run("--activation-filter", "self_attn.heads", "--overwrite") == 0
+    path = run.folder / "acts/natural_a/prompt_list/batch_1/activations_step_prefill.npz"
+    assert {array.shape for array in read(path).values()} == {(1, 1, 4, 16)}
+
+
+def test_without_prompts_the_sample_prompts_are_collected(model_folder, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "run_model.py",
+        "--model",
+        model_folder,
+        "--save-activations",
+        "--max-tokens",
+        "1",
+    ]
+    folders = ["--activations-dir", tmp_path / "acts", "--output-dir", tmp_path / "out"]
+    done = subprocess.run([*command, *folders, "--activation-filter", "mlp.output"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "taking the 4 sample prompts" in done.stdout and "Sites: 3 like model.layers.0.mlp.output." in done.stdout
+    manifest = json.loads((tmp_path / "acts/manifest.json").read_text())
+    assert manifest["prompt_groups"] == run_model.DEFAULTS.sample_prompts and len(manifest["complete"]) == 4
 
 
 def test_ctrl_c_says_how_to_continue(monkeypatch, capsys):

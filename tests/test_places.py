@@ -169,8 +169,8 @@ def test_pairs_are_the_same_by_their_texts_and_order():
 
 
 def test_a_collection_without_a_manifest_is_a_model_of_its_own(home):
-    first, second = (Origin.of_collection({}, home / name / "acts", "p.json", PAIRS) for name in "ab")
-    assert first.model == "unknown model of acts" and first.model_revision != second.model_revision
+    first, second = (Origin.of_collection({}, "model unknown", home / name / "acts", "p.json", PAIRS) for name in "ab")
+    assert first.model == "acts, model unknown" and first.model_revision != second.model_revision
 
 
 def test_files_are_written_together_or_not_at_all(tmp_path):

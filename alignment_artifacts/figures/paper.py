@@ -43,9 +43,8 @@ def plot_layer_scores(result: dict, path: Path) -> None:
             axes.grid(alpha=0.2)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        model = result["collection"].get("model", "unknown model")
         pairs = result["layer_scores"]["0"]["num_pairs"]
-        figure.suptitle(f"{model}, {pairs} prompt pairs; bands: 95 % intervals", fontsize=10, color="#444444")
+        figure.suptitle(f"{result['model']}, {pairs} prompt pairs; bands: 95 % intervals", fontsize=10, color="#444444")
         _save(figure, path)
 
 
