@@ -49,7 +49,7 @@ class Source:
         if not self.file(0).exists():
             return 0, f"not collected: {self.folder} has no {self.file(0).name}"
         is_known = self.answer_length is not None
-        expected = min(most, self.answer_length + 1) if is_known else most
+        expected = most if self.answer_length is None else min(most, self.answer_length + 1)
         for step in range(1, expected):
             if not self.file(step).exists():
                 return step, f"a step is missing: {self.file(step)}" if is_known else None
@@ -111,8 +111,9 @@ def _in_batches(folder: Path, subcategory: str) -> Callable[[str], Source]:
 def _batch_rows(path: Path) -> Iterator[dict]:
     marker = read_json(path, "batch marker")
     rows = marker.get("rows") if isinstance(marker, dict) else None
-    for row in rows if isinstance(rows, list) else [None]:
-        values = [row.get(name) for name in ("group", "subcategory", "number", "valid_steps")] if row else []
+    for row in rows if isinstance(rows, list) else [{}]:
+        facts = row if isinstance(row, dict) else {}
+        values = [facts.get(name) for name in ("group", "subcategory", "number", "valid_steps")]
         if [type(value) for value in values] != [str, str, int, int]:
             raise UserError(
                 f"The batch marker {path} does not say which prompts its rows are (group, subcategory, number, "
