@@ -35,6 +35,10 @@ NEEDED: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
+# What runs did whose manifest does not say, because the setting is newer.
+EARLIER = {"chat_template": None, "date": None, "control_tokens": True}
+
+
 @dataclass(frozen=True)
 class RunToRepeat:
     """What a manifest says about its run.
@@ -98,6 +102,7 @@ def read_manifest(path: Path) -> RunToRepeat:
         "activation_dtype": manifest["activation_dtype"],
     }
     check(Saving(**saved), {name: f"{path}: {name}" for name in saved})
+    manifest = {**EARLIER, **manifest}
     return RunToRepeat(
         model=manifest["model_path"],
         revision=manifest["model_revision"],
