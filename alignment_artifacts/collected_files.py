@@ -48,11 +48,10 @@ class Source:
             return 0, self.problem
         if not self.file(0).exists():
             return 0, f"not collected: {self.folder} has no {self.file(0).name}"
-        is_known = self.answer_length is not None
-        expected = min(most, self.answer_length + 1) if is_known else most
+        expected = most if self.answer_length is None else min(most, self.answer_length + 1)
         for step in range(1, expected):
             if not self.file(step).exists():
-                return step, f"a step is missing: {self.file(step)}" if is_known else None
+                return step, None if self.answer_length is None else f"a step is missing: {self.file(step)}"
         return expected, None
 
 
@@ -113,7 +112,7 @@ def _batch_rows(path: Path) -> Iterator[dict]:
     rows = marker.get("rows") if isinstance(marker, dict) else None
     for row in rows if isinstance(rows, list) else [None]:
         values = [row.get(name) for name in ("group", "subcategory", "number", "valid_steps")] if row else []
-        if [type(value) for value in values] != [str, str, int, int]:
+        if row is None or [type(value) for value in values] != [str, str, int, int]:
             raise UserError(
                 f"The batch marker {path} does not say which prompts its rows are (group, subcategory, number, "
                 "valid_steps); delete its folder and run the collection again."

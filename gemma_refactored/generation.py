@@ -175,7 +175,7 @@ def _in_order(site: str, x: mx.array, cache: list) -> mx.array:
         return x
     of_layer = cache[layer_of(site)]
     is_window = isinstance(of_layer, (RotatingKVCache, BatchRotatingKVCache))
-    return mx.roll(x, -of_layer._idx, axis=-1) if is_window else x  # where the next key will be written is the oldest
+    return mx.roll(x, -of_layer._idx, -1) if is_window else x  # where the next key will be written is the oldest
 
 
 def _prefill(model: nn.Module, tokens: mx.array, lengths: Sequence[int], growth: int) -> list:
