@@ -23,7 +23,7 @@ from alignment_artifacts.edits.options import Mode, Setting
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
 from gemma_refactored.configuration import Sampling
 from gemma_refactored.errors import UserError, exit_code
-from gemma_refactored.settings import Between, add_options, from_arguments, given
+from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
 
 if TYPE_CHECKING:
     from alignment_artifacts.suppression.library import AlignmentArtifacts, SuppressionResult
@@ -44,7 +44,7 @@ class Answering:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="suppress.py", description=__doc__.splitlines()[0].split(":")[0] + ".")
+    parser = Parser(prog="suppress.py", description=__doc__.splitlines()[0].split(":")[0] + ".")
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT")
     add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .configuration import NAMES, Generation, Saving
 from .errors import UserError, exit_code
 from .files import displayed
-from .settings import add_options, from_arguments, record
+from .settings import Parser, add_options, from_arguments, record
 
 if TYPE_CHECKING:
     from .chat_template import ChatFormat
@@ -81,7 +81,7 @@ class _Printer(logging.StreamHandler):
 
 
 def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="run_model.py",
         description="Generate answers with a model that has hooks on every activation, and save the activations.",
     )

@@ -311,6 +311,17 @@ def _metavar(kind: Kind) -> str | None:
 # The command line
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, but `--option=--` gives no empty list, as it does before Python 3.13 whatever the option's type."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        arguments, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(arguments).items():
+            if value == [] or (isinstance(value, list) and [] in value):
+                self.error(f"argument --{name.replace('_', '-')}: expected a value, not '--'")
+        return arguments, rest
+
+
 def add_options(
     parser: argparse.ArgumentParser,
     described: type | object,
@@ -429,7 +440,7 @@ def from_constants(
             values[setting] = getattr(constants[setting.path[0].upper()], setting.path[-1])
         elif setting.constant in constants or setting.default is MISSING:
             values[setting] = constants[setting.constant]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=Path(str(constants.get("__file__", "script"))).name,
         description=(constants.get("__doc__") or "").strip(),
         epilog="Each can also be set by the constant on top of the script, or an environment variable of that name.",

@@ -80,6 +80,7 @@ def test_ctrl_c_while_importing_is_one_line(script):
     """A module that all scripts import before they do anything stands for all that they import."""
     action = f"""
 import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
 class Finder:
     def find_spec(self, name, *_):
         if name == 'gemma_refactored.settings' or name == 'gemma_refactored.errors':

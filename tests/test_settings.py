@@ -259,11 +259,9 @@ def test_help_runs_nothing_and_unknown_options_are_refused(name, tmp_path):
     heavy = "mlx.core", "transformers", "matplotlib", "sklearn", "torch"
     program = f"""
 import sys, {name} as script
-try:
-    script.main([sys.argv[1]])
-except SystemExit as error:
-    print([m for m in {heavy!r} if m in sys.modules] or "light")
-    sys.exit(error.code)
+code = script.main([sys.argv[1]])
+print([m for m in {heavy!r} if m in sys.modules] or "light")
+sys.exit(code)
 """
     for option, code in (("--help", 0), ("--no-such-option", 2)):
         done = subprocess.run(
@@ -304,3 +302,25 @@ def test_every_setting_says_what_it_is_and_has_a_default_that_can_be(cls):
 
 def test_the_modes_that_can_be_set_are_those_there_are():
     assert get_args(Mode) == tuple(MODES)
+
+
+@pytest.mark.parametrize("argv", [["--text=--"], ["--number=--"], ["--many=--"], ["--many=1", "--many=--"]])
+def test_two_dashes_are_refused_or_text_but_never_nothing(argv, capsys):
+    parser = s.Parser()
+    parser.add_argument("--text")
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--many", action="append")
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        assert stop.code == 2 and f"argument {argv[0].partition('=')[0]}: " in capsys.readouterr().err
+    else:  # from Python 3.13 on
+        assert arguments.text == "--" or arguments.many[-1] == "--"
+
+
+def test_options_with_values_and_none_are_parsed_as_ever():
+    parser = s.Parser()
+    parser.add_argument("--text")
+    parser.add_argument("--many", nargs="+")
+    parser.add_argument("rest", nargs="?")
+    assert vars(parser.parse_args(["--many", "a", "--", "b"])) == {"text": None, "many": ["a"], "rest": "b"}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from gemma_refactored.errors import exit_code
+from gemma_refactored.settings import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="alignment_artifacts.report", description=__doc__.split(":")[0] + ".")
+    parser = Parser(prog="alignment_artifacts.report", description=__doc__.split(":")[0] + ".")
     parser.add_argument("--folder", type=Path, help="results/MODEL/PAIRS (default: those of the latest analysis)")
     parser.add_argument("--output", type=Path, help="default: report.html in that folder")
 
