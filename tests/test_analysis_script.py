@@ -219,7 +219,7 @@ def some_constants(draw) -> dict:
     return {name: draw(st.sampled_from(VALUES[name])) for name in sorted(names)}
 
 
-@tries(15)
+@tries(30)
 @given(collection=st.sampled_from(COLLECTIONS), constants=some_constants(), as_options=st.booleans())
 def test_any_constants_and_options_end_well(stranger, tmp_path_factory, collection, constants, as_options):
     constants = {"NUM_PERMUTATIONS": 5, "NUM_BOOTSTRAP_RESAMPLES": 5, **constants}
