@@ -1,5 +1,7 @@
 """Every command and every Python block of the documents runs as it is printed, on small models.
 
+They run in the order of the documents, each once; later ones need what earlier ones made (README collects).
+
 A block that is not run has a comment before it that no reader sees and that says why; the second form is about those
 lines of the block that contain TEXT:
 
@@ -68,16 +70,16 @@ def examples(text: str) -> list[Example]:
 
 
 def documented() -> list:
-    return [
-        pytest.param(example, id=f"{path.relative_to(ROOT)}: {example}")
-        for path in DOCUMENTS
-        for example in examples(path.read_text())
-    ]
+    places: dict[str, tuple[Path, Example]] = {}
+    for path in DOCUMENTS:
+        for example in examples(path.read_text()):
+            places.setdefault(example.text.split("  #")[0].strip(), (path, example))
+    return [pytest.param(example, id=f"{path.relative_to(ROOT)}: {example}") for path, example in places.values()]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A copy of the repository with four pairs in each category, and a collection of them."""
+    """A copy of the repository with four pairs in each category."""
     folder = tmp_path_factory.mktemp("documented")
     for name in SCRIPTS:
         shutil.copy(ROOT / name, folder)
@@ -93,7 +95,6 @@ def workplace(tmp_path_factory):
     rows = [f"v2-{i},{twin.natural},homonyms,safe,x," for i, twin in enumerate(twins, 1)]
     rows += [f"v2-{25 + i},{twin.artifact},contrast_homonyms,unsafe,x," for i, twin in enumerate(twins, 1)]
     (folder / "xstest_prompts.csv").write_text("\n".join(["id,prompt,type,label,focus,note", *rows, ""]))
-    run(Example("bash", "bash collect_activations.sh"), folder)
     return folder
 
 
