@@ -139,8 +139,8 @@ def certificate_verdict(folder: str | Path, manifest: dict) -> str:
 
 def find_key_pattern(sites: Iterable[str], folder: Path) -> str:
     """The site pattern of a collection, with {layer_idx} for the layer number."""
-    names = {re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1) for site in sites}
-    patterns = sorted(name for name in names if "{layer_idx}" in name)
+    replaced = {re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1) for site in sites}
+    patterns = sorted(site for site in replaced if "{layer_idx}" in site)
     if DEFAULT_KEY in patterns or not patterns:
         return DEFAULT_KEY
     if len(patterns) > 1:
@@ -183,7 +183,7 @@ def load_activation_set(
             raise UserError(f"{name} is {wanted}, but the files in {folder} have {actual}; None takes it from them.")
 
     valid = np.zeros((len(pairs), 2, files.num_steps + 1), bool)
-    reasons = [_check_pair(*item, files) for item in zip(pairs, sources, valid, strict=True)]
+    reasons = [_check_pair(pair, both, steps, files) for pair, both, steps in zip(pairs, sources, valid, strict=True)]
     kept = [i for i, reason in enumerate(reasons) if reason is None]
     excluded = [
         {"pair": pair.id, "category": pair.category, "reason": reason}

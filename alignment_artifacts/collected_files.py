@@ -110,9 +110,10 @@ def _in_batches(folder: Path, subcategory: str) -> Callable[[str], Source]:
 def _batch_rows(path: Path) -> Iterator[dict]:
     marker = read_json(path, "batch marker")
     rows = marker.get("rows") if isinstance(marker, dict) else None
-    for row in rows if isinstance(rows, list) else [None]:
-        values = [row.get(name) for name in ("group", "subcategory", "number", "valid_steps")] if row else []
-        if row is None or [type(value) for value in values] != [str, str, int, int]:
+    for row in rows if isinstance(rows, list) else [{}]:
+        facts = row if isinstance(row, dict) else {}
+        values = [facts.get(name) for name in ("group", "subcategory", "number", "valid_steps")]
+        if [type(value) for value in values] != [str, str, int, int]:
             raise UserError(
                 f"The batch marker {path} does not say which prompts its rows are (group, subcategory, number, "
                 "valid_steps); delete its folder and run the collection again."

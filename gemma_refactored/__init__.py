@@ -2,4 +2,5 @@
 
 from . import linux_cpu  # noqa: F401  (must come before mlx.core is imported anywhere)
 
-__version__ = "0.1.0"  # of the whole package
+PACKAGE = "alignment-artifacts"  # what this is a part of
+__version__ = "0.1.0"

@@ -2,11 +2,11 @@
 
 import importlib.metadata
 
-from . import __version__
+from . import PACKAGE, __version__
 
 LIBRARIES = ("mlx", "mlx-lm", "numpy", "transformers")
 
 
 def library_versions() -> dict[str, str]:
     """By package; ours is that of the code itself, which need not be installed."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES} | {"alignment-artifacts": __version__}
+    return {name: importlib.metadata.version(name) for name in LIBRARIES} | {PACKAGE: __version__}

@@ -276,7 +276,7 @@ def test_an_unfinished_or_damaged_batch_is_said(folder, tmp_path_factory):
     data = load_activation_set(flat, PAIRS)
     assert [item["pair"] for item in data.excluded] == ["t_3", "t_4", "t_5"]
     assert "batch.json" in data.excluded[0]["reason"]
-    for damaged in ("{}", "[]", '{"rows": [{}]}', '{"rows": [{"group": 1}]}', '{"rows": 3}'):
+    for damaged in ("{}", "[]", '{"rows": [{}]}', '{"rows": [{"group": 1}]}', '{"rows": 3}', '{"rows": ["text"]}'):
         (flat / "batch_1" / "batch.json").write_text(damaged)
         with pytest.raises(UserError, match="batch_1/batch.json"):
             load_activation_set(flat, PAIRS)

@@ -39,12 +39,12 @@ def modules() -> dict[str, Path]:
 
 
 def imports(text: str, package: str, names: set[str]) -> set[str]:
-    """Which of `names` a module of this package imports, anywhere in it but for type checkers."""
+    """Which of `names` a module of this package imports, for more than type checkers or when run as a script."""
     found = set()
     pending = [ast.parse(text)]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
             continue
         pending += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
