@@ -16,6 +16,7 @@ from alignment_artifacts import places
 from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.analysis import load_run
 from alignment_artifacts.figures import paper
+from alignment_artifacts.figures.paper import plot_layer_scores
 from alignment_artifacts.pairs import PAIRS_JSON, ROOT_KEY, load_pairs, prompt_groups
 from alignment_artifacts.report import write_report
 from gemma_refactored import main as command_line
@@ -78,6 +79,7 @@ def stranger(tmp_path_factory):
 def script(stranger, tmp_path, monkeypatch):
     """Run the script on a collection with some constants changed; returns its exit code."""
     monkeypatch.setattr(places, "HOME", tmp_path)
+    skip_figures(monkeypatch)
 
     def call(collection, **constants):
         for name, value in {
@@ -93,13 +95,9 @@ def script(stranger, tmp_path, monkeypatch):
     return call
 
 
-@pytest.fixture
-def without_figures(monkeypatch):
-    """They are tested elsewhere, and take most of the time."""
-    skip_figures(monkeypatch)
-
-
 def skip_figures(patch):
+    """They are tested elsewhere, and take most of the time."""
+
     def nothing(result, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for ending in (".png", ".pdf"):
@@ -113,7 +111,7 @@ def numbers(folder: Path) -> dict:
     return read_json(folder / NUMBERS, "results")
 
 
-def test_pairs_edited_after_the_collection_are_left_out_by_name(script, stranger, without_figures, capsys):
+def test_pairs_edited_after_the_collection_are_left_out_by_name(script, stranger, capsys):
     assert script("grouped", ORIGINAL_PAIRS_JSON_FOR_ITERATION=stranger / "swapped.json") == 2
     assert "can be used" in capsys.readouterr().err
     assert script("grouped", ORIGINAL_PAIRS_JSON_FOR_ITERATION=stranger / "two.json") == 2  # 10 %
@@ -132,7 +130,7 @@ def test_the_library_refuses_edited_pairs_too(stranger):
     assert len(load_run(stranger / "flat", stranger / "two.json", max_excluded=0.1).data.excluded) == 2
 
 
-def test_a_flat_collection_is_analysed_like_the_grouped_one(script, stranger, without_figures):
+def test_a_flat_collection_is_analysed_like_the_grouped_one(script, stranger):
     results = []
     for collection in ("grouped", "flat"):
         assert script(collection) == 0
@@ -149,9 +147,8 @@ def test_a_flat_collection_is_analysed_like_the_grouped_one(script, stranger, wi
 
 
 def test_a_foreign_folder_is_labelled_wherever_its_numbers_are(script, capsys, monkeypatch):
-    titles, save, plot = [], paper._save, paper.plot_layer_scores
-    skip_figures(monkeypatch)
-    monkeypatch.setattr(paper, "plot_layer_scores", plot)
+    titles, save = [], paper._save
+    monkeypatch.setattr(paper, "plot_layer_scores", plot_layer_scores)
     monkeypatch.setattr(paper, "_save", lambda figure, path: titles.append(figure.get_suptitle()) or save(figure, path))
     assert script("foreign", KEY_PATTERN_TEMPLATE="model.layers.{layer}.mlp.output") == 0
     label = "model and prompts unknown"
@@ -168,7 +165,7 @@ def test_a_foreign_folder_is_labelled_wherever_its_numbers_are(script, capsys, m
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_path_may_be_text_or_a_path(script, stranger, without_figures, kind):
+def test_a_path_may_be_text_or_a_path(script, stranger, kind):
     paths = {"RESULTS_JSON": "a.json", "PLOT_PNG": "plots/b.png", "RESULTS_DIR": "r"}
     inputs = {"ORIGINAL_PAIRS_JSON_FOR_ITERATION": kind(stranger / "pairs.json"),
               "RAW_ACTIVATIONS_BASE_DIR": kind(stranger / "grouped")}  # fmt: skip
