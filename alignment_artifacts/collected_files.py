@@ -48,11 +48,10 @@ class Source:
             return 0, self.problem
         if not self.file(0).exists():
             return 0, f"not collected: {self.folder} has no {self.file(0).name}"
-        is_known = self.answer_length is not None
         expected = most if self.answer_length is None else min(most, self.answer_length + 1)
         for step in range(1, expected):
             if not self.file(step).exists():
-                return step, f"a step is missing: {self.file(step)}" if is_known else None
+                return step, None if self.answer_length is None else f"a step is missing: {self.file(step)}"
         return expected, None
 
 

@@ -353,7 +353,7 @@ def _add_option(parser: argparse.ArgumentParser, setting: Item, default) -> None
         return
     options: dict[str, Any] = {"help": text, "metavar": _metavar(kind)}
     if base is Literal:
-        options = {"help": text, "choices": get_args(kind.type)}
+        options["metavar"] = f"{{{','.join(map(str, get_args(kind.type)))}}}"
     elif base is dict:
         options["action"] = "append"
     parser.add_argument(setting.flag, **options)

@@ -253,6 +253,18 @@ def test_the_constants_of_a_script_are_the_fields_of_its_dataclass(name):
     assert fields - constants <= {"TOP_LAYERS"} and constants <= fields
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_path_of_a_script_may_be_text_or_a_path(name):
+    module = importlib.import_module(name)
+    paths = [item for item in s.settings_of(module.Constants, SCRIPTS[name]) if item.kind.type is Path]
+    assert paths
+    for item in paths:
+        for value in (Path("some/where"), "some/where"):
+            constants = {**vars(module), item.constant: value}
+            chosen = s.from_constants(module.Constants, constants, [], SCRIPTS[name])
+            assert getattr(chosen, item.path[0]) == Path("some/where"), item.constant
+
+
 @pytest.mark.parametrize("name", [*SCRIPTS, "run_model", "suppress"])
 def test_help_runs_nothing_and_unknown_options_are_refused(name, tmp_path):
     """No MLX, transformers or matplotlib either: help is there at once."""
