@@ -137,7 +137,7 @@ def test_the_report_is_written_last(workplace, result):
     assert done.returncode == 0 and done.stdout.startswith("Report: file:///")
     page = (workplace / RESULTS / "report.html").read_text()
     assert f'<p class="answer">{html.escape(result["summary"])}</p>' in page
-    assert "<code>python sweep_suppression.py</code> makes it" in page
+    assert "Run <code>python sweep_suppression.py</code>" in page
     assert "--from-manifest manifest.json" in page
 
 
