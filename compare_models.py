@@ -66,9 +66,10 @@ def print_tables(result: dict) -> None:
     print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A")
     for layer, r in enumerate(result["conditions"]["prompt_end"]["layers"]):
         low, high = (number(x) for x in r["difference_ci"])
+        p = "-" if r["p_value"] is None else f"{r['p_value']:.3f}"
         print(
             f"{layer:>5}  {number(r['d_a']):>5}  {number(r['d_b']):>5}  {number(r['difference']):>6} "
-            f"{f'[{low}, {high}]':<15}  {r['p_value'] or 1:>6.3f}  {number(r['cosine']):>6}  {number(r['a_on_b']):>6}  "
+            f"{f'[{low}, {high}]':<15}  {p:>6}  {number(r['cosine']):>6}  {number(r['a_on_b']):>6}  "
             f"{number(r['b_on_a']):>6}"
         )
     print("\nB - A on generated tokens (* p <= 0.05 over layers)")

@@ -38,6 +38,7 @@ class ActivationSet:
             than IN_MEMORY is in a temporary file: go through it layer by layer.
         valid: bool [pairs, 2, steps]; false where a prompt had ended.
         prompt_embeddings: float32 [pairs, 2, hidden], mean token embedding of each prompt, or None.
+        prompt_lengths: [pairs, 2] tokens of each prompt as the model read it, or None.
         excluded: pairs left out, each with its reason.
         manifest: of the collection, {} if it has none.
         folder: of the collection.
@@ -50,6 +51,7 @@ class ActivationSet:
     excluded: list[dict]
     manifest: dict
     folder: Path | None = None
+    prompt_lengths: np.ndarray | None = None
     _prompt_vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
@@ -212,8 +214,25 @@ def load_activation_set(
         raise UserError(f"No pair in {folder} is complete (for example: {excluded[0]['reason']}).")
     here = slice(len(kept))
     return ActivationSet(
-        kept, values[here], valid[here], embeddings[here] if has_embeddings else None, excluded, manifest, folder
+        kept,
+        values[here],
+        valid[here],
+        embeddings[here] if has_embeddings else None,
+        excluded,
+        manifest,
+        folder,
+        prompt_lengths([places[pair] for pair in kept]),
     )
+
+
+def prompt_lengths(places: list[list[Path]]) -> np.ndarray | None:
+    """[pairs, 2] tokens of each prompt, from the markers in `places` [pair][side]; None where one has no count."""
+    markers = [[place / PROMPT_MARKER for place in sides] for sides in places]
+    if not all(marker.exists() for sides in markers for marker in sides):
+        return None
+    counts = [[read_json(marker, "prompt marker").get("prompt_tokens") for marker in sides] for sides in markers]
+    complete = all(isinstance(count, int) for sides in counts for count in sides)
+    return np.array(counts) if complete else None
 
 
 def _read_prompt(place: Path, keys: list[str], values: np.ndarray, valid: np.ndarray, needs_marker: bool) -> str | None:

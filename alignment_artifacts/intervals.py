@@ -1,9 +1,8 @@
 """How sure a held-out number is: 95 % intervals of d, accuracy, AUROC and of differences of d.
 
-All are about the directions that were learnt. Pairs serve in several folds, once tested and else in
-training, so a bootstrap that takes the directions as given sees too little; the sign-flip null, which
-learns anew each time, has what it misses, and the larger of the two is taken. How often the
-intervals cover the truth is in benchmarks/simulated_coverage.md.
+All are about the directions that were learnt. A pair is tested in one fold and serves in training in the others, which
+a formula that takes the directions as given cannot see; the sign-flip null, which learns anew each time, does, and the
+larger of the two is taken. How often the intervals cover the truth is in benchmarks/simulated_coverage.md.
 """
 
 from __future__ import annotations
@@ -14,36 +13,9 @@ import numpy as np
 
 from alignment_artifacts.separation import HeldOut, each_fold, stabilised
 
-MIN_GROUPS = 8  # with fewer independent groups no interval of d is worth its name
-UNDEFINED = [float("nan")] * 2
-
-
-def bootstrap_weights(groups: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """[resamples, pairs] weights of mean 1, one for each group (Bayesian bootstrap, Rubin 1981).
-
-    Unlike draws with replacement they leave no fold with one pair many times and no spread.
-
-    Args:
-        groups: [pairs] numbers from 0.
-    """
-    return np.random.default_rng(seed).standard_exponential((resamples, groups.max() + 1))[:, groups]
-
-
-def resampled_d(held_out: HeldOut, weights: np.ndarray) -> np.ndarray:
-    """[resamples] d of the pairs weighted as `bootstrap_weights` says."""
-    natural, artifact = np.atleast_2d(held_out.natural), np.atleast_2d(held_out.artifact)
-    scores = []
-    for division, _, _, rows in each_fold(held_out.folds):
-        sides = [x[division, rows] - x[division, rows].mean() for x in (natural, artifact)]
-        gap = artifact[division, rows].mean() - natural[division, rows].mean()
-        share = weights[:, rows] / weights[:, rows].sum(axis=1, keepdims=True)
-        means = [share @ x for x in sides]
-        variance = sum(share @ (x * x) - mean**2 for x, mean in zip(sides, means, strict=True)) / 2
-        freedom = 2 * len(rows) - 2
-        with np.errstate(divide="ignore", invalid="ignore"):
-            d = (gap + means[1] - means[0]) / np.sqrt(variance * len(rows) / (len(rows) - 1))
-        scores.append(d * (1 - 3 / (4 * freedom - 1)))
-    return np.mean(scores, axis=0)
+MIN_GROUPS = 8  # with fewer independent groups no interval is worth its name
+HEAVIEST = 4 ** (1 / 4)  # ratio of kurtoses beyond which the spread's variance is not enlarged further
+UNDEFINED = (float("nan"), float("nan"))
 
 
 def robust_sd(values: np.ndarray) -> float:
@@ -67,34 +39,59 @@ class Uncertainty:
 
     Args:
         groups: [pairs] numbers from 0 of pairs that depend on each other.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, which differences of d need.
     """
 
-    def __init__(self, groups: np.ndarray, resamples: int, seed: int = 0):
-        self.count = int(groups.max()) + 1
-        self.weights = bootstrap_weights(groups, resamples, seed)
+    def __init__(self, groups: np.ndarray, resamples: int = 1000, seed: int = 0):
+        self.groups, self.count = groups, int(groups.max()) + 1
+        # Bayesian bootstrap (Rubin 1981): unlike draws with replacement it leaves no fold without any spread.
+        self.weights = np.random.default_rng(seed).standard_exponential((resamples, self.count))[:, groups]
 
-    def quantile(self, held_out: HeldOut) -> float:
-        return t_quantile(self.count - len(np.unique(held_out.folds)))
+    def freedom(self, folds: np.ndarray) -> int:
+        return max(self.count - len(np.unique(folds)), 1)
 
     def standard_error(self, held_out: HeldOut, null_sd: float = 0.0) -> float:
-        """Of d, on the scale of `stabilised`; null_sd: the spread of d over sign flips."""
-        bootstrap = robust_sd(stabilised(resampled_d(held_out, self.weights)))
-        return float(np.fmax(bootstrap, null_sd / np.sqrt(8 + held_out.d() ** 2)))
+        """Of d, on the scale of `stabilised`; null_sd: the spread of d over sign flips.
+
+        The infinitesimal jackknife, no less than for independent normal prompts, and its part that comes from the
+        spread enlarged where tails are heavy: what a sample says of its fourth moment is too little then. Dependence
+        between folds adds to it; the sum is no less than the null's spread. The constants are those that simulations
+        of 10 to 200 pairs asked for (benchmarks/simulated_coverage.py).
+        """
+        d, of_shift, of_spread, kurtosis = pooled_d(held_out)
+        sums = [self._square_sum(of_shift + of_spread), self._square_sum(of_spread)]
+        pairs = len(self.groups)
+        heavy = np.clip(kurtosis / (3 * (1 - 2 / pairs)), 1, HEAVIEST) ** 4
+        scale = np.sqrt(8 + d * d)
+        alone = np.sqrt(sums[0] + (heavy - 1) * sums[1]) / pairs / scale
+        error = np.hypot(np.fmax(alone, 0.5 / np.sqrt(self.count)), 0.4 * null_sd / scale)
+        return float(np.fmax(error, null_sd / scale)) if np.isfinite(d) else float("nan")
+
+    def _square_sum(self, influence: np.ndarray) -> float:
+        """Of the groups' influences [divisions, pairs], mean over divisions."""
+        return float(np.mean([(np.bincount(self.groups, row) ** 2).sum() for row in influence]))
+
+    def error_of_d(self, held_out: HeldOut, null_sd: float = 0.0) -> float:
+        """The same on the scale of d itself."""
+        return self.standard_error(held_out, null_sd) * np.sqrt(8 + pooled_d(held_out)[0] ** 2)
 
     def intervals(self, held_out: HeldOut, null_sd: float = 0.0) -> dict[str, list[float]]:
-        """Of "cohens_d_ci", "accuracy_ci" and "auroc_ci"; that of d is NaN below eight groups.
+        """Of "cohens_d_ci", "accuracy_ci" and "auroc_ci"; NaN below eight groups.
 
-        The interval of d is symmetric on the stabilising scale. Accuracy and AUROC have score intervals (Wilson 1927;
+        The interval of d is symmetric on the stabilising scale, around the d of the pooled spread: the mean over folds
+        of d is too large where the noise has heavy tails. Accuracy and AUROC have score intervals (Wilson 1927;
         Newcombe 2006), which no run without a mistake makes zero wide; the number of prompts they count with is
         what would give independent prompts the standard error of d, and never more than there are.
         """
-        error, quantile, pairs = self.standard_error(held_out, null_sd), self.quantile(held_out), held_out.folds.shape[-1]
-        effective = min(self.count, pairs, 1 / (4 * error**2) if error > 0 else np.inf)
-        d = UNDEFINED
-        if self.count >= MIN_GROUPS and np.isfinite(error) and np.isfinite(held_out.d()):
-            centre = stabilised(held_out.d())
-            d = [float(np.sinh(centre + side * quantile * error) * np.sqrt(8)) for side in (-1, 1)]
+        if self.count < MIN_GROUPS:
+            return {name: list(UNDEFINED) for name in ("cohens_d_ci", "accuracy_ci", "auroc_ci")}
+        quantile, error = t_quantile(self.freedom(held_out.folds)), self.standard_error(held_out, null_sd)
+        effective = 1 / (4 * error**2) if np.isfinite(error) else self.count
+        d = list(UNDEFINED)
+        if np.isfinite(error) and np.isfinite(held_out.d()):
+            centre = stabilised(pooled_d(held_out)[0])
+            low, high = (np.sinh(centre + side * quantile * error) * np.sqrt(8) for side in (-1, 1))
+            d = [float(min(low, held_out.d())), float(max(high, held_out.d()))]
         return {
             "cohens_d_ci": d,
             "accuracy_ci": wilson_share(held_out.accuracy(), 2 * effective, quantile),
@@ -106,31 +103,74 @@ class Uncertainty:
     ) -> list[float]:
         """95 % interval of second d minus first d, of the same pairs.
 
-        Standard errors are those on the stabilising scale, carried over to d by that scale's slope at the
-        estimate. The bootstrap, which weighs the pairs for both at once, knows how far the two go together.
+        The bootstrap, which weighs the pairs for both at once, knows how far the two go together; it is made wider as
+        far as the standard errors of the two are larger than it makes them.
         """
         d = np.array([first.d(), second.d()])
-        slopes = np.sqrt(8) * np.cosh(stabilised(d))
-        resampled = [
-            slope * stabilised(resampled_d(held_out, self.weights))
-            for slope, held_out in zip(slopes, (first, second), strict=True)
-        ]
-        bootstrap = robust_sd(resampled[1] - resampled[0])
+        resampled = [stabilised(resampled_d(held_out, self.weights)) for held_out in (first, second)]
+        slopes = np.sqrt(8 + d**2)
+        bootstrap = robust_sd(slopes[1] * resampled[1] - slopes[0] * resampled[0])
         if self.count < MIN_GROUPS or not np.isfinite(d).all() or not np.isfinite(bootstrap):
-            return UNDEFINED
-        # As much wider as the intervals of the two by themselves are wider than the bootstrap alone makes them.
-        alone = [robust_sd(x) for x in resampled]
-        full = [np.fmax(sd, null * slope / np.sqrt(8 + x**2))
-                for sd, null, slope, x in zip(alone, null_sds, slopes, d, strict=True)]  # fmt: skip
-        wider = np.hypot(*full) / np.hypot(*alone) if np.hypot(*alone) > 0 else 1.0
-        half = self.quantile(first) * bootstrap * wider
-        return [float(d[1] - d[0] + side * half) for side in (-1, 1)]
+            return list(UNDEFINED)
+        alone = np.hypot(*(slope * robust_sd(x) for slope, x in zip(slopes, resampled, strict=True)))
+        full = np.hypot(*(self.error_of_d(h, sd) for h, sd in zip((first, second), null_sds, strict=True)))
+        wider = max(full / alone, 1.0) if alone > 0 else 1.0
+        half = t_quantile(self.freedom(first.folds)) * bootstrap * wider
+        return [float(d[1] - d[0] - half), float(d[1] - d[0] + half)]
+
+
+def pooled_d(held_out: HeldOut) -> tuple[float, np.ndarray, np.ndarray, float]:
+    """d with the spread pooled over folds, and what each pair adds to it (influence function).
+
+    Returns:
+        d, the mean over divisions; influences [divisions, pairs] through the means and through the spread, whose
+        squares' sum over pairs is pairs² times the variance of d; and the kurtosis, 3 for normal projections.
+    """
+    shape = np.atleast_2d(held_out.folds).shape
+    of_shift, of_spread, results, kurtosis = np.empty(shape), np.empty(shape), [], []
+    for division, (natural, artifact) in enumerate(zip(*_by_division(held_out), strict=True)):
+        sides, shift = np.empty((2, shape[1])), []
+        for _, _, _, rows in each_fold(np.atleast_2d(held_out.folds)[division]):
+            n, a = natural[rows], artifact[rows]
+            scale = np.sqrt(len(rows) / (len(rows) - 1))
+            sides[:, rows] = (n - n.mean()) * scale, (a - a.mean()) * scale
+            shift.append(a.mean() - n.mean())
+        spread = np.sqrt((sides**2).mean())
+        if not spread > 0:
+            return float("nan"), of_shift, of_spread, float("nan")
+        sides /= spread
+        d = np.mean(shift) / spread
+        of_shift[division], of_spread[division] = sides[1] - sides[0], d * (1 - (sides**2).mean(axis=0)) / 2
+        each = np.maximum((sides**2).mean(axis=1), 1e-300)
+        kurtosis.append(((sides**4).mean(axis=1) / each**2).mean())
+        results.append(d * (1 - 3 / (4 * (2 * shape[1] - 2 * len(shift)) - 1)))
+    return float(np.mean(results)), of_shift, of_spread, float(np.mean(kurtosis))
+
+
+def resampled_d(held_out: HeldOut, weights: np.ndarray) -> np.ndarray:
+    """[resamples] of `pooled_d` with pairs weighted, weights [resamples, pairs]."""
+    results = []
+    for division, (natural, artifact) in enumerate(zip(*_by_division(held_out), strict=True)):
+        shifts, variances = [], []
+        for _, _, _, rows in each_fold(np.atleast_2d(held_out.folds)[division]):
+            n, a = natural[rows] - natural[rows].mean(), artifact[rows] - artifact[rows].mean()
+            share = weights[:, rows] / weights[:, rows].sum(axis=1, keepdims=True)
+            shifts.append(artifact[rows].mean() - natural[rows].mean() + share @ (a - n))
+            variance = share @ (a * a + n * n) - (share @ a) ** 2 - (share @ n) ** 2
+            variances.append(variance / 2 * len(rows) / (len(rows) - 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            results.append(np.mean(shifts, axis=0) / np.sqrt(np.mean(variances, axis=0)))
+    return np.mean(results, axis=0)
+
+
+def _by_division(held_out: HeldOut) -> tuple[np.ndarray, np.ndarray]:
+    return np.atleast_2d(held_out.natural), np.atleast_2d(held_out.artifact)
 
 
 def wilson_share(share: float, n: float, z: float = 1.96) -> list[float]:
     """Score interval of a share of n prompts, which need not be whole (Wilson 1927)."""
     if not np.isfinite(share) or n <= 0:
-        return UNDEFINED
+        return list(UNDEFINED)
     spread = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = ((share + z * z / (2 * n) + side * spread) / (1 + z * z / n) for side in (-1, 1))
     return [float(max(low, 0.0)), float(min(high, 1.0))]
@@ -142,7 +182,7 @@ def auroc_interval(area: float, negatives: float, positives: float, z: float = 1
     Method 5 of Newcombe (2006, Statistics in Medicine 25:559), which serves for an area of 0 or 1 too.
     """
     if not np.isfinite(area):
-        return UNDEFINED
+        return list(UNDEFINED)
     grid = np.concatenate([[0.0], 1 / (1 + np.exp(-np.linspace(-12, 12, 4001))), [1.0]])
     extra = max((negatives + positives) / 2 - 1, 0.0)
     variance = grid * (1 - grid) * (1 + extra * (1 - grid) / (2 - grid) + extra * grid / (1 + grid))

@@ -24,6 +24,8 @@ MIN_PAIRS = 4
 MIN_PAIRS_NESTED = 8  # folds within folds
 # With fewer groups the luck of the folds moves d by 1 or 2: the mean over several divisions is taken.
 FEW_GROUPS, DIVISIONS = 25, 10
+FAR = 10  # median absolute deviations; of normal distances one in 10^10 is as far
+LARGEST_D = 1e6
 CHUNK = 256  # permutations worked on at once
 LAYER_SHARE = 2 / 3  # layers are used whose d reaches this share of the best layer's
 
@@ -123,7 +125,8 @@ def matched_d(shift: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 def _hedges(shift: np.ndarray, pooled: np.ndarray, freedom: float) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        d = np.where(pooled > 0, shift / np.sqrt(pooled), np.nan)
+        d = shift / np.sqrt(pooled)
+    d = np.where(np.abs(d) < LARGEST_D, d, np.nan)  # also where the spread is nothing but rounding
     return d * (1 - 3 / (4 * freedom - 1))
 
 
@@ -354,6 +357,27 @@ def in_sample_scores(
     spread = deviation.mean(axis=1).sum() / 2
     ratio = np.linalg.norm(direction) / np.sqrt(spread) if spread > 0 else np.nan
     return float(d), float(ratio), (int(count[0, 0]), int(count[1, 0]))
+
+
+def outlying_prompts(natural: np.ndarray, artifact: np.ndarray) -> list[dict]:
+    """Prompts of one layer whose distance from the mean is beyond ten median absolute deviations of all distances.
+
+    Args:
+        natural, artifact: [pairs, hidden].
+    Returns:
+        "pair" (index), "side", and "deviations".
+    """
+    sides = np.stack([natural, artifact]).astype(np.float64)
+    distances = np.linalg.norm(sides - np.median(sides, axis=(0, 1)), axis=2)
+    middle = np.median(distances)
+    deviation = np.median(np.abs(distances - middle))
+    if deviation == 0:
+        return []
+    deviations = (distances - middle) / deviation
+    return [
+        {"pair": int(pair), "side": ("natural", "artifact")[side], "deviations": float(deviations[side, pair])}
+        for side, pair in np.argwhere(deviations > FAR)
+    ]
 
 
 def separating_layers(vectors: np.ndarray, categories: list[str]) -> list[int]:

@@ -20,7 +20,7 @@ from benchmarks.tables import parse, write_table
 
 NOISE = ("isotropic", "decaying", "heavy", "unequal", "paired")
 PAIRS, SIZES = (10, 25, 50, 200), (0.0, 1.0, 2.0, 5.0)
-FLIPS, RESAMPLES = 500, 500
+FLIPS = 500
 HIDDEN = 64
 
 
@@ -95,7 +95,7 @@ def run(noise: str, pairs: int, d: float, seed: int, projected: Projected) -> np
     layer = st.pair_vectors(natural, artifact)
     held_out = st.held_out_projections(layer, folds)
     null = st.sign_flip_d(layer, folds, st.sign_flips(groups, FLIPS, seed))
-    intervals = Uncertainty(groups, RESAMPLES, seed).intervals(held_out, robust_sd(null[1:]))
+    intervals = Uncertainty(groups).intervals(held_out, robust_sd(null[1:]))
     estimates = held_out.d(), held_out.accuracy(), held_out.auroc()
     truth = truths(noise, d, natural, artifact, folds, projected)
     names = "cohens_d_ci", "accuracy_ci", "auroc_ci"

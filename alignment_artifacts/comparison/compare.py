@@ -7,12 +7,13 @@ from dataclasses import asdict
 
 import numpy as np
 
-from alignment_artifacts.analysis import Settings, is_significant
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.comparison import transfer
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
 from alignment_artifacts.directions.estimate import planted_directions
 from alignment_artifacts.pairs import Pair
+from alignment_artifacts.scores import Settings, is_significant
 from alignment_artifacts.separation import MIN_PAIRS_NESTED
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.errors import UserError
@@ -75,14 +76,22 @@ def compare(
     read = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress)
     conditions = {}
     for name, (first, second, known) in read.items():
-        layers = compare_layers(first, second, _categories([pairs[i] for i in known]), settings)
+        these = [pairs[i] for i in known]
+        layers = compare_layers(first, second, _categories(these), settings, independent_groups(these))
         conditions[name] = {"num_pairs": len(known), "layers": layers}
     first, second, _ = read["prompt_end"]
     vectors = {name: [own, _read_ends(model, tokenizer, twins, sites, progress)]
                for name, model, own in zip("ab", models, (first, second), strict=True)}  # fmt: skip
     vectors["words"] = [_embed(models[1], these) for these in (pairs, twins)]
     by_source = {
-        name: transfer.cross_decoding(*both, _categories(pairs), _categories(twins), settings)
+        name: transfer.cross_decoding(
+            *both,
+            _categories(pairs),
+            _categories(twins),
+            settings,
+            independent_groups(pairs),
+            independent_groups(twins),
+        )
         for name, both in vectors.items()
     }
     names = {"a": models[0].name, "b": models[1].name, "words": WORDS}
@@ -144,10 +153,11 @@ def summarise(records: list[dict], names: tuple[str, str]) -> str:
     best = max(found, key=lambda i: abs(records[i]["difference"]))
     r = records[best]
     low, high = r["difference_ci"]
+    interval = "" if low is None else f" [{low:.1f}, {high:.1f}]"
     return (
         f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at {named_layers(found)}, "
-        f"most at layer {best}: d = {r['d_b']:.1f} instead of {r['d_a']:.1f}, a difference of {r['difference']:+.1f} "
-        f"[{low:.1f}, {high:.1f}] (p = {r['p_value']:.2g} over all layers).{identical}"
+        f"most at layer {best}: d = {r['d_b']:.1f} instead of {r['d_a']:.1f}, a difference of {r['difference']:+.1f}"
+        f"{interval} (p = {r['p_value']:.2g} over all layers).{identical}"
     )
 
 
