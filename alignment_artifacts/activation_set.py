@@ -42,6 +42,7 @@ class ActivationSet:
             than IN_MEMORY is in a temporary file: go through it layer by layer.
         valid: bool [pairs, 2, steps]; false where a prompt had ended.
         prompt_embeddings: float32 [pairs, 2, hidden], mean token embedding of each prompt, or None.
+        prompt_lengths: [pairs, 2] tokens of each prompt as the model read it, or None.
         excluded: pairs left out, each with its reason.
         manifest: of the collection, {} if it has none.
         folder: of the collection.
@@ -54,6 +55,7 @@ class ActivationSet:
     excluded: list[dict]
     manifest: dict
     folder: Path | None = None
+    prompt_lengths: np.ndarray | None = None
     _prompt_vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
@@ -195,6 +197,7 @@ def load_activation_set(
         excluded=excluded,
         manifest=manifest,
         folder=folder,
+        prompt_lengths=prompt_lengths([places[pair] for pair in kept]),
     )
 
 
@@ -268,6 +271,16 @@ def _read_pair(places: list[Path], files: _Files, values: np.ndarray, valid: np.
     if files.num_steps and not valid[:, 1:].any(axis=1).all():
         return "one of its prompts got an empty answer"
     return None
+
+
+def prompt_lengths(places: list[list[Path]]) -> np.ndarray | None:
+    """[pairs, 2] tokens of each prompt, from the markers in `places` [pair][side]; None where one has no count."""
+    markers = [[place / PROMPT_MARKER for place in sides] for sides in places]
+    if not all(marker.exists() for sides in markers for marker in sides):
+        return None
+    counts = [[read_json(marker, "prompt marker").get("prompt_tokens") for marker in sides] for sides in markers]
+    complete = all(isinstance(count, int) for sides in counts for count in sides)
+    return np.array(counts) if complete else None
 
 
 def _read_prompt(place: Path, files: _Files, values: np.ndarray, valid: np.ndarray) -> str | None:
