@@ -14,7 +14,8 @@ import numpy as np
 from alignment_artifacts.separation import HeldOut, each_fold, stabilised
 
 MIN_GROUPS = 8  # with fewer independent groups no interval is worth its name
-HEAVIEST = 4 ** (1 / 4)  # ratio of kurtoses beyond which the spread's variance is not enlarged further
+HEAVIEST = 2.5  # the variance of the spread is enlarged no further than so
+NULL_QUANTILE = 2.0  # the null's spread is not estimated from the pairs, and needs no quantile of t
 UNDEFINED = (float("nan"), float("nan"))
 
 
@@ -53,19 +54,21 @@ class Uncertainty:
     def standard_error(self, held_out: HeldOut, null_sd: float = 0.0) -> float:
         """Of d, on the scale of `stabilised`; null_sd: the spread of d over sign flips.
 
-        The infinitesimal jackknife, no less than for independent normal prompts, and its part that comes from the
-        spread enlarged where tails are heavy: what a sample says of its fourth moment is too little then. Dependence
+        The infinitesimal jackknife. Its part that comes from the spread is no less than for independent normal prompts,
+        and enlarged where tails are heavy: what a sample says of its fourth moment is too little then. Dependence
         between folds adds to it; the sum is no less than the null's spread. The constants are those that simulations
         of 10 to 200 pairs asked for (benchmarks/simulated_coverage.py).
         """
         d, of_shift, of_spread, kurtosis = pooled_d(held_out)
-        sums = [self._square_sum(of_shift + of_spread), self._square_sum(of_spread)]
-        pairs = len(self.groups)
-        heavy = np.clip(kurtosis / (3 * (1 - 2 / pairs)), 1, HEAVIEST) ** 4
-        scale = np.sqrt(8 + d * d)
-        alone = np.sqrt(sums[0] + (heavy - 1) * sums[1]) / pairs / scale
-        error = np.hypot(np.fmax(alone, 0.5 / np.sqrt(self.count)), 0.4 * null_sd / scale)
-        return float(np.fmax(error, null_sd / scale)) if np.isfinite(d) else float("nan")
+        if not np.isfinite(d):
+            return float("nan")
+        pairs, scale = len(self.groups), np.sqrt(8 + d * d)
+        both, spread = (self._square_sum(x) / pairs**2 for x in (of_shift + of_spread, of_spread))
+        heavy = np.clip(kurtosis / (3 * (1 - 2 / pairs)), 1, None) ** 3
+        least = max(spread * min(heavy, HEAVIEST), d * d / (4 * self.count))
+        alone = np.sqrt(both + max(least - spread, 0.0))
+        of_null = NULL_QUANTILE / t_quantile(self.freedom(held_out.folds)) * null_sd
+        return float(np.fmax(np.hypot(alone, 0.4 * null_sd), of_null) / scale)
 
     def _square_sum(self, influence: np.ndarray) -> float:
         """Of the groups' influences [divisions, pairs], mean over divisions."""
@@ -86,7 +89,7 @@ class Uncertainty:
         if self.count < MIN_GROUPS:
             return {name: list(UNDEFINED) for name in ("cohens_d_ci", "accuracy_ci", "auroc_ci")}
         quantile, error = t_quantile(self.freedom(held_out.folds)), self.standard_error(held_out, null_sd)
-        effective = 1 / (4 * error**2) if np.isfinite(error) else self.count
+        effective = min(self.count, 1 / (4 * error**2)) if error > 0 else self.count
         d = list(UNDEFINED)
         if np.isfinite(error) and np.isfinite(held_out.d()):
             centre = stabilised(pooled_d(held_out)[0])
@@ -141,7 +144,7 @@ def pooled_d(held_out: HeldOut) -> tuple[float, np.ndarray, np.ndarray, float]:
         sides /= spread
         d = np.mean(shift) / spread
         of_shift[division], of_spread[division] = sides[1] - sides[0], d * (1 - (sides**2).mean(axis=0)) / 2
-        each = np.maximum((sides**2).mean(axis=1), 1e-300)
+        each = np.maximum((sides**2).mean(axis=1), 1e-30)
         kurtosis.append(((sides**4).mean(axis=1) / each**2).mean())
         results.append(d * (1 - 3 / (4 * (2 * shape[1] - 2 * len(shift)) - 1)))
     return float(np.mean(results)), of_shift, of_spread, float(np.mean(kurtosis))

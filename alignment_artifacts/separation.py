@@ -23,7 +23,7 @@ MAX_FOLDS, MIN_PAIRS_PER_FOLD = 5, 5
 MIN_PAIRS = 4
 MIN_PAIRS_NESTED = 8  # folds within folds
 # With fewer groups the luck of the folds moves d by 1 or 2: the mean over several divisions is taken.
-FEW_GROUPS, DIVISIONS = 25, 10
+FEW_GROUPS, DIVISIONS = 40, 10
 FAR = 10  # median absolute deviations; of normal distances one in 10^10 is as far
 LARGEST_D = 1e6
 CHUNK = 256  # permutations worked on at once
@@ -87,7 +87,7 @@ def assign_folds(strata: np.ndarray, seed: int = 0, groups: np.ndarray | None = 
 
 
 def assign_divisions(strata: np.ndarray, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
-    """[divisions, pairs] fold numbers: one division into folds, or ten where groups are fewer than 25."""
+    """[divisions, pairs] fold numbers: one division into folds, or ten where groups are fewer than 40."""
     few = group_numbers(groups, len(strata)).max() + 1 < FEW_GROUPS
     return np.stack([assign_folds(strata, seed + number, groups) for number in range(DIVISIONS if few else 1)])
 

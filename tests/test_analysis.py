@@ -93,7 +93,13 @@ def test_categories_and_steps():
 def test_prompts_in_two_dimensions_agree_with_the_accuracy():
     data = simulate(effect=2.0)
     result, projected = analyse(data, SETTINGS, {}), project_prompts(data, SETTINGS)
-    assert projected["pairs"][3] == {"id": "p_3", "category": "category_3", "natural": "n3", "artifact": "a3"}
+    assert projected["pairs"][3] == {
+        "id": "p_3",
+        "category": "category_3",
+        "natural": "n3",
+        "artifact": "a3",
+        "block": None,
+    }
     for positions, key in (("generated", "layer_scores"), ("prompt_end", "layer_scores_prompt_end")):
         for layer, shown in enumerate(projected["positions"][positions]):
             natural, artifact = np.array(shown["direction"]).T

@@ -52,7 +52,7 @@ def layer_scores(result: dict) -> go.Figure:
     for positions, scores in layer_panels(result).items():
         records, name, colour = scores.values(), POSITION_NAMES[positions], POSITION_COLOURS[positions]
         marker = {"generated": "circle", "prompt_end": "square"}[positions]
-        figure.add_trace(_band(layers, *column(records, "cohens_d_ci").T, colour, f"{name}, 95 % interval"))
+        figure.add_trace(_band(layers, *column(records, "cohens_d_ci").T, colour, f"{name}, pointwise 95 % interval"))
         shown = [
             *column(records, "cohens_d_ci").T, column(records, "accuracy"), *column(records, "accuracy_ci").T,
             column(records, "auroc"), column(records, "p_value"),
