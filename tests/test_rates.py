@@ -7,7 +7,7 @@ from alignment_artifacts.rates import log_mean, paired_rates, wilson
 
 
 def test_paired_rates_against_published_and_exact_values():
-    # Newcombe (1998), table II: 36 both, 12 and 2 one only, 0 neither: difference 0.20, method 10 gives 0.0562 to 0.3290.
+    # Newcombe (1998), table II: 36 both, 12 and 2 one only, 0 neither: difference 0.20, method 10: 0.0562 to 0.3290.
     first = [True] * 36 + [True] * 12 + [False] * 2
     second = [True] * 36 + [False] * 12 + [True] * 2
     result = paired_rates(second, first)

@@ -23,6 +23,8 @@ from gemma_refactored.model_loading import LoadedModel
 
 MIN_OF_EACH = 5  # refused and answered artifact prompts; fewer measure nothing
 
+MIN_OF_EACH = 5  # refused and answered artifact prompts; fewer measure nothing
+
 
 def layer_scores(directions: Directions, activations: np.ndarray) -> np.ndarray:
     """Scores [.., layers] of activations [.., layers, hidden], each layer by itself; 0 where it has no direction.
