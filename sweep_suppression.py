@@ -137,11 +137,12 @@ def run(constants: Constants) -> None:
     if planted := planted_directions(loaded):
         result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
     origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
+    result = origin.stamp(result)
     results = places.results_folder(constants.results_dir, origin)
     with places.written_together(results) as folder:
-        write_json(folder / "data" / "suppression_sweep.json", origin.stamp(result))
+        write_json(folder / "data" / "suppression_sweep.json", result)
         plot_sweep(result, folder / "figures" / "suppression_sweep.png")
-    write_json(measured.folder / SWEEP, origin.stamp(result))
+    write_json(measured.folder / SWEEP, result)
     print_tables(result)
     print("\n" + places.told("Numbers", results / "data" / "suppression_sweep.json"))
     print(places.told("Figure", results / "figures" / "suppression_sweep.png"))

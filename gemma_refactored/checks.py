@@ -69,8 +69,8 @@ def mark_not_finite(tokens: mx.array, logits: mx.array) -> mx.array:
 
     Minus infinity is a token that is ruled out. Lazy: nothing waits for the device.
     """
-    floor = mx.array(mx.finfo(logits.dtype).min, logits.dtype)
-    is_finite = mx.sum(mx.maximum(logits, floor) * 0, axis=-1) == 0
+    total = mx.sum(logits.astype(mx.float32), axis=-1)  # one pass; NaN and plus infinity are not lost in a sum
+    is_finite = total < float("inf")
     return mx.where(is_finite, tokens.astype(mx.int32), NOT_A_NUMBER)
 
 

@@ -39,7 +39,7 @@ def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Cal
             if is_time and not is_told and done > first:
                 is_told = True
                 whole = first_seconds + (seconds - first_seconds) / (done - first) * (total - first)
-                print(f"{name}: {total} {unit}s, about {duration(whole)}", file=sys.stderr, flush=True)
+                print(f"{name}: {counted(total, unit)}, about {duration(whole)}", file=sys.stderr, flush=True)
 
         yield advance
 
@@ -55,4 +55,9 @@ def each(items: Sequence[T], name: str, unit: str) -> Iterator[T]:
 def duration(seconds: float) -> str:
     """For people: "45 seconds", "3 minutes"."""
     number, unit = (seconds, "second") if seconds < 90 else (seconds / 60, "minute")
-    return f"{number:.0f} {unit}{'' if round(number) == 1 else 's'}"
+    return counted(round(number), unit)
+
+
+def counted(number: int, unit: str) -> str:
+    """ "1 text", "2 texts"."""
+    return f"{number} {unit}{'' if number == 1 else 's'}"
