@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 
 import numpy as np
 
@@ -20,6 +21,55 @@ def rate(flags: Sequence[bool]) -> dict:
     """A share with its Wilson interval."""
     hits, n = int(sum(flags)), len(flags)
     return {"rate": hits / n if n else None, "hits": hits, "n": n, "ci": wilson(hits, n)}
+
+
+def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> dict:
+    """Two settings on the same prompts: second minus first rate, and whether that may be chance.
+
+    Returns:
+        "difference" with Newcombe's (1998, Statistics in Medicine 17:2635, method 10) interval "ci", and "p_value" of
+        the exact McNemar test; None without prompts.
+    """
+    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    n = len(first)
+    if n == 0:
+        return {"difference": None, "ci": None, "p_value": None}
+    both, only_first = int((first & second).sum()), int((first & ~second).sum())
+    only_second = int((~first & second).sum())
+    neither = n - both - only_first - only_second
+    shares = np.array([second.mean(), first.mean()])
+    low, high = np.transpose([wilson(int(x.sum()), n) for x in (second, first)])
+    product = (both + only_first) * (both + only_second) * (neither + only_first) * (neither + only_second)
+    lead = both * neither - only_first * only_second
+    lead = max(lead - n / 2, 0.0) if lead > 0 else lead  # continuity
+    agreement = lead / np.sqrt(product) if product else 0.0
+    down, up = shares - low, high - shares
+    edges = [
+        np.sqrt(max(a[0] ** 2 - 2 * agreement * a[0] * b[1] + b[1] ** 2, 0.0)) for a, b in ((down, up), (up, down))
+    ]
+    difference = float(shares[0] - shares[1])
+    discordant, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(comb(discordant, k) for k in range(fewer + 1)) / 2**discordant
+    return {
+        "difference": difference,
+        "ci": [difference - float(edges[0]), difference + float(edges[1])],
+        "p_value": float(min(1.0, 2 * tail)),
+    }
+
+
+def log_mean(groups: Sequence[np.ndarray], z: float = 2.6) -> list[float]:
+    """95 % interval of a mean of positive numbers over all members of groups that vary as wholes, such as prompts.
+
+    Symmetric on the logarithm: a few large values carry the mean, and resampled means omit what did not occur. With the
+    usual 1.96 standard errors it covers 83 to 93 % for log-normal prompts (standard deviation 1, 10 to 50 of them),
+    with 2.6 it covers 90 to 97 % (benchmarks/simulated_rates.py).
+    """
+    sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
+    mean, n = sums.sum() / counts.sum(), len(groups)
+    if not mean > 0 or n < 2:
+        return [None, None]
+    error = np.sqrt(n / (n - 1) * ((sums - mean * counts) ** 2).sum()) / counts.sum() / mean
+    return [float(mean * np.exp(side * z * error)) for side in (-1, 1)]
 
 
 def bootstrap_mean(groups: Sequence[np.ndarray], resamples: int = 1000, seed: int = 0) -> list[float]:

@@ -33,7 +33,22 @@ def test_held_out_auroc_is_chance_on_noise_and_high_on_a_signal():
     assert abs(np.mean(noise) - 0.5) < 0.06
     signal = monitor.held_out_auroc(simulated(6.0), "mlp")
     assert signal["auroc"] > 0.95 and signal["auroc_ci"][0] > 0.85
+    assert signal["auroc_ci"][0] < signal["auroc_ci"][1]
     assert (signal["refused"], signal["answered"]) == (40, 40) and np.shape(signal["scores"]) == (40, 2)
+
+
+def test_telling_sides_apart_is_not_foretelling_refusals():
+    """Natural prompts answered, artifact prompts refused by the toss of a coin: the direction knows the sides only."""
+    areas = []
+    for seed in range(12):
+        measured = simulated(6.0, seed=seed)
+        measured.refused[:, 1] = np.random.default_rng(seed).random(40) < 0.5
+        result = monitor.held_out_auroc(measured, "mlp")
+        areas.append(result["within_artifact"]["auroc"])
+        assert result["auroc"] > areas[-1]
+    assert abs(np.mean(areas) - 0.5) < 0.08
+    everything_refused = monitor.held_out_auroc(simulated(6.0), "mlp")["within_artifact"]
+    assert everything_refused["auroc"] is None and everything_refused["answered"] == 0
 
 
 def test_without_refusals_there_is_no_auroc():
