@@ -91,7 +91,7 @@ def score_layers(
         blocks = samples(number) if samples else lambda both=(natural, artifact): [both]
         spread = robust_sd(nulls[-1][1:])
         scores = held_out_scores(held_out[-1], uncertainty, spread)
-        errors.append(uncertainty.error_of_d(held_out[-1], spread))
+        errors.append(uncertainty.estimate(held_out[-1], spread)[1])
         records.append({**scores, **_in_sample(natural, artifact, blocks), "num_groups": uncertainty.count})
     null = st.best_of(nulls)
     for record, own in zip(records, nulls, strict=True):

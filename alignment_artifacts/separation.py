@@ -100,8 +100,10 @@ def group_numbers(groups: np.ndarray | None, pairs: int) -> np.ndarray:
 def each_fold(folds: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """(division, fold, training [pairs] bool, rows held out) of folds [pairs] or [divisions, pairs]; -1: in neither."""
     for division, numbers in enumerate(np.atleast_2d(folds)):
-        for fold in np.unique(numbers[numbers >= 0]):
-            yield division, int(fold), (numbers != fold) & (numbers >= 0), np.flatnonzero(numbers == fold)
+        for fold in range(numbers.max() + 1):
+            held = numbers == fold
+            if held.any():
+                yield division, fold, ~held & (numbers >= 0), np.flatnonzero(held)
 
 
 def hedges_d(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
@@ -178,7 +180,7 @@ class HeldOut:
     folds: np.ndarray
 
     def d(self) -> float:
-        return float(np.mean([hedges_d(n, a) for n, a in self.by_fold()]))
+        return float(np.mean([matched_d(a - n, (a + n) / 2) for n, a in self.by_fold()]))
 
     def accuracy(self) -> float:
         return float(((self.natural < self.thresholds).mean() + (self.artifact > self.thresholds).mean()) / 2)

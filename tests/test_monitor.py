@@ -6,9 +6,8 @@ import pytest
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.directions.estimate import estimate
 from alignment_artifacts.directions.measurements import Measurements
+from alignment_artifacts.pairs import Pair
 from gemma_refactored.errors import UserError
-
-from .test_architectures import PAIRS
 
 
 def simulated(shift, pairs=40, seed=0):
@@ -17,7 +16,7 @@ def simulated(shift, pairs=40, seed=0):
     vectors[:, 1, 1] += shift / np.sqrt(32)
     refused = np.zeros((pairs, 2), bool)
     refused[:, 1] = True
-    named = [PAIRS[i % len(PAIRS)] for i in range(pairs)]
+    named = [Pair(f"p_{i}", f"category_{i % 5}", f"n{i}", f"a{i}") for i in range(pairs)]
     return Measurements(None, {}, named, {("mlp", "prompt_end"): vectors.astype(np.float32)}, [], [], refused, {})
 
 

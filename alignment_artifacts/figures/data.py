@@ -45,7 +45,7 @@ def category_grids(by_category: dict) -> tuple[list[str], np.ndarray, np.ndarray
 
 
 def step_grid(pattern: dict) -> tuple[list[str], np.ndarray]:
-    """Names of the steps ("end" of the prompt, then numbers; with the pairs that reached them), and d [layers, steps]."""
+    """Names of the steps ("end" of the prompt, then numbers; with how many pairs got there), and d [layers, steps]."""
     steps = [s for s in pattern["steps"] if s["cohens_d"] is not None]
     names = [f"{'end' if s['step'] == 'prefill' else s['step']} (n = {s['num_pairs']})" for s in steps]
     grid = np.array([s["cohens_d"] for s in steps], float)  # None becomes NaN
