@@ -50,8 +50,7 @@ def score_baselines(
         }
         for kind, (held_out, spread) in candidates.items()
     }
-    defined = [kind for kind in records if np.isfinite(records[kind]["cohens_d"])]
-    strongest = max(defined, key=lambda kind: records[kind]["cohens_d"], default=None)
+    strongest = max(records, key=lambda kind: _strength(records[kind]))
     lengths = data.prompt_lengths
     length = None
     if lengths is not None:
@@ -62,7 +61,7 @@ def score_baselines(
         control = {"layer": scores.usual_layer, "beyond_words": None, "length_regressed": None}
         lda = held_out_along(vectors, scores.folds, lda_direction)
         control["lda"] = held_out_scores(lda, scores.uncertainty, scores.nested[1] if scores.nested else 0.0)
-        if scores.nested and strongest:
+        if scores.nested:
             held_out, spread = candidates[strongest]
             control["beyond_words"] = {
                 "difference": scores.nested[0].d() - held_out.d(),
@@ -75,11 +74,18 @@ def score_baselines(
             control["length_regressed"] = held_out_scores(rest, scores.uncertainty)
         controls[positions] = control
     return {
-        "lexical_baseline": records.get(strongest),
+        "lexical_baseline": records[strongest],
         "word_baselines": records,
         "length_baseline": length,
         "controls": controls,
     }
+
+
+def _strength(record: dict) -> float:
+    """d; without any spread it is not defined, and what separates without a mistake then is as strong as can be."""
+    if np.isfinite(record["cohens_d"]):
+        return record["cohens_d"]
+    return np.inf if record["auroc"] > 0.95 else -np.inf
 
 
 def lda_direction(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:

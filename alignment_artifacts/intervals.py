@@ -173,7 +173,7 @@ def wilson_share(share: float, n: float, z: float = 1.96) -> list[float]:
         return list(UNDEFINED)
     spread = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = ((share + z * z / (2 * n) + side * spread) / (1 + z * z / n) for side in (-1, 1))
-    return [float(max(low, 0.0)), float(min(high, 1.0))]
+    return [float(max(min(low, share), 0.0)), float(min(max(high, share), 1.0))]
 
 
 def auroc_interval(area: float, negatives: float, positives: float, z: float = 1.96) -> list[float]:

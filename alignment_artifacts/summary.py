@@ -58,7 +58,7 @@ def _words(result: dict, positions: str) -> str:
     low, high = control["beyond_words"]["difference_ci"]
     text = f" Words alone give {_strength(lexical)} ({lexical['kind']})"
     if low is None:
-        return text + "."
+        return f"{text}; the difference from the activations is not defined, so this is no evidence of alignment."
     difference = f"{control['beyond_words']['difference']:+.1f} [{low:.1f}, {high:.1f}]"
     if low > 0:
         return f"{text}: the activations tell more than words do (difference of d {difference})."
