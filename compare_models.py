@@ -36,11 +36,11 @@ def main() -> int:
 def run() -> None:
     from tqdm import tqdm
 
-    from alignment_artifacts.analysis import Settings
     from alignment_artifacts.comparison.compare import compare, texts_to_read
     from alignment_artifacts.comparison.twins import load_twins
     from alignment_artifacts.figures.paper import plot_comparison
     from alignment_artifacts.pairs import load_pairs
+    from alignment_artifacts.scores import Settings
     from gemma_refactored.model_loading import device_description, load
 
     pairs, twins = load_pairs(PAIRS_JSON), load_twins(TWINS)
@@ -60,7 +60,7 @@ def run() -> None:
 
 def print_tables(result: dict) -> None:
     """80 columns: layers at the prompt's end, differences under every condition, transfer."""
-    from alignment_artifacts.analysis import is_significant
+    from alignment_artifacts.scores import is_significant
 
     print("\nAt the prompt's end, the same tokens for both (d held out by pair)")
     print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A")

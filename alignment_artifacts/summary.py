@@ -5,7 +5,7 @@ from __future__ import annotations
 from alignment_artifacts.scores import is_significant, significant_layers
 
 WHERE = {
-    "prompt_end": "At the prompt's end, before anything is written,",
+    "prompt_end": "At the end of the prompt, before anything is written,",
     "generated": "Over the generated tokens, which also show what is being written,",
 }
 
@@ -26,7 +26,7 @@ def _length(result: dict) -> str | None:
     rest = result["controls"]["prompt_end"]["length_regressed"]
     return (
         f"The number of tokens alone tells the prompts apart: {_strength(record)}. With length regressed out on "
-        f"training pairs, d is {_d(rest)} at the prompt's end; prompts of equal length are better evidence."
+        f"training pairs, d is {_d(rest)} at the end of the prompt; prompts of equal length are better evidence."
     )
 
 

@@ -69,7 +69,7 @@ def test_a_category_of_one_group_says_so():
 
 def test_both_positions_are_said_prompt_end_first():
     summary = analyse(simulate(effect=3.0), SETTINGS, {})["summary"]
-    assert 0 <= summary.index("At the prompt's end") < summary.index("Over the generated tokens")
+    assert 0 <= summary.index("At the end of the prompt") < summary.index("Over the generated tokens")
 
 
 def test_a_prompt_out_of_all_proportion_is_named():

@@ -32,6 +32,7 @@ from alignment_artifacts.figures.data import (
     on_their_side,
     random_controls,
     step_grid,
+    step_labels,
     sweep_modes,
     sweep_point,
     transfer_grid,
@@ -117,7 +118,7 @@ def steps(pattern: dict) -> go.Figure:
             **_around_zero(grid),
         )
     )
-    xaxis = {"type": "category"}
+    xaxis = {"type": "category", "tickvals": names, "ticktext": step_labels(pattern)}
     return _styled(figure, "end of the prompt, then generated tokens", "layer", xaxis=xaxis)
 
 

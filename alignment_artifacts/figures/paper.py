@@ -26,6 +26,7 @@ from alignment_artifacts.figures.data import (
     on_their_side,
     random_controls,
     step_grid,
+    step_labels,
     sweep_modes,
     sweep_point,
     transfer_grid,
@@ -113,7 +114,7 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
             [plt.Rectangle((0, 0), 1, 1, color=c) for c in (BLUE, GREY)], ["p ≤ 0.05", "not significant"], frameon=False
         )
         if names:
-            _step_heat_map(figure, right, names, grid)
+            _step_heat_map(figure, right, step_labels(pattern), grid)
         else:
             right.set_axis_off()
             right.text(0.5, 0.5, "too few pairs for single steps", ha="center", va="center", color=GREY)
