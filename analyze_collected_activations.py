@@ -151,13 +151,14 @@ def print_table(result: dict) -> None:
         _print_row(kind.replace("mean difference", "words"), record)
     if result["length_baseline"]:
         _print_row("length", result["length_baseline"])
-    print("nested: the layer is chosen inside the folds. pairs: artifact above its own natural partner.")
+    print("nested: layer chosen inside the folds; pairs: artifact above its own partner")
     independence, found = result["independence"], result["power"]
-    print(f"{independence['num_pairs']} pairs, {independence['num_groups']} independent groups; "
-          f"the smallest p they allow is {independence['p_floor']:.2g}.")  # fmt: skip
+    text = f"{independence['num_pairs']} pairs, {independence['num_groups']} independent groups; "
+    text += f"the smallest p they allow is {independence['p_floor']:.2g}."
     if found["smallest_d"] is not None:
         needs = ", ".join(f"d = {d}: {n}" for d, n in found["groups_needed"].items())
-        print(f"With 80 % power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}.")
+        text += f" With 80 % power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}."
+    print(textwrap.fill(text, 78))
     print("\n" + textwrap.fill(result["summary"], 78))
 
 
