@@ -33,7 +33,7 @@ class LayerScores:
         nested: its projections, and the spread of d there over sign flips.
         null: [flips] d of the best layer; what was observed comes first.
         folds: [divisions, pairs]; uncertainty: what intervals of these pairs are made with.
-        errors: [layers] standard errors of d, on its own scale.
+        held_out: projections of every layer, and the spread of d there over sign flips.
         outliers: prompts far from all others, the farthest first: index of the pair, side, layer, and how many median
             absolute deviations.
     """
@@ -44,8 +44,12 @@ class LayerScores:
     null: np.ndarray
     folds: np.ndarray
     uncertainty: Uncertainty
-    errors: list[float]
+    held_out: list[tuple[st.HeldOut, float]]
     outliers: list[dict]
+
+    def error(self, layer: int) -> float:
+        """Standard error of d of a layer."""
+        return self.uncertainty.estimate(*self.held_out[layer])[1]
 
     @property
     def usual_layer(self) -> int:
@@ -69,7 +73,7 @@ def score_layers(
         vectors: [pairs, 2, layers, hidden], natural and artifact.
         strata: [pairs] labels that the folds are balanced over.
         samples: layer -> vectors for the in-sample numbers, see `separation.in_sample_scores`; default the
-            prompt vectors.
+            prompt vectors, and then outliers are not looked for.
         groups: [pairs] labels of pairs that depend on each other; default: every pair by itself.
         signs: [flips, pairs] as `separation.sign_flips` gives them; default: drawn here.
     Raises:
@@ -80,18 +84,19 @@ def score_layers(
     signs = st.sign_flips(groups, settings.permutations, settings.seed) if signs is None else signs
     uncertainty = Uncertainty(groups, settings.resamples, settings.seed)
     can_nest = groups.max() + 1 >= st.MIN_PAIRS_NESTED
-    records, held_out, nulls, inner_scores, errors, outliers = [], [], [], [], [], []
+    inner = st.inner_folds(folds, strata, groups) if can_nest else []
+    records, held_out, nulls, spreads, inner_scores, outliers = [], [], [], [], [], []
     for number in range(vectors.shape[2]):
         natural, artifact = vectors[:, 0, number], vectors[:, 1, number]
         layer = st.pair_vectors(natural, artifact)
         held_out.append(st.held_out_projections(layer, folds))
         nulls.append(st.sign_flip_d(layer, folds, signs))
-        inner_scores.append(st.inner_scores(layer, folds, strata, groups) if can_nest else None)
-        outliers += [{**outlier, "layer": number} for outlier in st.outlying_prompts(natural, artifact)]
+        inner_scores.append(st.inner_scores(layer, inner))
+        if samples:
+            outliers += [{**outlier, "layer": number} for outlier in st.outlying_prompts(natural, artifact)]
         blocks = samples(number) if samples else lambda both=(natural, artifact): [both]
-        spread = robust_sd(nulls[-1][1:])
-        scores = held_out_scores(held_out[-1], uncertainty, spread)
-        errors.append(uncertainty.estimate(held_out[-1], spread)[1])
+        spreads.append(robust_sd(nulls[-1][1:]))
+        scores = held_out_scores(held_out[-1], uncertainty, spreads[-1])
         records.append({**scores, **_in_sample(natural, artifact, blocks), "num_groups": uncertainty.count})
     null = st.best_of(nulls)
     for record, own in zip(records, nulls, strict=True):
@@ -101,13 +106,14 @@ def score_layers(
     best, nested = None, None
     if can_nest:
         projections, chosen = st.nested_best_layer(held_out, inner_scores)
-        spread = float(np.sqrt(np.mean([robust_sd(nulls[layer][1:]) ** 2 for layer in chosen])))
+        spread = float(np.sqrt(np.mean([spreads[layer] ** 2 for layer in chosen])))
         nested = projections, spread
         best = {**held_out_scores(projections, uncertainty, spread), "layer_chosen_in_each_fold": chosen}
     worst = {}
     for outlier in sorted(outliers, key=lambda outlier: -outlier["deviations"]):
         worst.setdefault((outlier["pair"], outlier["side"]), outlier)
-    return LayerScores(records, best, nested, null, folds, uncertainty, errors, list(worst.values()))
+    measured = list(zip(held_out, spreads, strict=True))
+    return LayerScores(records, best, nested, null, folds, uncertainty, measured, list(worst.values()))
 
 
 def _in_sample(natural: np.ndarray, artifact: np.ndarray, blocks: Blocks) -> dict:
