@@ -23,12 +23,12 @@ from alignment_artifacts.activation_set import (
     names_a_layer,
     refuse_excluded,
 )
-from alignment_artifacts.analysis import NAMES, Run, Settings
+from alignment_artifacts.analysis import Run
 from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.figures.data import POSITION_NAMES
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.pairs import load_pairs
-from alignment_artifacts.scores import layers_by_d
+from alignment_artifacts.scores import NAMES, Settings, layers_by_d
 from alignment_artifacts.separation import MIN_PAIRS
 from alignment_artifacts.summary import records_of
 from gemma_refactored.errors import UserError, exit_code
@@ -192,13 +192,14 @@ def print_table(result: dict) -> None:
         _print_row(kind.replace("mean difference", "words"), record)
     if result["length_baseline"]:
         _print_row("length", result["length_baseline"])
-    print("nested: the layer is chosen inside the folds. pairs: artifact above its own natural partner.")
+    print("nested: layer chosen inside the folds; pairs: artifact above its own partner")
     independence, found = result["independence"], result["power"]
-    print(f"{independence['num_pairs']} pairs, {independence['num_groups']} independent groups; "
-          f"the smallest p they allow is {independence['p_floor']:.2g}.")  # fmt: skip
+    text = f"{independence['num_pairs']} pairs, {independence['num_groups']} independent groups; "
+    text += f"the smallest p they allow is {independence['p_floor']:.2g}."
     if found["smallest_d"] is not None:
         needs = ", ".join(f"d = {d}: {n}" for d, n in found["groups_needed"].items())
-        print(f"With 80 % power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}.")
+        text += f" With 80 % power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}."
+    print(textwrap.fill(text, 78))
     print("\n" + textwrap.fill(result["summary"], 78))
 
 

@@ -32,7 +32,7 @@ def score_baselines(
     """
     first = scored["prompt_end"]
     candidates = {"tf-idf": (held_out_texts([(p.natural, p.artifact) for p in data.pairs], first.folds), 0.0)}
-    extra = {}
+    extra: dict[str, dict] = {}
     if data.prompt_embeddings is not None:
         own = score_layers(data.prompt_embeddings[:, :, None], strata, settings, groups=groups)
         extra["mean difference"] = own.layers[0]
@@ -50,19 +50,18 @@ def score_baselines(
         }
         for kind, (held_out, spread) in candidates.items()
     }
-    defined = [kind for kind in records if np.isfinite(records[kind]["cohens_d"])]
-    strongest = max(defined, key=lambda kind: records[kind]["cohens_d"], default=None)
+    strongest = max(records, key=lambda kind: _strength(records[kind]))
     lengths = data.prompt_lengths
     length = None
     if lengths is not None:
         length = score_layers(lengths[:, :, None, None].astype(float), strata, settings, groups=groups).layers[0]
-    controls = {}
+    controls: dict[str, dict] = {}
     for positions, scores in scored.items():
         vectors = data.prompt_vectors(positions)[:, :, scores.usual_layer]
-        control = {"layer": scores.usual_layer, "beyond_words": None, "length_regressed": None}
+        control: dict = {"layer": scores.usual_layer, "beyond_words": None, "length_regressed": None}
         lda = held_out_along(vectors, scores.folds, lda_direction)
         control["lda"] = held_out_scores(lda, scores.uncertainty, scores.nested[1] if scores.nested else 0.0)
-        if scores.nested and strongest:
+        if scores.nested:
             held_out, spread = candidates[strongest]
             control["beyond_words"] = {
                 "difference": scores.nested[0].d() - held_out.d(),
@@ -70,16 +69,23 @@ def score_baselines(
                     held_out, scores.nested[0], (spread, scores.nested[1])
                 ),
             }
-        if length is not None:
+        if lengths is not None:
             rest = held_out_along(vectors, scores.folds, mean_difference, lengths.astype(float))
             control["length_regressed"] = held_out_scores(rest, scores.uncertainty)
         controls[positions] = control
     return {
-        "lexical_baseline": records.get(strongest),
+        "lexical_baseline": records[strongest],
         "word_baselines": records,
         "length_baseline": length,
         "controls": controls,
     }
+
+
+def _strength(record: dict) -> float:
+    """d; without any spread it is not defined, and what separates without a mistake then is as strong as can be."""
+    if np.isfinite(record["cohens_d"]):
+        return record["cohens_d"]
+    return np.inf if record["auroc"] > 0.95 else -np.inf
 
 
 def lda_direction(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
@@ -152,7 +158,8 @@ def _held_out(folds: np.ndarray, project: Callable[[np.ndarray, np.ndarray], tup
         values, threshold = project(training, rows)
         projected[0, division, rows], projected[1, division, rows] = values.T
         projected[2, division, rows] = threshold
-    return HeldOut(*projected.reshape(3, *folds.shape), folds)
+    natural, artifact, thresholds = projected.reshape(3, *folds.shape)
+    return HeldOut(natural, artifact, thresholds, folds)
 
 
 def _explained(vectors: np.ndarray, confound: np.ndarray, training: np.ndarray) -> np.ndarray:

@@ -21,7 +21,10 @@ def score_categories(vectors: np.ndarray, labels: np.ndarray, groups: np.ndarray
         vectors: [pairs, 2, layers, hidden]; labels, groups: [pairs].
     """
     everything = st.sign_flips(groups, settings.permutations, settings.seed)
-    categories, scored, spreads = {}, {}, {}
+    categories: dict[str, dict] = {}
+    scored: dict[str, LayerScores] = {}
+    nulls: dict[str, np.ndarray] = {}
+    spreads: dict[str, float] = {}
     for category in dict.fromkeys(labels):
         own = labels == category
         count = len(np.unique(groups[own]))
@@ -29,42 +32,47 @@ def score_categories(vectors: np.ndarray, labels: np.ndarray, groups: np.ndarray
             what = "pairs" if count == own.sum() else "independent groups of pairs"
             categories[category] = {"layer_scores": None, "reason": f"only {count} {what}, {st.MIN_PAIRS} needed"}
             continue
-        scores = score_layers(vectors[own], labels[own], settings, groups=groups[own], signs=everything[:, own])
-        scored[category], spreads[category] = scores, robust_sd(scores.null[1:])
+        different, rows = _different_flips(everything[:, own])
+        scores = score_layers(vectors[own], labels[own], settings, groups=groups[own], signs=different)
+        scored[category], nulls[category] = scores, scores.null[rows]
+        spreads[category] = robust_sd(nulls[category][1:])
         categories[category] = {"layer_scores": by_layer(scores.layers), "best_layer_nested": scores.best_layer}
     usable = [name for name in scored if spreads[name] > 0]
-    joint = st.best_of([scored[name].null / spreads[name] for name in usable]) if usable else None
+    joint = st.best_of([nulls[name] / spreads[name] for name in usable]) if usable else np.empty(0)
     for name, scores in scored.items():
         for record in scores.layers:
             d = record["cohens_d"]
             defined = name in usable and np.isfinite(d)
             record["p_value"] = max(st.p_value(d / spreads[name], joint), record["p_floor"]) if defined else None
-    layer = score_layers(vectors, labels, settings, groups=groups).usual_layer if len(scored) > 1 else None
-    return {
-        "categories": categories,
-        "differences": category_differences(scored, layer) if len(scored) > 1 else [],
-    }
+    differences = []
+    if len(scored) > 1:
+        layer = int(np.argmax(st.layer_separation(vectors, list(labels))))
+        differences = category_differences(scored, layer)
+    return {"categories": categories, "differences": differences}
+
+
+def _different_flips(signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of flips [flips, pairs] those that differ by more than a swap of everything, and which of them each one is."""
+    different, rows = np.unique(signs * signs[:, -1:], axis=0, return_inverse=True)
+    return different[::-1], len(different) - 1 - rows.ravel()  # all ones, what was observed, comes first again
 
 
 def category_differences(scored: dict[str, LayerScores], layer: int) -> list[dict]:
     """d of one category minus that of another at one layer, all pairs of categories; p by Holm's rule over them."""
     from scipy.special import stdtr
 
-    records = []
+    records: list[dict] = []
     for (first, a), (second, b) in itertools.combinations(scored.items(), 2):
-        record = {"first": first, "second": second, "layer": layer}
+        record: dict = {"first": first, "second": second, "layer": layer}
         record |= dict.fromkeys(("difference", "difference_ci", "p_value"))
         records.append(record)
-        both = (a, b)
-        d, errors = (
-            np.array(x) for x in zip(*((s.layers[layer]["cohens_d"], s.errors[layer]) for s in both), strict=True)
-        )
-        freedom = np.array([s.uncertainty.freedom(s.folds) for s in both])
-        if (
-            np.isfinite(d + errors).all()
-            and (errors > 0).all()
-            and min(s.uncertainty.count for s in both) >= MIN_GROUPS
-        ):
+        values = [
+            (scores.layers[layer]["cohens_d"], scores.error(layer), scores.uncertainty.freedom(scores.folds))
+            for scores in (a, b)
+        ]
+        d, errors, freedom = np.transpose(values)
+        fewest = min(scores.uncertainty.count for scores in (a, b))
+        if np.isfinite(d + errors).all() and (errors > 0).all() and fewest >= MIN_GROUPS:
             error, degrees = np.hypot(*errors), (errors**2).sum() ** 2 / (errors**4 / freedom).sum()  # Welch
             half = t_quantile(degrees) * error
             record["difference"] = d[0] - d[1]

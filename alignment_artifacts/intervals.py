@@ -51,8 +51,8 @@ class Uncertainty:
     def freedom(self, folds: np.ndarray) -> int:
         return max(self.count - len(np.unique(folds)), 1)
 
-    def standard_error(self, held_out: HeldOut, null_sd: float = 0.0) -> float:
-        """Of d, on the scale of `stabilised`; null_sd: the spread of d over sign flips.
+    def estimate(self, held_out: HeldOut, null_sd: float = 0.0) -> tuple[float, float]:
+        """d with the spread pooled over folds, and its standard error; null_sd: the spread of d over sign flips.
 
         The infinitesimal jackknife. Its part that comes from the spread is no less than for independent normal prompts,
         and enlarged where tails are heavy: what a sample says of its fourth moment is too little then. Dependence
@@ -61,22 +61,18 @@ class Uncertainty:
         """
         d, of_shift, of_spread, kurtosis = pooled_d(held_out)
         if not np.isfinite(d):
-            return float("nan")
-        pairs, scale = len(self.groups), np.sqrt(8 + d * d)
+            return float("nan"), float("nan")
+        pairs = len(self.groups)
         both, spread = (self._square_sum(x) / pairs**2 for x in (of_shift + of_spread, of_spread))
         heavy = np.clip(kurtosis / (3 * (1 - 2 / pairs)), 1, None) ** 3
         least = max(spread * min(heavy, HEAVIEST), d * d / (4 * self.count))
         alone = np.sqrt(both + max(least - spread, 0.0))
         of_null = NULL_QUANTILE / t_quantile(self.freedom(held_out.folds)) * null_sd
-        return float(np.fmax(np.hypot(alone, 0.4 * null_sd), of_null) / scale)
+        return d, float(np.fmax(np.hypot(alone, 0.4 * null_sd), of_null))
 
     def _square_sum(self, influence: np.ndarray) -> float:
         """Of the groups' influences [divisions, pairs], mean over divisions."""
         return float(np.mean([(np.bincount(self.groups, row) ** 2).sum() for row in influence]))
-
-    def error_of_d(self, held_out: HeldOut, null_sd: float = 0.0) -> float:
-        """The same on the scale of d itself."""
-        return self.standard_error(held_out, null_sd) * np.sqrt(8 + pooled_d(held_out)[0] ** 2)
 
     def intervals(self, held_out: HeldOut, null_sd: float = 0.0) -> dict[str, list[float]]:
         """Of "cohens_d_ci", "accuracy_ci" and "auroc_ci"; NaN below eight groups.
@@ -88,13 +84,14 @@ class Uncertainty:
         """
         if self.count < MIN_GROUPS:
             return {name: list(UNDEFINED) for name in ("cohens_d_ci", "accuracy_ci", "auroc_ci")}
-        quantile, error = t_quantile(self.freedom(held_out.folds)), self.standard_error(held_out, null_sd)
+        quantile, (pooled, error) = t_quantile(self.freedom(held_out.folds)), self.estimate(held_out, null_sd)
+        error /= np.sqrt(8 + pooled**2)
         effective = min(self.count, 1 / (4 * error**2)) if error > 0 else self.count
         d = list(UNDEFINED)
-        if np.isfinite(error) and np.isfinite(held_out.d()):
-            centre = stabilised(pooled_d(held_out)[0])
-            low, high = (np.sinh(centre + side * quantile * error) * np.sqrt(8) for side in (-1, 1))
-            d = [float(min(low, held_out.d())), float(max(high, held_out.d()))]
+        mean = held_out.d()
+        if np.isfinite(error) and np.isfinite(mean):
+            low, high = (np.sinh(stabilised(pooled) + side * quantile * error) * np.sqrt(8) for side in (-1, 1))
+            d = [float(min(low, mean)), float(max(high, mean))]
         return {
             "cohens_d_ci": d,
             "accuracy_ci": wilson_share(held_out.accuracy(), 2 * effective, quantile),
@@ -115,8 +112,9 @@ class Uncertainty:
         bootstrap = robust_sd(slopes[1] * resampled[1] - slopes[0] * resampled[0])
         if self.count < MIN_GROUPS or not np.isfinite(d).all() or not np.isfinite(bootstrap):
             return list(UNDEFINED)
-        alone = np.hypot(*(slope * robust_sd(x) for slope, x in zip(slopes, resampled, strict=True)))
-        full = np.hypot(*(self.error_of_d(h, sd) for h, sd in zip((first, second), null_sds, strict=True)))
+        alone = np.hypot(slopes[0] * robust_sd(resampled[0]), slopes[1] * robust_sd(resampled[1]))
+        errors = [self.estimate(h, sd)[1] for h, sd in zip((first, second), null_sds, strict=True)]
+        full = np.hypot(errors[0], errors[1])
         wider = max(full / alone, 1.0) if alone > 0 else 1.0
         half = t_quantile(self.freedom(first.folds)) * bootstrap * wider
         return [float(d[1] - d[0] - half), float(d[1] - d[0] + half)]
@@ -176,7 +174,7 @@ def wilson_share(share: float, n: float, z: float = 1.96) -> list[float]:
         return list(UNDEFINED)
     spread = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = ((share + z * z / (2 * n) + side * spread) / (1 + z * z / n) for side in (-1, 1))
-    return [float(max(low, 0.0)), float(min(high, 1.0))]
+    return [float(max(min(low, share), 0.0)), float(min(max(high, share), 1.0))]
 
 
 def auroc_interval(area: float, negatives: float, positives: float, z: float = 1.96) -> list[float]:

@@ -30,17 +30,17 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> dict:
         "difference" with Newcombe's (1998, Statistics in Medicine 17:2635, method 10) interval "ci", and "p_value" of
         the exact McNemar test; None without prompts.
     """
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
-    n = len(first)
+    before, after = np.asarray(first, bool), np.asarray(second, bool)
+    n = len(before)
     if n == 0:
         return {"difference": None, "ci": None, "p_value": None}
-    both, only_first = int((first & second).sum()), int((first & ~second).sum())
-    only_second = int((~first & second).sum())
+    both, only_first = int((before & after).sum()), int((before & ~after).sum())
+    only_second = int((~before & after).sum())
     neither = n - both - only_first - only_second
-    shares = np.array([second.mean(), first.mean()])
-    low, high = np.transpose([wilson(int(x.sum()), n) for x in (second, first)])
+    shares = np.array([after.mean(), before.mean()])
+    low, high = np.transpose([wilson(int(x.sum()), n) for x in (after, before)])
     product = (both + only_first) * (both + only_second) * (neither + only_first) * (neither + only_second)
-    lead = both * neither - only_first * only_second
+    lead = float(both * neither - only_first * only_second)
     lead = max(lead - n / 2, 0.0) if lead > 0 else lead  # continuity
     agreement = lead / np.sqrt(product) if product else 0.0
     down, up = shares - low, high - shares
@@ -57,7 +57,7 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> dict:
     }
 
 
-def log_mean(groups: Sequence[np.ndarray], z: float = 2.6) -> list[float]:
+def log_mean(groups: Sequence[np.ndarray], z: float = 2.6) -> list[float | None]:
     """95 % interval of a mean of positive numbers over all members of groups that vary as wholes, such as prompts.
 
     Symmetric on the logarithm: a few large values carry the mean, and resampled means omit what did not occur. With the

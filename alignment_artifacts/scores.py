@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from alignment_artifacts import separation as st
 from alignment_artifacts.intervals import MIN_GROUPS, Uncertainty, robust_sd
+from gemma_refactored.configuration import Seed
+from gemma_refactored.settings import Between
 
 Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 
@@ -17,10 +20,17 @@ Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 class Settings:
     """What the statistics depend on besides the data."""
 
-    permutations: int = 1000
-    resamples: int = 1000
-    seed: int = 0
-    top_layers: int = 5
+    permutations: Annotated[int, Between(1)] = 1000
+    """sign flips within pairs, for p"""
+    resamples: Annotated[int, Between(1)] = 1000
+    """bootstrap resamples, for intervals of differences"""
+    seed: Seed = 0
+    """of all random choices"""
+    top_layers: Annotated[int, Between(1)] = 5
+    """best layers that are listed"""
+
+
+NAMES = {"permutations": "num_permutations", "resamples": "num_bootstrap_resamples"}  # what scripts call them
 
 
 @dataclass
@@ -33,7 +43,7 @@ class LayerScores:
         nested: its projections, and the spread of d there over sign flips.
         null: [flips] d of the best layer; what was observed comes first.
         folds: [divisions, pairs]; uncertainty: what intervals of these pairs are made with.
-        errors: [layers] standard errors of d, on its own scale.
+        held_out: projections of every layer, and the spread of d there over sign flips.
         outliers: prompts far from all others, the farthest first: index of the pair, side, layer, and how many median
             absolute deviations.
     """
@@ -44,8 +54,12 @@ class LayerScores:
     null: np.ndarray
     folds: np.ndarray
     uncertainty: Uncertainty
-    errors: list[float]
+    held_out: list[tuple[st.HeldOut, float]]
     outliers: list[dict]
+
+    def error(self, layer: int) -> float:
+        """Standard error of d of a layer."""
+        return self.uncertainty.estimate(*self.held_out[layer])[1]
 
     @property
     def usual_layer(self) -> int:
@@ -69,7 +83,7 @@ def score_layers(
         vectors: [pairs, 2, layers, hidden], natural and artifact.
         strata: [pairs] labels that the folds are balanced over.
         samples: layer -> vectors for the in-sample numbers, see `separation.in_sample_scores`; default the
-            prompt vectors.
+            prompt vectors, and then outliers are not looked for.
         groups: [pairs] labels of pairs that depend on each other; default: every pair by itself.
         signs: [flips, pairs] as `separation.sign_flips` gives them; default: drawn here.
     Raises:
@@ -80,18 +94,19 @@ def score_layers(
     signs = st.sign_flips(groups, settings.permutations, settings.seed) if signs is None else signs
     uncertainty = Uncertainty(groups, settings.resamples, settings.seed)
     can_nest = groups.max() + 1 >= st.MIN_PAIRS_NESTED
-    records, held_out, nulls, inner_scores, errors, outliers = [], [], [], [], [], []
+    inner = st.inner_folds(folds, strata, groups) if can_nest else []
+    records, held_out, nulls, spreads, inner_scores, outliers = [], [], [], [], [], []
     for number in range(vectors.shape[2]):
         natural, artifact = vectors[:, 0, number], vectors[:, 1, number]
         layer = st.pair_vectors(natural, artifact)
         held_out.append(st.held_out_projections(layer, folds))
         nulls.append(st.sign_flip_d(layer, folds, signs))
-        inner_scores.append(st.inner_scores(layer, folds, strata, groups) if can_nest else None)
-        outliers += [{**outlier, "layer": number} for outlier in st.outlying_prompts(natural, artifact)]
+        inner_scores.append(st.inner_scores(layer, inner))
+        if samples:
+            outliers += [{**outlier, "layer": number} for outlier in st.outlying_prompts(natural, artifact)]
         blocks = samples(number) if samples else lambda both=(natural, artifact): [both]
-        spread = robust_sd(nulls[-1][1:])
-        scores = held_out_scores(held_out[-1], uncertainty, spread)
-        errors.append(uncertainty.error_of_d(held_out[-1], spread))
+        spreads.append(robust_sd(nulls[-1][1:]))
+        scores = held_out_scores(held_out[-1], uncertainty, spreads[-1])
         records.append({**scores, **_in_sample(natural, artifact, blocks), "num_groups": uncertainty.count})
     null = st.best_of(nulls)
     for record, own in zip(records, nulls, strict=True):
@@ -101,13 +116,14 @@ def score_layers(
     best, nested = None, None
     if can_nest:
         projections, chosen = st.nested_best_layer(held_out, inner_scores)
-        spread = float(np.sqrt(np.mean([robust_sd(nulls[layer][1:]) ** 2 for layer in chosen])))
+        spread = float(np.sqrt(np.mean([spreads[layer] ** 2 for layer in chosen])))
         nested = projections, spread
         best = {**held_out_scores(projections, uncertainty, spread), "layer_chosen_in_each_fold": chosen}
-    worst = {}
+    worst: dict[tuple[int, str], dict] = {}
     for outlier in sorted(outliers, key=lambda outlier: -outlier["deviations"]):
         worst.setdefault((outlier["pair"], outlier["side"]), outlier)
-    return LayerScores(records, best, nested, null, folds, uncertainty, errors, list(worst.values()))
+    measured = list(zip(held_out, spreads, strict=True))
+    return LayerScores(records, best, nested, null, folds, uncertainty, measured, list(worst.values()))
 
 
 def _in_sample(natural: np.ndarray, artifact: np.ndarray, blocks: Blocks) -> dict:

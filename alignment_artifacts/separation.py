@@ -14,8 +14,9 @@ of [pairs, pairs]; where pairs outnumber dimensions, products with D and M thems
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -97,11 +98,19 @@ def group_numbers(groups: np.ndarray | None, pairs: int) -> np.ndarray:
     return np.arange(pairs) if groups is None else np.unique(groups, return_inverse=True)[1]
 
 
-def each_fold(folds: np.ndarray) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+def each_fold(folds: np.ndarray) -> Sequence[tuple[int, int, np.ndarray, np.ndarray]]:
     """(division, fold, training [pairs] bool, rows held out) of folds [pairs] or [divisions, pairs]; -1: in neither."""
-    for division, numbers in enumerate(np.atleast_2d(folds)):
-        for fold in np.unique(numbers[numbers >= 0]):
-            yield division, int(fold), (numbers != fold) & (numbers >= 0), np.flatnonzero(numbers == fold)
+    return _each_fold(folds.astype(np.int64).tobytes(), folds.shape[-1])
+
+
+@lru_cache(maxsize=64)  # the same folds are gone through for every layer
+def _each_fold(numbers: bytes, pairs: int) -> Sequence[tuple[int, int, np.ndarray, np.ndarray]]:
+    parts = []
+    for division, folds in enumerate(np.frombuffer(numbers, np.int64).reshape(-1, pairs)):
+        for fold in np.unique(folds[folds >= 0]):
+            held = folds == fold
+            parts.append((division, int(fold), ~held & (folds >= 0), np.flatnonzero(held)))
+    return tuple(parts)
 
 
 def hedges_d(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
@@ -119,8 +128,12 @@ def hedges_d(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
 def matched_d(shift: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """`hedges_d` of projections given as artifact minus natural and as their mean; [.., n pairs] each."""
     n = shift.shape[-1]
-    pooled = centre.var(-1, ddof=1) + shift.var(-1, ddof=1) / 4  # the mean of both sides' variances
-    return _hedges(shift.mean(-1), pooled, 2 * n - 2)
+    average = np.full(n, 1 / n)  # products are faster than reductions over few numbers
+    mean = shift @ average
+    around = centre - (centre @ average)[..., None], shift - mean[..., None]
+    squares = (np.einsum("...i,...i->...", x, x) for x in around)
+    pooled = (next(squares) + next(squares) / 4) / (n - 1)  # the mean of both sides' variances
+    return _hedges(mean, pooled, 2 * n - 2)
 
 
 def _hedges(shift: np.ndarray, pooled: np.ndarray, freedom: float) -> np.ndarray:
@@ -157,11 +170,13 @@ def project(
 
 def held_out_d(layer: PairVectors, folds: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
     """Cohen's d of the held-out pairs, averaged over folds and divisions; [..] for signs [.., pairs]."""
-    scores = []
-    for _, _, training, rows in each_fold(folds):
-        natural, artifact = project(layer, training, signs, rows)
-        scores.append(matched_d(artifact - natural, (artifact + natural) / 2))
-    return np.mean(scores, axis=0)
+    signs = np.ones(folds.shape[-1]) if signs is None else signs
+    parts = each_fold(folds)
+    total = np.zeros(signs.shape[:-1])
+    for _, _, training, rows in parts:
+        differences, centre = layer.along(signs * (training / training.sum()), rows)
+        total = total + matched_d(signs[..., rows] * differences, centre)
+    return total / len(parts)
 
 
 @dataclass
@@ -178,7 +193,7 @@ class HeldOut:
     folds: np.ndarray
 
     def d(self) -> float:
-        return float(np.mean([hedges_d(n, a) for n, a in self.by_fold()]))
+        return float(np.mean([matched_d(a - n, (a + n) / 2) for n, a in self.by_fold()]))
 
     def accuracy(self) -> float:
         return float(((self.natural < self.thresholds).mean() + (self.artifact > self.thresholds).mean()) / 2)
@@ -213,7 +228,8 @@ def held_out_projections(layer: PairVectors, folds: np.ndarray) -> HeldOut:
         length = np.sqrt(max(np.mean(a[training] - n[training]), 0)) or 1.0  # |w|² = mean of D_j · w
         natural[division, held], artifact[division, held] = n[held] / length, a[held] / length
         thresholds[division, held] = (n[training].mean() + a[training].mean()) / 2 / length
-    return HeldOut(*(x.reshape(folds.shape) for x in (natural, artifact, thresholds)), folds)
+    natural, artifact, thresholds = (x.reshape(folds.shape) for x in (natural, artifact, thresholds))
+    return HeldOut(natural, artifact, thresholds, folds)
 
 
 def sign_flips(groups: np.ndarray, permutations: int, seed: int = 0) -> np.ndarray:
@@ -235,7 +251,7 @@ def sign_flips(groups: np.ndarray, permutations: int, seed: int = 0) -> np.ndarr
 
 def smallest_p(groups: np.ndarray, permutations: int) -> float:
     """The smallest p value that `sign_flips` can give."""
-    return 1 / len(sign_flips(np.arange(groups.max() + 1), permutations))
+    return max(2.0 ** -int(groups.max()), 1 / (permutations + 1))
 
 
 def sign_flip_d(layer: PairVectors, folds: np.ndarray, signs: np.ndarray) -> np.ndarray:
@@ -262,10 +278,10 @@ def p_value(observed: float, null: np.ndarray) -> float:
     return float((null >= observed - 1e-9 * max(1.0, abs(observed))).mean())
 
 
-def inner_scores(
-    layer: PairVectors, folds: np.ndarray, strata: np.ndarray | None = None, groups: np.ndarray | None = None
-) -> np.ndarray:
-    """[folds of all divisions] held-out d inside each fold's training pairs, to choose a layer without the fold.
+def inner_folds(
+    folds: np.ndarray, strata: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """For each fold of `each_fold` [pairs] the folds inside its training pairs, -1 for those held out.
 
     Raises:
         ValueError: fewer than eight groups.
@@ -274,13 +290,18 @@ def inner_scores(
     groups, strata = group_numbers(groups, pairs), np.zeros(pairs) if strata is None else np.asarray(strata)
     if groups.max() + 1 < MIN_PAIRS_NESTED:
         raise ValueError(f"choosing a layer inside the folds needs at least {MIN_PAIRS_NESTED} pairs")
-    scores = []
+    inner = []
     for division, _, training, _ in each_fold(folds):
-        inner_folds = np.where(training, np.atleast_2d(folds)[division], -1)
-        if len(np.unique(inner_folds[training])) < 2:  # two outer folds: divide the training half again
-            inner_folds[training] = assign_folds(strata[training], 0, groups[training])
-        scores.append(held_out_d(layer, inner_folds))
-    return np.array(scores)
+        numbers = np.where(training, np.atleast_2d(folds)[division], -1)
+        if len(np.unique(numbers[training])) < 2:  # two outer folds: divide the training half again
+            numbers[training] = assign_folds(strata[training], 0, groups[training])
+        inner.append(numbers)
+    return inner
+
+
+def inner_scores(layer: PairVectors, inner: Sequence[np.ndarray]) -> np.ndarray:
+    """[folds] held-out d inside each fold's training pairs, to choose a layer without the fold; see `inner_folds`."""
+    return np.array([held_out_d(layer, folds) for folds in inner])
 
 
 def nested_best_layer(held_out: Sequence[HeldOut], scores: Sequence[np.ndarray]) -> tuple[HeldOut, list[int]]:
@@ -299,7 +320,8 @@ def nested_best_layer(held_out: Sequence[HeldOut], scores: Sequence[np.ndarray])
         chosen.append(best)
         for kept, values in zip(nested, _values(held_out[best]), strict=True):
             kept[division, rows] = np.atleast_2d(values)[division, rows]
-    return HeldOut(*nested.reshape(3, *folds.shape), folds), chosen
+    natural, artifact, thresholds = nested.reshape(3, *folds.shape)
+    return HeldOut(natural, artifact, thresholds, folds), chosen
 
 
 def _values(held_out: HeldOut) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alignment_artifacts.scores import is_significant, significant_layers
 
 WHERE = {
-    "prompt_end": "At the prompt's end, before anything is written,",
+    "prompt_end": "At the end of the prompt, before anything is written,",
     "generated": "Over the generated tokens, which also show what is being written,",
 }
 
@@ -26,7 +26,7 @@ def _length(result: dict) -> str | None:
     rest = result["controls"]["prompt_end"]["length_regressed"]
     return (
         f"The number of tokens alone tells the prompts apart: {_strength(record)}. With length regressed out on "
-        f"training pairs, d is {_d(rest)} at the prompt's end; prompts of equal length are better evidence."
+        f"training pairs, d is {_d(rest)} at the end of the prompt; prompts of equal length are better evidence."
     )
 
 
@@ -58,7 +58,7 @@ def _words(result: dict, positions: str) -> str:
     low, high = control["beyond_words"]["difference_ci"]
     text = f" Words alone give {_strength(lexical)} ({lexical['kind']})"
     if low is None:
-        return text + "."
+        return f"{text}; the difference from the activations is not defined, so this is no evidence of alignment."
     difference = f"{control['beyond_words']['difference']:+.1f} [{low:.1f}, {high:.1f}]"
     if low > 0:
         return f"{text}: the activations tell more than words do (difference of d {difference})."

@@ -17,8 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.analysis import Settings
 from alignment_artifacts.comparison.difference import compare_layers
+from alignment_artifacts.scores import Settings
 from gemma_refactored.files import write_json
 
 PAIRS, LAYERS, HIDDEN, RUNS = 50, 4, 32, 300

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.analysis import Settings
 from alignment_artifacts.comparison.difference import compare_layers, cosine, d_along, exchanged_differences
+from alignment_artifacts.scores import Settings
 from benchmarks import simulated_model_comparison
 from benchmarks.simulated_model_comparison import FOLDS, STRATA
 

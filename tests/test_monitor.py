@@ -6,18 +6,17 @@ import pytest
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.directions.estimate import estimate
 from alignment_artifacts.directions.measurements import Measurements
+from alignment_artifacts.pairs import Pair
 from gemma_refactored.errors import UserError
 from gemma_refactored.prompt_processing import encode_prompts
-
-from .test_architectures import PAIRS
 
 
 def simulated(shift, pairs=40, seed=0):
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((pairs, 2, 3, 32))
     vectors[:, 1, 1] += shift / np.sqrt(32)
-    texts = [["Of course.", "I'm sorry, but I can't help with that."]] * pairs
-    named = [PAIRS[i % len(PAIRS)] for i in range(pairs)]
+    texts = [["Of course.", "I'm sorry, but I can't help with that."] for _ in range(pairs)]
+    named = [Pair(f"p_{i}", f"category_{i % 5}", f"n{i}", f"a{i}") for i in range(pairs)]
     return Measurements(None, {}, ("mlp",), named, [], [], texts, {("mlp", "prompt_end"): vectors.astype(np.float32)})
 
 
@@ -42,7 +41,8 @@ def test_telling_sides_apart_is_not_foretelling_refusals():
     areas = []
     for seed in range(12):
         measured = simulated(6.0, seed=seed)
-        measured.refused[:, 1] = np.random.default_rng(seed).random(40) < 0.5
+        for texts, refuses in zip(measured.texts, np.random.default_rng(seed).random(40) < 0.5, strict=True):
+            texts[1] = texts[1] if refuses else "Of course."
         result = monitor.held_out_auroc(measured, "mlp")
         areas.append(result["within_artifact"]["auroc"])
         assert result["auroc"] > areas[-1]

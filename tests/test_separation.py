@@ -104,7 +104,9 @@ def test_pure_noise_is_significant_at_the_stated_rate_layer_choice_included():
         p_values.append(st.p_value(max(st.held_out_d(g, folds) for g in layers), null))
         if run < 100:
             held_out = [st.held_out_projections(layer, folds) for layer in layers]
-            best, _ = st.nested_best_layer(held_out, [st.inner_scores(layer, folds) for layer in layers])
+            best, _ = st.nested_best_layer(
+                held_out, [st.inner_scores(layer, st.inner_folds(folds)) for layer in layers]
+            )
             accuracies.append(best.accuracy())
     share = np.mean(np.array(p_values) <= 0.05)
     assert share <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / collections)

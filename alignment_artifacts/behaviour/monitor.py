@@ -23,8 +23,6 @@ from gemma_refactored.model_loading import LoadedModel
 
 MIN_OF_EACH = 5  # refused and answered artifact prompts; fewer measure nothing
 
-MIN_OF_EACH = 5  # refused and answered artifact prompts; fewer measure nothing
-
 
 def layer_scores(directions: Directions, activations: np.ndarray) -> np.ndarray:
     """Scores [.., layers] of activations [.., layers, hidden], each layer by itself; 0 where it has no direction.
@@ -90,11 +88,12 @@ def held_out_auroc(
     for _, _, training, held in st.each_fold(folds):
         layers = separating_layers(vectors[training], list(categories[training]))
         scored[held] = scores(estimate(vectors[training], {"site": site}), layers, vectors[held])
+    refused = measured.judged(judge)
     return {
         "site": site,
         "positions": positions,
-        **_told_apart(scored, measured.refused, np.repeat(groups[:, None], 2, axis=1), 1),
-        "within_artifact": _told_apart(scored[:, 1], measured.refused[:, 1], groups, MIN_OF_EACH),
+        **_told_apart(scored, refused, np.repeat(groups[:, None], 2, axis=1), 1),
+        "within_artifact": _told_apart(scored[:, 1], refused[:, 1], groups, MIN_OF_EACH),
         "scores": scored.tolist(),
     }
 
@@ -105,9 +104,10 @@ def _told_apart(scored: np.ndarray, refused: np.ndarray, groups: np.ndarray, lea
     A group of dependent prompts counts as one on either side.
     """
     answered = ~refused
-    result = {"refused": int(refused.sum()), "answered": int(answered.sum()), "auroc": None, "auroc_ci": None}
-    if min(result["refused"], result["answered"]) < least:
-        return result
+    counts = {"refused": int(refused.sum()), "answered": int(answered.sum())}
+    if min(counts.values()) < least:
+        return {**counts, "auroc": None, "auroc_ci": None}
     area = st.auroc(scored[answered], scored[refused])
-    counts = [len(np.unique(groups[which])) for which in (answered, refused)]
-    return {**result, "auroc": area, "auroc_ci": auroc_interval(area, *counts, t_quantile(min(counts) - 1))}
+    negatives, positives = (len(np.unique(groups[which])) for which in (answered, refused))
+    interval = auroc_interval(area, negatives, positives, t_quantile(min(negatives, positives) - 1))
+    return {**counts, "auroc": area, "auroc_ci": interval}

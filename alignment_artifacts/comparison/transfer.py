@@ -76,6 +76,8 @@ def decode(training: np.ndarray, strata: np.ndarray, tested: np.ndarray) -> tupl
 def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings, groups: np.ndarray) -> dict:
     """The same within one set, fold by fold: what the analysis calls the best layer, chosen inside the folds."""
     best = score_layers(vectors, strata, settings, groups=groups).best_layer
+    if best is None:
+        raise ValueError("choosing a layer inside the folds needs at least eight independent groups of pairs")
     layers = best.pop("layer_chosen_in_each_fold")
     return {**best, "num_pairs": len(vectors), "layers": layers}
 

@@ -45,11 +45,17 @@ def category_grids(by_category: dict) -> tuple[list[str], np.ndarray, np.ndarray
 
 
 def step_grid(pattern: dict) -> tuple[list[str], np.ndarray]:
-    """Names of the steps ("end" of the prompt, then numbers) with the pairs that reached them, and d [layers, steps]."""
+    """Names of the steps ("end" of the prompt, then numbers) that enough pairs reached, and d [layers, steps]."""
     steps = [s for s in pattern["steps"] if s["cohens_d"] is not None]
-    names = [f"{'end' if s['step'] == 'prefill' else s['step']} (n = {s['num_pairs']})" for s in steps]
+    names = ["end" if s["step"] == "prefill" else str(s["step"]) for s in steps]
     grid = np.array([s["cohens_d"] for s in steps], float)  # None becomes NaN
     return names, grid.reshape(len(steps), len(pattern["cohens_d_by_layer"])).T
+
+
+def step_labels(pattern: dict) -> list[str]:
+    """The names of `step_grid`, each with how many pairs got there."""
+    counts = [s["num_pairs"] for s in pattern["steps"] if s["cohens_d"] is not None]
+    return [f"{name} (n = {count})" for name, count in zip(step_grid(pattern)[0], counts, strict=True)]
 
 
 def colour_limit(grid: np.ndarray) -> float:

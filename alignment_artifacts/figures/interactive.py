@@ -100,7 +100,7 @@ def steps(pattern: dict) -> go.Figure:
             **_around_zero(grid),
         )
     )
-    xaxis = {"type": "category"}
+    xaxis = {"type": "category", "tickvals": names, "ticktext": data.step_labels(pattern)}
     return _styled(figure, "end of the prompt, then generated tokens", "layer", xaxis=xaxis)
 
 

@@ -98,7 +98,7 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
             frameon=False,
         )
         if names:
-            _step_heat_map(figure, right, names, grid)
+            _step_heat_map(figure, right, data.step_labels(pattern), grid)
         else:
             right.set_axis_off()
             right.text(0.5, 0.5, "too few pairs to score single steps", ha="center", va="center", color=data.GREY)
