@@ -90,7 +90,7 @@ def exchanged_differences(
     both = st.PairVectors(
         np.concatenate([first.differences, mirrored.differences]), np.concatenate([first.means, mirrored.means])
     )
-    pairs = len(folds)
+    pairs = folds.shape[-1]
     rows_of_first, rows_of_second = np.arange(pairs), np.arange(pairs) + pairs
 
     def differences(swapped: np.ndarray) -> np.ndarray:
