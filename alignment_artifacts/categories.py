@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.intervals import MIN_GROUPS, robust_sd, t_quantile
+from alignment_artifacts.intervals import MIN_GROUPS, robust_sd
+from alignment_artifacts.rates import t_quantile
 from alignment_artifacts.scores import LayerScores, Settings, by_layer, score_layers
 
 

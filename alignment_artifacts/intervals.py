@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from alignment_artifacts.rates import t_quantile, wilson
 from alignment_artifacts.separation import HeldOut, each_fold, stabilised
 
 MIN_GROUPS = 8  # with fewer independent groups no interval is worth its name
@@ -26,13 +27,6 @@ def robust_sd(values: np.ndarray) -> float:
         return float("nan")
     low, high = np.quantile(values, (0.1587, 0.8413))
     return float(high - low) / 2
-
-
-def t_quantile(freedom: float) -> float:
-    """Of the t distribution, for a two-sided 95 % interval."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(max(freedom, 1), 0.975))
 
 
 class Uncertainty:
@@ -94,7 +88,7 @@ class Uncertainty:
             d = [float(min(low, mean)), float(max(high, mean))]
         return {
             "cohens_d_ci": d,
-            "accuracy_ci": wilson_share(held_out.accuracy(), 2 * effective, quantile),
+            "accuracy_ci": wilson(held_out.accuracy(), 2 * effective, quantile),
             "auroc_ci": auroc_interval(held_out.auroc(), effective, effective, quantile),
         }
 
@@ -166,15 +160,6 @@ def resampled_d(held_out: HeldOut, weights: np.ndarray) -> np.ndarray:
 
 def _by_division(held_out: HeldOut) -> tuple[np.ndarray, np.ndarray]:
     return np.atleast_2d(held_out.natural), np.atleast_2d(held_out.artifact)
-
-
-def wilson_share(share: float, n: float, z: float = 1.96) -> list[float]:
-    """Score interval of a share of n prompts, which need not be whole (Wilson 1927)."""
-    if not np.isfinite(share) or n <= 0:
-        return list(UNDEFINED)
-    spread = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = ((share + z * z / (2 * n) + side * spread) / (1 + z * z / n) for side in (-1, 1))
-    return [float(max(min(low, share), 0.0)), float(min(max(high, share), 1.0))]
 
 
 def auroc_interval(area: float, negatives: float, positives: float, z: float = 1.96) -> list[float]:

@@ -15,8 +15,8 @@ import math
 
 import numpy as np
 
-from alignment_artifacts.intervals import auroc_interval, t_quantile
-from alignment_artifacts.rates import log_mean, paired_rates
+from alignment_artifacts.intervals import auroc_interval
+from alignment_artifacts.rates import log_mean, paired_rates, t_quantile
 from alignment_artifacts.separation import auroc
 from benchmarks.tables import parse, write_table
 

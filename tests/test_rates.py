@@ -33,4 +33,4 @@ def test_the_interval_of_a_skewed_mean_covers_it():
 
 
 def test_wilson_is_never_of_zero_width():
-    assert all(low < high for low, high in (wilson(hits, 10) for hits in range(11)))
+    assert all(low < high for low, high in (wilson(hits / 10, 10) for hits in range(11)))

@@ -15,7 +15,8 @@ from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.directions.measurements import Measurements
-from alignment_artifacts.intervals import auroc_interval, t_quantile
+from alignment_artifacts.intervals import auroc_interval
+from alignment_artifacts.rates import t_quantile
 from alignment_artifacts.separation import separating_layers
 from gemma_refactored.activation_capture import Edit, layer_sites, read
 from gemma_refactored.errors import UserError
