@@ -19,7 +19,7 @@ ROOMS = (
     {"behaviour"},
     {"edits"},
     {"directions"},
-    {"analysis"},
+    {"analysis", "collected_arrays"},
     {"activation_set", "places"},
     {"collected_files"},
     {"pairs"},
