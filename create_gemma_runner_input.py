@@ -5,16 +5,22 @@ order. Two matched prompts share topic, length and form and differ in the behavi
 them is about nothing else. Pairs made of two files are also written to PAIRS_FILE, which the other scripts read.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import displayed
 from gemma_refactored.settings import from_constants
+
+if TYPE_CHECKING:
+    from alignment_artifacts.pairs import PromptPairs
 
 PAIRS_FILE = places.HOME / "alignment_artifact_prompt_pairs.json"
 OUTPUT_FILE = places.HOME / "prompts_for_gemma_runner.json"
@@ -42,19 +48,19 @@ def run(constants: Constants) -> None:
     from alignment_artifacts.pairs import load_pairs, prompt_groups
     from gemma_refactored.files import write_json
 
-    pairs_file, two = constants.pairs_file, (constants.natural_file, constants.artifact_file)
-    if two == (None, None):
-        pairs = load_pairs(places.find(pairs_file))
-    elif None in two:
+    natural, artifact = constants.natural_file, constants.artifact_file
+    if natural and artifact:
+        pairs = pairs_of_files(natural, artifact, constants.pairs_file)
+    elif natural or artifact:
         raise UserError("NATURAL_FILE and ARTIFACT_FILE belong together; give both, or neither.")
     else:
-        pairs = pairs_of_files(*two, pairs_file)
+        pairs = load_pairs(places.find(constants.pairs_file))
     groups = prompt_groups(pairs)
     write_json(constants.output_file, groups)
     print(f"Wrote {len(groups)} prompts to {displayed(constants.output_file)}.")
 
 
-def pairs_of_files(natural: Path, artifact: Path, pairs_file: Path):
+def pairs_of_files(natural: Path, artifact: Path, pairs_file: Path) -> PromptPairs:
     """Pairs of two files of prompts, written to a pairs file.
 
     Raises:

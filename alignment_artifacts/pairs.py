@@ -71,7 +71,8 @@ def load_pairs(path: str | Path) -> PromptPairs:
     - .csv, .tsv: a table with the columns category, id and the two sides, natural side first.
     - .jsonl: one object per line with the same keys; the first may be {"metadata": {..}}.
 
-    In a table of other sides than natural and artifact, their columns are their names and the file's is the behaviour's.
+    In a table of other sides than natural and artifact, their columns are their names, and the file's name is the
+    behaviour's.
 
     Raises:
         UserError: wrong structure, empty text, or an id that occurs twice.
@@ -184,7 +185,7 @@ def _contrast(metadata, path: Path) -> tuple[str, tuple[str, str]]:
 
 
 def _is_name(text) -> bool:
-    return isinstance(text, str) and 0 < len(text.strip()) and len(text) <= LONGEST_NAME and text.isprintable()
+    return isinstance(text, str) and bool(text.strip()) and len(text) <= LONGEST_NAME and text.isprintable()
 
 
 def _read_pairs(entries: Sequence[Entry], sides: tuple[str, str], path: str | Path) -> list[Pair]:

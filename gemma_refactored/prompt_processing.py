@@ -112,11 +112,11 @@ def _texts(rows: list, path: str | Path, column: str | None) -> list:
     columns = list(rows[0])
     names = {name.lower(): name for name in reversed(columns)}
     usual = [names[name] for name in PROMPT_COLUMNS if name in names]
-    chosen = column or (usual[0] if usual else columns[0] if len(columns) == 1 else None)
+    chosen = column or next(iter(usual), columns[0] if len(columns) == 1 else "")
     if chosen not in columns:
         lacking = f"no column {shown(column)}" if column else f"none of the columns {', '.join(PROMPT_COLUMNS)}"
         raise UserError(f"{path} has {lacking}; its columns are {', '.join(columns)}. Name one with --prompt-column.")
-    if column is None and (chosen.lower() != PROMPT_COLUMNS[0]):
+    if chosen != column and chosen.lower() != PROMPT_COLUMNS[0]:
         log.info("Prompts: the column %r of %s (--prompt-column names another).", chosen, displayed(path))
     return [row.get(chosen) for row in rows]
 

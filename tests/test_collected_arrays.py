@@ -31,14 +31,13 @@ def collect(tmp_path_factory):
 
 def test_both_layouts_give_the_arrays_of_their_files(collect):
     options = ("--max-tokens", "3", "--ignore-end-tokens", "--activation-filter", "mlp.output,neurons")
-    grouped = load_collection(collect("grouped", *options, "--process-by-group"))
+    where = collect("grouped", *options, "--process-by-group")
+    grouped = load_collection(where)
     flat = load_collection(collect("flat", *options), grouped.sites)
     assert [record["prompt"] for record in grouped.prompts] == TEXTS == [record["prompt"] for record in flat.prompts]
     assert grouped.valid.shape == (3, 4) and grouped.valid.all() and len(grouped.sites) > 2
     for i, record in enumerate(grouped.prompts):
-        folder = (
-            collect("grouped", *options, "--process-by-group") / "prompts/prompt_list" / f"batch_{record['number']}"
-        )
+        folder = where / f"prompts/prompt_list/batch_{record['number']}"
         for step, name in enumerate(("prefill", "0", "1", "2")):
             with np.load(folder / f"activations_step_{name}.npz") as file:
                 for site in grouped.sites:
