@@ -45,9 +45,7 @@ def test_random_directions_never_say_it(explained):
         assert len(record["random"]) == 5
         for drawn in record["random"]:
             assert not set(OPENINGS) & set(leading(drawn["promoted"]))
-            # Whatever disturbs natural prompts may make a refusal likelier: one of the words may lead.
-            assert set(leading(drawn["steered"])) != set(OPENINGS)
-            assert drawn["steered"][0]["steered"] < record["steered"][0]["steered"]
+            assert drawn["steered"][0]["steered"] < 0.9 * record["steered"][1]["steered"]
 
 
 def test_demoted_is_promoted_by_the_opposite(library):
@@ -81,10 +79,7 @@ def test_norms_with_a_bias_and_other_heads_have_a_lens_too(family, tmp_path):
 
 def test_other_sites_and_layers_are_refused(library):
     measured = library.measurements()
-    directions, prompts = (
-        measured.estimate("mlp", "prompt_end", np.arange(50)),
-        [sides[0] for sides in measured.prompts],
-    )
+    directions, prompts = measured.estimate("mlp", "prompt_end", np.arange(50)), measured.prompts[0]
     with pytest.raises(UserError, match="site mlp"):
         explain(library.load(), directions, prompts)
     with pytest.raises(UserError, match="no direction for layer 8"):
