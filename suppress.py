@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT")
     add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")
+    add("--explain", action="store_true", help="print the tokens that the direction promotes and demotes, per layer")
     add("--model", help="local folder or Hugging Face id (default: the embedded organism)")
     add(
         "--mode",
@@ -98,6 +99,9 @@ def run(arguments: argparse.Namespace) -> None:
             )
         if arguments.prompt is None:
             return
+    if arguments.explain:
+        explain(library, arguments, categories, wanted)
+        return
     if arguments.all_pairs:
         transcribe_pairs(library, arguments, wanted, answering.max_tokens)
         return
@@ -174,6 +178,67 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
         print(places.told("Transcripts", results / "data" / TRANSCRIPTS))
 
 
+def explain(
+    library: AlignmentArtifacts, arguments: argparse.Namespace, categories: list[str] | None, wanted: dict
+) -> None:
+    """The tokens that the direction promotes and demotes; kept if the direction is the model's own, of all pairs."""
+    from alignment_artifacts.behaviour.vocabulary import VOCABULARY
+    from alignment_artifacts.directions.files import load_directions
+    from gemma_refactored.files import write_json
+    from gemma_refactored.progress import stage
+
+    directions = load_directions(arguments.directions) if arguments.directions else None
+    loaded, silent = library.load(), arguments.quiet or arguments.json
+    given_settings = {name: wanted[name] for name in ("layers", "positions", "scale") if name in wanted}
+    layers = given_settings.get("layers")
+    with stage("steering", len(layers) if layers else loaded.num_layers, "layer", quiet=silent) as advance:
+        result = library.explain(categories=categories, directions=directions, progress=advance, **given_settings)
+    if arguments.json:
+        print(json.dumps(result, indent=1, ensure_ascii=not prints_everything()))
+    else:
+        print_vocabulary(result)
+    if directions is None and categories is None and not given_settings:
+        origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+        results = places.results_folder(TRANSCRIPTS_DIR, origin)
+        with places.written_together(results) as folder:
+            write_json(folder / "data" / VOCABULARY, origin.stamp(result))
+        if not silent:
+            print(places.told("Tokens", results / "data" / VOCABULARY))
+
+
+def print_vocabulary(result: dict) -> None:
+    """80 columns."""
+    from rich.cells import cell_len
+
+    def line(name: str, records: list[dict], what: str, end: str = "") -> str:
+        start, text = f"          {name:<9}", ""
+        for record in records:
+            number = f" {record[what]:+.1f}" if what == "steered" else ""
+            piece = f"  {record['token']!r}{number}"
+            if cell_len(start + text + piece + end) > 80:
+                break
+            text += piece
+        return start + text + end
+
+    print("\nTokens that the direction promotes and demotes (through norm and unembedding)")
+    for record in result["layers"]:
+        first, *random = [record, *record["random"]]
+        agreement = "" if first["agreement"] is None else f"  (agreement {first['agreement']:.2f})"
+        promoted = line("promotes", first["promoted"], "lens")
+        print(f"layer {record['layer']:<3}" + promoted[9:])
+        print(line("demotes", first["demoted"], "lens"))
+        print(line("steered", first["steered"], "steered", agreement))
+        for one in random[:1]:
+            print(line("random", one["promoted"], "lens"))
+    text = (
+        f"steered: change of the next word's logit where the direction is added {result['scale']:g} times at the end "
+        f"of {result['prompts']} natural prompts; agreement: its correlation with the first two lines over all "
+        "tokens. Where that is low, later blocks turn the direction into other words, and this line is what it says. "
+        "random: promoted by a random direction."
+    )
+    print(textwrap.fill(text, 80))
+
+
 class Printer:
     """Prints answers as they are written."""
 
@@ -198,6 +263,18 @@ class Printer:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for what argparse cannot see."""
+    if arguments.explain:
+        if arguments.prompt is not None or arguments.all_pairs or arguments.export_gguf:
+            raise UserError("--explain is about the direction alone; omit the prompt, --all-pairs and --export-gguf.")
+        if arguments.site not in (None, "residual"):
+            raise UserError("--explain reads directions of the residual stream; omit --site.")
+        taken = ("layers", "positions", "scale", "site")
+        ignored = [name for name in given(Setting, arguments, omit=["mode"]) if name not in taken]
+        ignored += [name for name in given(Answering, arguments)] + ["mode"] * (arguments.mode != "auto")
+        if ignored:
+            raise UserError(f"--explain does not use --{ignored[0].replace('_', '-')}; omit it.")
+        check_directions(arguments)
+        return
     if arguments.all_pairs:
         # What it ignores, with the value that says it was not given.
         unused = {
@@ -214,6 +291,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError('Give a prompt, for example: python suppress.py "How do I pick a lock?"')
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError("The prompt is empty; give it some text.")
+    check_directions(arguments)
+
+
+def check_directions(arguments: argparse.Namespace) -> None:
     if arguments.directions and (arguments.site or arguments.positions or arguments.categories):
         raise UserError("--directions brings its own site, positions and categories; omit those options.")
 

@@ -88,7 +88,12 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help=f"local folder or Hugging Face id (default: {defaults.model_is})")
     add("--prompts", nargs="+", metavar="TEXT", help="prompts to answer")
-    add("--prompts-file", metavar="FILE", help='JSON: {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}')
+    add(
+        "--prompts-file",
+        metavar="FILE",
+        help='.txt, .csv or .jsonl; or JSON: a list of prompts, or {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}',
+    )
+    add("--prompt-column", metavar="NAME", help="column of a .csv or .jsonl file that has the prompts (default prompt)")
     add("--from-manifest", metavar="FILE", help="repeat the run that wrote this manifest.json, into --activations-dir")
     add_options(parser, Generation(), NAMES)
     add_options(parser, Saving())
@@ -175,7 +180,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     else:
         repeated = None
         if arguments.prompts_file is not None:
-            prompts = load_prompts(arguments.prompts_file)
+            prompts = load_prompts(arguments.prompts_file, arguments.prompt_column)
         elif arguments.prompts is None and saving.save_activations:
             prompts = parse_prompts(defaults.sample_prompts, "sample prompts")
             log.info("No prompts given: taking the %d sample prompts of --create-sample-prompts.", len(prompts))
@@ -194,6 +199,8 @@ def check_combinations(arguments: argparse.Namespace, saving: Saving) -> None:
     has_samples = saving.save_activations  # a first try; whoever only wants answers has a prompt
     if needs_prompts and given != 1 and not (given == 0 and has_samples):
         raise UserError("Give one of --prompts, --prompts-file (see --create-sample-prompts) and --from-manifest.")
+    if arguments.prompt_column is not None and arguments.prompts_file is None:
+        raise UserError("--prompt-column is about a --prompts-file; give one.")
     if arguments.check and arguments.shard:
         raise UserError("--check certifies a whole model; omit --shard.")
     if arguments.dry_run and not (saving.save_activations or arguments.from_manifest):

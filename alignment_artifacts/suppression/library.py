@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 
 from alignment_artifacts.analysis import analyse
-from alignment_artifacts.behaviour import monitor
+from alignment_artifacts.behaviour import monitor, vocabulary
 from alignment_artifacts.behaviour.answers import write_answer
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
@@ -144,6 +144,30 @@ class AlignmentArtifacts:
         directions = measure_natural_tokens(self.load(model), directions, measured.natural_sequences(rows))
         save_directions(directions, path)
         return directions
+
+    def explain(
+        self,
+        model: str | Path | None = None,
+        positions: str = PROMPT_END,
+        categories: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+        directions: Directions | None = None,
+        **settings,
+    ) -> dict:
+        """The tokens that the directions of the residual stream promote and demote: see `vocabulary.explain`.
+
+        Args:
+            directions: use these instead of the model's own.
+            settings: "tokens", "random_directions", "scale" and "progress" of `vocabulary.explain`.
+        """
+        loaded = self.load(model)
+        if directions is None:
+            measured = self.measurements(model)
+            directions = measured.estimate("residual", positions, measured.rows(categories))
+        else:
+            directions = fit_to(directions, loaded)
+        natural = [pair.natural for pair in self.pairs]
+        return vocabulary.explain(loaded, directions, encode_prompts(loaded.tokenizer, natural), layers, **settings)
 
     def choose(
         self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
