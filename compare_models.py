@@ -60,7 +60,7 @@ class Constants:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    return exit_code(lambda: run(from_constants(Constants, globals(), argv, NAMES)))
+    return exit_code(lambda: run(from_constants(Constants, globals(), argv, NAMES, {"PAIRS_JSON": "PAIRS"})))
 
 
 def run(constants: Constants) -> None:

@@ -71,7 +71,7 @@ class Constants:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    return exit_code(lambda: run(from_constants(Constants, globals(), argv)))
+    return exit_code(lambda: run(from_constants(Constants, globals(), argv, also={"PAIRS_JSON": "PAIRS"})))
 
 
 def run(constants: Constants) -> None:

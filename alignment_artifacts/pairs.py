@@ -64,6 +64,10 @@ class PromptPairs(list[Pair]):
         super().__init__(pairs)
         self.behaviour, self.sides, self.file = behaviour, sides, file
 
+    def only(self, rows: Iterable[int]) -> PromptPairs:
+        """Some of the pairs, of the same contrast."""
+        return PromptPairs([self[row] for row in rows], self.behaviour, self.sides, self.file)
+
 
 def load_pairs(path: str | Path) -> PromptPairs:
     """Read matched pairs, in file order.

@@ -269,10 +269,11 @@ class Origin:
         return {**result, "versions": library_versions(), "origin": asdict(self)}
 
 
-def results_folder(base: str | Path, origin: Origin) -> Path:
+def results_folder(base: str | Path, origin: Origin, site: str | None = None) -> Path:
     """The folder for a model's results on a pairs file, created and marked as theirs if necessary.
 
     Args:
+        site: that they are about, for a folder beside the one of MLP outputs; None: no single one.
         base: the folder of all results; a relative one is beside the scripts.
     """
     base = HOME / os.path.expanduser(base)
@@ -282,7 +283,8 @@ def results_folder(base: str | Path, origin: Origin) -> Path:
         base.mkdir(parents=True, exist_ok=True)
         with locked(base, wait=True):
             folder = _claim(base, origin.model, model, "model_revision")
-            return _claim(folder, Path(origin.pairs_file).stem, {**model, **pairs}, "pairs_hash")
+            ending = "" if site in (None, "mlp") else f"_{site}"
+            return _claim(folder, Path(origin.pairs_file).stem + ending, {**model, **pairs}, "pairs_hash")
     except OSError as error:
         raise cannot_write(base, error) from error
 

@@ -197,7 +197,7 @@ class Script:
 
 def script(*argv, **changed):
     constants = {"NUM_TRIES": 5, "FOLDER": "x", "SEED": 4, "LIMITS": Limits(kl=0.3), **changed}
-    return s.from_constants(Script, constants, argv, environment={"FOLDER": "OLD_NAME"})
+    return s.from_constants(Script, constants, argv, also={"FOLDER": "OLD_NAME"})
 
 
 def test_option_beats_environment_beats_constant(monkeypatch):

@@ -25,7 +25,7 @@ from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_first, load_activation_set
 from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
-from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair
+from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.chat_template import token_ids_hash
 from gemma_refactored.errors import UserError
@@ -410,4 +410,6 @@ def activation_set(
         collect_answers(kept(steps), progress)
     texts = [getattr(pair, side) for pair in measured.pairs for side in SIDES]
     embeddings = mean_prompt_embeddings(loaded, texts).reshape(len(measured.pairs), 2, -1)
-    return ActivationSet(measured.pairs, values, valid, embeddings, [], measured.facts, measured.folder)
+    pairs = PromptPairs(measured.pairs)
+    pattern = site_pattern(names)
+    return ActivationSet(pairs, values, valid, embeddings, [], measured.facts, measured.folder, pattern)
