@@ -194,7 +194,8 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
         if score:
             for side, means in result["scored"].items():
                 before, after, moved = (described_mean(means[which]) for which in ("before", "after", "moved"))
-                print(f"Mean of {score.name}, {side} prompts: {before} before, {after} after; moved by {moved}")
+                print(f"Mean of {score.name}, {side} prompts: {before} before, {after} after")
+                print(f"    moved by {moved}")
         else:
             for side, rates in result["refused"].items():
                 before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))

@@ -198,19 +198,26 @@ def print_tables(result: dict) -> None:
 def print_score_tables(result: dict) -> None:
     """80 columns: as `print_tables`, with means of the score instead of refusals."""
     name = result["score"]["name"]
-    print(f"\nBest trade-offs on development pairs (*: chosen); means of {name}, artifact prompts")
-    print("  mode       scale site     positions  layers       score    moved natural same       KL")
+    print(
+        "\n"
+        + textwrap.fill(
+            f"Best trade-offs on development pairs (*: chosen). score, moved: means of {name} on "
+            "artifact prompts; same: natural answers that stay",
+            80,
+        )
+    )
+    print("  mode       scale site     positions  layers     score   moved  same      KL")
     chosen = result["chosen"]["development"]
     front = [result["tried"][i] for i in result["pareto_front"]]
     for record in front if chosen in front else [*front, chosen]:
         print(
             f"{_described(record['setting'], '*' if record == chosen else ' ')} "
-            f"{number(record['artifact']['score']['mean'], 3):>8} {number(record['artifact']['moved']['mean'], 3):>8} "
-            f"{percent(record['natural']['unchanged']['rate']):>6} {number(record['damage']['kl_mean'], 4):>8}"
+            f"{number(record['artifact']['score']['mean']):>7} {number(record['artifact']['moved']['mean']):>7} "
+            f"{percent(record['natural']['unchanged']['rate']):>5} {number(record['damage']['kl_mean'], 4):>7}"
         )
     moved = chosen["artifact"]["moved"]["mean"] * (-1 if result["wish"] == "lower" else 1)
     if moved <= 0:
-        print(f"No setting within the limits moves {name} {result['wish']}.")
+        print(textwrap.fill(f"No setting that was tried within the limits makes {name} {result['wish']}.", 80))
     test, louder = result["test"], result["amplification"]["test"]
     print(f"\n{'Chosen, on test pairs':<25}{'mean score':>22}{'moved by':>24}{'KL':>9}")
     for label, judged, damage in (
