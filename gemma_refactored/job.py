@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from .collection import Answer, Collection
 from .distributed import Team
@@ -20,6 +18,7 @@ from .errors import UserError
 from .generation import Sampling, collect_answers, generate, length_sorted_batches
 from .model_loading import LoadedModel, find_embedding
 from .npz_files import NpzWriter
+from .progress import stage
 from .prompt_processing import Prompt
 
 log = logging.getLogger(__name__)
@@ -110,8 +109,7 @@ def answer_prompts(
     """Generate for every batch and save what is not complete; returns the new records, by the prompts' indices."""
     records: dict[int, dict] = {}
     total = sum(len(batch) for _, batch in batches) * job.max_tokens
-    progress = tqdm(total=total, unit="tok", leave=False, disable=not (show_progress and sys.stderr.isatty()))
-    with writer or nullcontext(), progress:
+    with writer or nullcontext(), stage("answering", total, "token", quiet=not show_progress) as advance:
         for number, batch in batches:
             prompts = [job.prompts[i] for i in batch]
             token_ids = [job.token_ids[i] for i in batch]
@@ -121,7 +119,8 @@ def answer_prompts(
             pending = np.array([job.is_pending(i) for i in batch])
             if collection and writer:
                 steps = collection.write_steps(writer, steps, prompts, pending, number)
-            written = collect_answers(steps, progress.update)
+            written = collect_answers(steps, advance)
+            advance(len(batch) * job.max_tokens - sum(map(len, written)))  # of answers that have ended
             texts = loaded.tokenizer.batch_decode(written, skip_special_tokens=True)
             answers = {
                 i: Answer(prompt, len(ids), tokens, text, "length" if len(tokens) == job.max_tokens else "stop")
