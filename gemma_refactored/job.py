@@ -33,6 +33,7 @@ class Job:
         sites: those whose activations are saved.
         finished: records of the prompts that an earlier run has completed.
         shares_model: the processes hold parts of one model, instead of dividing the prompts.
+        part: which of so many runs, which know nothing of each other, this one is (an array of jobs on a cluster).
     """
 
     prompts: list[Prompt]
@@ -44,6 +45,7 @@ class Job:
     sites: Sequence[str] = ()
     finished: Mapping[Prompt, dict] = field(default_factory=dict)
     shares_model: bool = False
+    part: Team = Team()
 
     def is_pending(self, index: int) -> bool:
         return self.prompts[index] not in self.finished
@@ -91,9 +93,11 @@ def plan_batches(job: Job, loaded: LoadedModel, team: Team, grouped: bool) -> li
     if equal_lengths:
         log.info("Padding would change this model's numbers: only prompts of equal length share a batch.")
     shares_prompts = team.size > 1 and not job.shares_model
-    if shares_prompts and grouped:  # a flat collection shows its batches, so it keeps them as in a single run
-        size = min(size, math.ceil(len(job.prompts) / team.size))
-    batches = enumerate(length_sorted_batches(job.token_ids, size, equal_lengths), 1)
+    if grouped:  # a flat collection shows its batches, so it keeps them as in a single run
+        shares = job.part.size * (team.size if shares_prompts else 1)
+        size = min(size, math.ceil(len(job.prompts) / shares))
+    # A part is one of the whole job, complete or not: a run that continues finds the same part.
+    batches = job.part.share(list(enumerate(length_sorted_batches(job.token_ids, size, equal_lengths), 1)))
     incomplete = [(number, batch) for number, batch in batches if any(map(job.is_pending, batch))]
     return list(team.share(incomplete)) if shares_prompts else incomplete
 
