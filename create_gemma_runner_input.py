@@ -1,6 +1,6 @@
 """Turn prompt pairs into the prompts file that run_model.py reads.
 
-The pairs are a file (.json, .csv or .jsonl; see docs/own-experiment.md), or two files of prompts that match by their
+The pairs are a file (.json, .csv or .jsonl; see docs/own_experiment.md), or two files of prompts that match by their
 order. Two matched prompts share topic, length and form and differ in the behaviour alone, so that a direction between
 them is about nothing else. Pairs made of two files are also written to PAIRS_FILE, which the other scripts read.
 """

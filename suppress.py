@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
+from alignment_artifacts.behaviour.score import FORMS, REFUSAL, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
@@ -62,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
     add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
+    add("--score", metavar="SCORE", help=f"what is measured of an answer (default refusal): {FORMS}")
+    add("--wish", choices=get_args(Wish), default="lower", help="of a sweep with that score, for --mode auto")
     add("--show-projection", action="store_true", help="colour each token by its projection on the direction")
     add("--json", action="store_true", help="print the result as JSON and nothing else")
     add("--verbose", "-v", action="store_true", help="also print which mode was chosen, and by what")
@@ -81,11 +84,17 @@ def run(arguments: argparse.Namespace) -> None:
         logging.getLogger(package).setLevel(logging.WARNING)
     check_arguments(arguments)
     wanted = given(Setting, arguments, omit=["mode"])
+    score = load_score(arguments.score or REFUSAL)
     answering = from_arguments(Answering(), arguments)
     from alignment_artifacts.directions.files import load_directions, write_gguf
     from alignment_artifacts.suppression.library import AlignmentArtifacts
 
-    library = AlignmentArtifacts(places.find_model(arguments.model or DEFAULT_MODEL), show_progress=not silent)
+    library = AlignmentArtifacts(
+        places.find_model(arguments.model or DEFAULT_MODEL),
+        show_progress=not silent,
+        score=score,
+        wish=arguments.wish,
+    )
     categories = named_categories(arguments.categories)
     if not silent:
         introduce(library, arguments)
@@ -132,8 +141,17 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n" + textwrap.fill(f"Effect: {result.proof.describe()}", 78))
         if result.leads:
             print(textwrap.fill(result.leads, 78))
+        if arguments.score:
+            print(textwrap.fill(scored(result.score), 78))
         if result.prompt_score is not None:
             print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
+
+
+def scored(score: dict) -> str:
+    """ "Score agreement (words of agreement): 2 before, 0 after"."""
+    meaning = f" ({score['meaning']})" if score["meaning"] else ""
+    values = ", ".join(f"{score[when]:g} {when}" for when in ("before", "after") if score[when] is not None)
+    return f"Score {score['name']}{meaning}: {values}"
 
 
 def introduce(library: AlignmentArtifacts, arguments: argparse.Namespace) -> None:
@@ -144,7 +162,7 @@ def introduce(library: AlignmentArtifacts, arguments: argparse.Namespace) -> Non
     loaded = library.load()
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}", flush=True)
     notes = [note(loaded.folder, [arguments.prompt], texts(load_pairs(PAIRS_JSON)))] if arguments.prompt else []
-    if not arguments.directions:  # which may spare measuring the model
+    if not arguments.directions and library.score == REFUSAL:  # which may spare measuring the model
         refused = library.measurements().judged(is_refusal)[:, 1]
         notes.append(without_refusals(loaded.name, int(refused.sum()), len(refused)))
     for sentence in filter(None, notes):
@@ -153,8 +171,8 @@ def introduce(library: AlignmentArtifacts, arguments: argparse.Namespace) -> Non
 
 def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace, wanted: dict, max_tokens: int) -> None:
     """Answers of every pair without and with suppression, for the report."""
-    from alignment_artifacts.formatting import percent
-    from alignment_artifacts.suppression.transcripts import TRANSCRIPTS, save_transcripts, transcribe
+    from alignment_artifacts.formatting import described_mean, percent
+    from alignment_artifacts.suppression.transcripts import save_transcripts, transcribe
     from gemma_refactored.progress import stage
 
     loaded, measured = library.load(), library.measurements()
@@ -163,19 +181,26 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
     total = 2 * len(measured.pairs)
+    score = own_measure(library.score, arguments.wish)
     with stage("answering", total, "pair", quiet=silent) as advance:
-        result, scores = transcribe(loaded, measured, setting, max_tokens, advance)
+        result, scores = transcribe(loaded, measured, setting, max_tokens, advance, score)
     origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
     results = places.results_folder(TRANSCRIPTS_DIR, origin)
     with places.written_together(results) as folder:
-        save_transcripts(folder / "data", origin.stamp({**result, "chosen_by": by}), scores)
+        path = save_transcripts(folder / "data", origin.stamp({**result, "chosen_by": by}), scores, score)
     if arguments.json:
-        print(json.dumps(result["refused"], indent=1))
+        print(json.dumps(result["scored" if score else "refused"], indent=1))
     elif not silent:
-        for side, rates in result["refused"].items():
-            before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
-            print(f"Refused, {side} prompts: {before} before, {after} after")
-        print(places.told("Transcripts", results / "data" / TRANSCRIPTS))
+        if score:
+            for side, means in result["scored"].items():
+                before, after, moved = (described_mean(means[which]) for which in ("before", "after", "moved"))
+                print(f"Mean of {score.name}, {side} prompts: {before} before, {after} after")
+                print(f"    moved by {moved}")
+        else:
+            for side, rates in result["refused"].items():
+                before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
+                print(f"Refused, {side} prompts: {before} before, {after} after")
+        print(places.told("Transcripts", results / "data" / path.name))
 
 
 def explain(
@@ -222,14 +247,13 @@ def print_vocabulary(result: dict) -> None:
 
     print("\nTokens that the direction promotes and demotes (through norm and unembedding)")
     for record in result["layers"]:
-        first, *random = [record, *record["random"]]
-        agreement = "" if first["agreement"] is None else f"  (agreement {first['agreement']:.2f})"
-        promoted = line("promotes", first["promoted"], "lens")
+        agreement = "" if record["agreement"] is None else f"  (agreement {record['agreement']:.2f})"
+        promoted = line("promotes", record["promoted"], "lens")
         print(f"layer {record['layer']:<3}" + promoted[9:])
-        print(line("demotes", first["demoted"], "lens"))
-        print(line("steered", first["steered"], "steered", agreement))
-        for one in random[:1]:
-            print(line("random", one["promoted"], "lens"))
+        print(line("demotes", record["demoted"], "lens"))
+        print(line("steered", record["steered"], "steered", agreement))
+        for drawn in record["random"][:1]:
+            print(line("random", drawn["promoted"], "lens"))
     text = (
         f"steered: change of the next word's logit where the direction is added {result['scale']:g} times at the end "
         f"of {result['prompts']} natural prompts; agreement: its correlation with the first two lines over all "
@@ -270,7 +294,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise UserError("--explain reads directions of the residual stream; omit --site.")
         taken = ("layers", "positions", "scale", "site")
         ignored = [name for name in given(Setting, arguments, omit=["mode"]) if name not in taken]
-        ignored += [name for name in given(Answering, arguments)] + ["mode"] * (arguments.mode != "auto")
+        ignored += given(Answering, arguments)
+        ignored += [name for name in ("mode", "score") if getattr(arguments, name) not in (None, "auto")]
         if ignored:
             raise UserError(f"--explain does not use --{ignored[0].replace('_', '-')}; omit it.")
         check_directions(arguments)

@@ -28,6 +28,7 @@ from .files import CERTIFICATE, displayed, write_json
 from .generation import generate
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
+from .progress import each
 from .prompt_processing import encode_prompts
 from .versions import library_versions
 
@@ -101,11 +102,7 @@ def _not_compared(loaded: LoadedModel, checks: Sequence[Check]) -> str:
 
 def certify_and_save(loaded: LoadedModel, folder: Path) -> bool:
     """Certify with a progress bar, print the table, save it beside the collection's manifest; true if passed."""
-    import sys
-
-    from tqdm import tqdm
-
-    certificate = certify(loaded, lambda c: tqdm(c, unit="check", leave=False, disable=not sys.stderr.isatty()))
+    certificate = certify(loaded, lambda checks: each(checks, "checking", "check"))
     print(describe(certificate))
     write_json(folder / CERTIFICATE, certificate)
     print(f"Certificate: {displayed(folder / CERTIFICATE)}")

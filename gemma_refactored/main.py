@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import re
 import sys
 import textwrap
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .configuration import NAMES, Generation, Saving
-from .errors import UserError, exit_code
+from .errors import UserError, exit_code, shown
 from .files import displayed
 from .settings import Parser, add_options, from_arguments, record
 
@@ -99,6 +100,7 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     add_options(parser, Saving())
     add("--output-dir", default=defaults.output_dir, help=f"folder for the texts (default {defaults.output_dir.name})")
     add("--shard", action="store_true", help="under mlx.launch: split the model over the processes")
+    add("--part", metavar="I/N", help="answer only the Ith of N parts of the prompts (see docs/clusters.md)")
     add("--list-sites", action="store_true", help="print every site of the model with its shape, and stop")
     add("--check", action="store_true", help="certify this model on this machine (see docs/models.md), and stop")
     add("--dry-run", action="store_true", help="print how many files, bytes and minutes the run would take, and stop")
@@ -169,6 +171,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     generation = from_arguments(Generation(), arguments, NAMES)
     saving = from_arguments(Saving(), arguments)
     check_combinations(arguments, saving)
+    read_part(arguments.part)
     model = arguments.model or defaults.model
     if arguments.from_manifest:
         from .manifest import read_manifest
@@ -205,6 +208,10 @@ def check_combinations(arguments: argparse.Namespace, saving: Saving) -> None:
         raise UserError("--check certifies a whole model; omit --shard.")
     if arguments.dry_run and not (saving.save_activations or arguments.from_manifest):
         raise UserError("--dry-run estimates the files of --save-activations; add that option.")
+    if arguments.part is not None and not saving.save_activations:
+        raise UserError("--part is merged by what parts have saved: add --save-activations.")
+    if arguments.part is not None and arguments.dry_run:
+        raise UserError("--dry-run estimates all parts together; omit --part.")
     if saving.process_by_group and not saving.save_activations:
         raise UserError("--process-by-group decides where activations go; add --save-activations.")
 
@@ -231,7 +238,7 @@ def load_model(request: Request, shard: bool, team: Team) -> LoadedModel:
 def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, team: Team) -> None:
     """Generate for all prompts that are not complete yet, and save what was requested."""
     chat_format = choose_chat_format(request)
-    job = make_job(request, loaded, chat_format, arguments.shard)
+    job = replace(make_job(request, loaded, chat_format, arguments.shard), part=read_part(arguments.part))
     if job.sites:
         from .activation_capture import describe_sites
 
@@ -250,13 +257,28 @@ def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedM
     if not team.leads:
         return
     records = {**finished, **new}
-    report(arguments, request, loaded, [records[prompt] for prompt in job.prompts])
+    report(arguments, request, loaded, [records[prompt] for prompt in job.prompts if prompt in records])
+    if len(records) < len(job.prompts):
+        log.info("Part %s: %d of %d prompts are complete.", arguments.part, len(records), len(job.prompts))
     if new:
         seconds, written = time.perf_counter() - start, sum(len(record["token_ids"]) for record in new.values())
         log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(new), written, seconds, written / seconds)
     log.info("Answers: %s", displayed(Path(arguments.output_dir) / "results.json"))
     if job.sites:
         log.info("Activations of %d sites: %s", len(job.sites), displayed(request.saving.folder))
+
+
+def read_part(text: str | None) -> Team:
+    """ "2/4", counted from 1; None: there are no parts."""
+    from .distributed import Team
+
+    if text is None:
+        return Team()
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    number, parts = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= number <= parts:
+        raise UserError(f"--part must be I/N, the Ith of N parts counted from 1, not {shown(text)}.")
+    return Team(number - 1, parts)
 
 
 def choose_chat_format(request: Request) -> ChatFormat:

@@ -9,6 +9,7 @@ import pytest
 import suppress
 from alignment_artifacts import AlignmentArtifacts, suppress_prompt
 from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.behaviour.score import REFUSAL
 from alignment_artifacts.default_model import note
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.directions.files import load_directions, save_directions
@@ -319,3 +320,32 @@ def test_two_models_in_one_library(library, tmp_path):
     own = AlignmentArtifacts(cache=tmp_path / "cache", show_progress=False)
     result = own.suppress_and_generate("Hello there", model_name=other, mode="ablate", max_tokens=5)
     assert result.proof.touched > 0 and len(result.after_tokens) <= 5
+
+
+def test_many_prompts_are_answered_in_batches_as_one_by_one(library):
+    prompts = [pair.artifact for pair in library.pairs[:4]] + [pair.natural for pair in library.pairs[:3]]
+    setting, _ = library.choose(None, "cap", None, layers=(2, 3, 4, 5))
+    alone = [library.suppress(prompt, setting, max_tokens=16) for prompt in prompts]
+    assert library.answer(prompts, max_tokens=16) == [result.before for result in alone]
+    assert library.answer(prompts, setting, max_tokens=16) == [result.after for result in alone]
+    scored = library.score.of(prompts, library.answer(prompts, max_tokens=16))
+    assert scored.tolist() == [is_refusal(result.before) for result in alone] == [r.score["before"] for r in alone]
+    with pytest.raises(UserError):
+        library.answer(["hello", "  "])
+
+
+def test_a_score_of_ones_own_is_shown_before_and_after(capsys, monkeypatch, library):
+    monkeypatch.setattr(
+        library_module, "AlignmentArtifacts", lambda *_, score, **__: setattr(library, "score", score) or library
+    )
+    try:
+        command = [REFUSED, "--mode", "cap", "--max-tokens", "12"]
+        assert suppress.main([*command, "--score", "words:cannot,sorry"]) == 0
+        output = capsys.readouterr().out
+        assert "Score words (how often the answer says 'cannot, sorry'): " in output and "before, 0 after" in output
+        assert suppress.main([*command, "--score", "words:cannot", "--json", "--no-compare"]) == 0
+        score = json.loads(capsys.readouterr().out)["score"]
+        assert score["before"] is None and score["after"] == 0
+    finally:
+        library.score = REFUSAL
+    assert suppress.main([*command, "--score", "cannot"]) == 2 and "FILE.py:FUNCTION" in capsys.readouterr().err

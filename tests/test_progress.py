@@ -16,9 +16,29 @@ def clock(monkeypatch):
 def test_one_line_with_an_estimate(clock, capsys):
     with progress.stage("measuring", 2000, "token") as advance:
         for _ in range(200):
+            clock[0] += 0.1
+            advance(10)
+    assert capsys.readouterr().err == "measuring: 2000 tokens, about 20 seconds\n"
+
+
+def test_long_work_says_every_half_minute_how_far_it_is(clock, capsys):
+    with progress.stage("measuring", 2000, "token") as advance:
+        for _ in range(200):
             clock[0] += 0.5
             advance(10)
-    assert capsys.readouterr().err == "measuring: 2000 tokens, about 2 minutes\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "measuring: 2000 tokens, about 2 minutes",
+        "measuring: 700 of 2000 tokens, about 65 seconds left",
+        "measuring: 1300 of 2000 tokens, about 35 seconds left",
+        "measuring: 1900 of 2000 tokens, about 5 seconds left",
+    ]
+
+
+def test_work_of_one_piece_is_told_too(clock, capsys):
+    with progress.stage("answering", 50, "token") as advance:
+        clock[0] += 4
+        advance(50)
+    assert capsys.readouterr().err == "answering: 50 tokens, about 4 seconds\n"
 
 
 def test_slow_work_is_estimated_before_a_twentieth_is_done(clock, capsys):

@@ -6,6 +6,9 @@ import pytest
 from alignment_artifacts.behaviour.score import REFUSAL, Score, load_score, word_list
 from alignment_artifacts.rates import mean
 from gemma_refactored.errors import UserError
+from toxicity_steering.scorers import WordListScorer, rude_words
+
+from .conftest import ROOT
 
 PROMPTS = ["How are you?", "Is it blue?"]
 
@@ -79,6 +82,13 @@ def test_other_text_is_another_score(tmp_path):
 def test_files_that_hold_no_score_are_refused_in_a_sentence(tmp_path, text, name, message):
     with pytest.raises(UserError, match=message):
         load_score(f"{write(tmp_path, text)}{name}")
+
+
+def test_toxicity_is_one_of_them():
+    texts = ["You stupid worm.", "Hello."]
+    for score in (load_score(rude_words), load_score(f"{ROOT}/toxicity_steering/scorers.py:rude_words")):
+        np.testing.assert_array_equal(score.of(PROMPTS, texts), WordListScorer()(texts))
+    assert "[0, 1]" in load_score("toxicity_steering/scorers.py:toxicity").meaning
 
 
 @pytest.mark.parametrize("name", ["agreement", "", "file.txt:a", ":a", "words", "/nowhere/mine.py:a"])

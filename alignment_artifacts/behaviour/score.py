@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -152,6 +152,14 @@ def load_score(score: str | Score | Callable[[str, str], float]) -> Score:
         what = f"has no function {shown(name)}" if name else "needs the name of a function behind it, FILE.py:FUNCTION"
         raise UserError(f"{path} {what}; it defines {', '.join(functions) or 'none'}.")
     return _of_function(getattr(module, name), text)
+
+
+def own_measure(score: str | Score | Callable[[str, str], float] | None, wish: Wish) -> Score | None:
+    """The score of an experiment of your own; None for the built-in one, fewer refusals, which is told in rates."""
+    chosen = REFUSAL if score is None else load_score(score)
+    if wish not in get_args(Wish):
+        raise UserError(f"wish must be one of {', '.join(get_args(Wish))}, not {shown(wish)}.")
+    return None if chosen == REFUSAL and wish == "lower" else chosen
 
 
 def _of_function(function: Callable[[str, str], float], text: str | None) -> Score:

@@ -63,16 +63,16 @@ def explain(
         raise UserError(f"There is no direction for layer {missing[0]}; there is one for {directions.available}.")
     if not prompts:
         raise UserError("Steering needs at least one prompt.")
-    prompts = [list(prompts[i]) for i in np.unique(np.linspace(0, len(prompts) - 1, PROMPTS).astype(int))]
+    steered_prompts = [list(prompts[i]) for i in np.unique(np.linspace(0, len(prompts) - 1, PROMPTS).astype(int))]
     of_everything = [directions, *(random_like(directions, seed) for seed in range(random_directions))]
     lenses = [lens(loaded, one.unit) for one in of_everything]
-    unsteered = _next_word(loaded, prompts, NOTHING)
+    unsteered = _next_word(loaded, steered_prompts, NOTHING)
     records = []
     for layer in layers:
         setting = Setting("add", scale, (layer,), "residual", PROMPT_END, where=PROMPT_END)
         read = []
         for one, by_lens in zip(of_everything, lenses, strict=True):
-            steered = _next_word(loaded, prompts, intervene(loaded, one, setting)) - unsteered
+            steered = _next_word(loaded, steered_prompts, intervene(loaded, one, setting)) - unsteered
             read.append(_record(loaded, by_lens[layer], steered, tokens))
         norm = float(np.linalg.norm(directions.direction[layer]))
         records.append({"layer": layer, "norm": norm, **read[0], "random": read[1:]})
@@ -82,7 +82,7 @@ def explain(
         "positions": directions.facts.get("positions"),
         "ends": directions.facts.get("ends"),
         "scale": scale,
-        "prompts": len(prompts),
+        "prompts": len(steered_prompts),
         "layers": records,
     }
 

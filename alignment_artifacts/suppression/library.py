@@ -16,7 +16,8 @@ import numpy as np
 
 from alignment_artifacts.analysis import analyse
 from alignment_artifacts.behaviour import monitor, vocabulary
-from alignment_artifacts.behaviour.answers import write_answer
+from alignment_artifacts.behaviour.answers import write_answer, write_answers
+from alignment_artifacts.behaviour.score import REFUSAL, Score, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
@@ -36,6 +37,7 @@ from gemma_refactored.prompt_processing import encode_prompts, prompts_from_argu
 from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
+WHEN = ("before", "after")
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
 
 
@@ -49,6 +51,7 @@ class SuppressionResult:
         chosen_by: who chose the mode: "you", "a sweep" or "model size".
         proof: what the edits did along the prompt and the answer generated under them.
         prompt_score: of the monitor, -1 like natural, +1 like artifact prompts; None for imported vectors.
+        score: of the answers, "name" and "meaning", "before" (None without comparison) and "after".
         directions: those that were used.
         leads: of directions that were given, what they point from and to, and which way the setting moves.
     """
@@ -63,6 +66,7 @@ class SuppressionResult:
     chosen_by: str
     proof: Proof
     prompt_score: float | None
+    score: dict
     directions: Directions = field(repr=False)
     leads: str | None = None
 
@@ -84,6 +88,8 @@ class AlignmentArtifacts:
         cache: folder for measurements; default `places.cache_folder`.
         collections: folders of activations that may save a measurement; default: the model's.
         show_progress: bars on the terminal while a model is measured.
+        score: of answers: a function (prompt, answer) -> number, or as `score.load_score` reads it; default refusal.
+        wish: where a sweep moved that score, whose setting the mode "auto" then uses.
     """
 
     def __init__(
@@ -93,7 +99,10 @@ class AlignmentArtifacts:
         cache: str | Path | None = None,
         show_progress: bool = True,
         collections: Sequence[Path] | None = None,
+        score: str | Score | Callable[[str, str], float] = REFUSAL,
+        wish: Wish = "lower",
     ):
+        self.score, self.sweep_file = load_score(score), sweep_file(own_measure(score, wish), wish)
         self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
         self.pairs_file = find(pairs)
         self.pairs, self.collections = load_pairs(self.pairs_file), collections
@@ -176,7 +185,7 @@ class AlignmentArtifacts:
         check_given(Setting, wanted, {"layers": "target_layers"})
         wanted = {name: value for name, value in wanted.items() if value is not None}
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
-        sweep = self.measurements(model).folder / SWEEP if mode == AUTO else None
+        sweep = self.measurements(model).folder / self.sweep_file if mode == AUTO else None
         if sweep and sweep.exists():
             chosen, by = _setting_of_sweep(sweep), "a sweep"
             if {"site", "positions"} & wanted.keys() and "layers" not in wanted:
@@ -193,6 +202,34 @@ class AlignmentArtifacts:
             rows = measured.rows(categories)
             chosen = replace(chosen, layers=tuple(measured.best_layers(chosen.site, chosen.positions, rows)))
         return chosen, by
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        setting: Setting | None = None,
+        sampling: Sampling = Sampling(),
+        model: str | Path | None = None,
+        categories: Sequence[str] | None = None,
+        directions: Directions | None = None,
+        max_tokens: int = 100,
+    ) -> list[str]:
+        """The answers to many prompts, in batches, under a setting; None: unedited.
+
+        `library.score.of(prompts, answers)` is what they score; other arguments as of `suppress`.
+
+        Raises:
+            UserError: bad settings, no prompt, an empty prompt, or one that is longer than the model can read.
+        """
+        check(sampling)
+        check_given(Generation, {"max_tokens": max_tokens})
+        loaded, intervention = self.load(model), NOTHING
+        if setting is not None:
+            check(setting)
+            intervention, _ = self._intervention(model, setting, categories, directions)
+        token_ids = encode_prompts(loaded.tokenizer, prompts)
+        check_context(prompts_from_arguments(list(prompts)), token_ids, max_tokens, loaded.context_length)
+        answers = write_answers(loaded, token_ids, intervention, max_tokens, sampling)
+        return loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def suppress_and_generate(
         self,
@@ -274,18 +311,9 @@ class AlignmentArtifacts:
         check(sampling)
         check_given(Generation, {"max_tokens": max_tokens})
         loaded = self.load(model)
-        if directions is None:
-            directions = self.directions(model, setting.site, setting.positions, categories)
-            leads = None
-        else:
-            directions = fit_to(directions, loaded)
-            leads = where_it_leads(directions, setting)
-        if setting.mode == "cap" and directions.natural_tokens is None:
-            measured = self.measurements(model)
-            directions = measure_natural_tokens(
-                loaded, directions, measured.natural_sequences(measured.rows(categories))
-            )
-        intervention = intervene(loaded, directions, setting)
+        is_own = directions is None
+        intervention, directions = self._intervention(model, setting, categories, directions)
+        leads = None if is_own else where_it_leads(directions, setting)
         prompts = prompts_from_arguments([prompt])
         (token_ids,) = encode_prompts(loaded.tokenizer, [prompt])
         check_context(prompts, [token_ids], max_tokens, loaded.context_length)
@@ -299,9 +327,9 @@ class AlignmentArtifacts:
         proof = prove(loaded, intervention, Sequences([token_ids], [answers["after"]]))
         if proof.touched == 0 and setting.scale != 0:
             self._check_that_it_acts(model, intervention, setting, categories)
-        score = None
+        monitored = None
         if directions.natural_mean is not None:
-            score = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids)[-1])
+            monitored = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids)[-1])
         return SuppressionResult(
             prompt=prompt,
             before=texts.get("before"),
@@ -312,10 +340,35 @@ class AlignmentArtifacts:
             setting=setting,
             chosen_by="you",
             proof=proof,
-            prompt_score=score,
+            prompt_score=monitored,
+            score={
+                "name": self.score.name,
+                "meaning": self.score.meaning,
+                **{when: self.score.of([prompt], [texts[when]])[0].item() if when in texts else None for when in WHEN},
+            },
             directions=directions,
             leads=leads,
         )
+
+    def _intervention(
+        self,
+        model: str | Path | None,
+        setting: Setting,
+        categories: Sequence[str] | None,
+        directions: Directions | None,
+    ) -> tuple[Intervention, Directions]:
+        """A setting on a model, with the model's own directions unless others are given."""
+        loaded = self.load(model)
+        if directions is None:
+            directions = self.directions(model, setting.site, setting.positions, categories)
+        else:
+            directions = fit_to(directions, loaded)
+        if setting.mode == "cap" and directions.natural_tokens is None:
+            measured = self.measurements(model)
+            directions = measure_natural_tokens(
+                loaded, directions, measured.natural_sequences(measured.rows(categories))
+            )
+        return intervene(loaded, directions, setting), directions
 
     def _check_that_it_acts(
         self, model: str | Path | None, intervention: Intervention, setting: Setting, categories: Sequence[str] | None
@@ -329,6 +382,11 @@ class AlignmentArtifacts:
                 f"This setting ({setting.describe()}) changes nothing, neither here nor on artifact prompts. "
                 "Use another mode, other layers or another threshold."
             )
+
+
+def sweep_file(score: Score | None, wish: Wish) -> str:
+    """In a model's cache folder: what sweep_suppression.py chose with a score; None: for fewer refusals."""
+    return f"{score.file_name(Path(SWEEP).stem, wish)}.json" if score else SWEEP
 
 
 def _kept_directions(path: Path) -> Directions:
