@@ -6,6 +6,10 @@ directions learnt on one contrast are tried on another. Writes model_comparison.
 of the second model.
 """
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -13,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.analysis import NAMES, Settings
 from alignment_artifacts.edits.options import Site

@@ -1,11 +1,14 @@
 """Turn the prompt pairs into the prompts file that run_model.py reads."""
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import displayed

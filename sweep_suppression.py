@@ -5,6 +5,10 @@ pairs and reported once on test pairs, beside random directions. `suppress.py --
 uses the setting for this model. Writes suppression_sweep.json and a figure among the results of the model.
 """
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -12,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import number, percent, rate

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from .interrupts import INTERRUPTED
+
 
 class UserError(Exception):
     """Bad input: one clear sentence that says what is wrong and what to do next.
@@ -97,7 +99,7 @@ def _outcome(action: Callable[[], int | None], interrupted: str, rank: Callable[
     except KeyboardInterrupt:
         if not rank():
             print(f"\n{interrupted}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except SystemExit as end:  # argparse's, after --help or for an option there is not
         return end.code if isinstance(end.code, int) else int(end.code is not None)
 

@@ -7,16 +7,20 @@ from toxicity, a negative one towards it, and 0 changes nothing. As a script it 
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 if not __package__:  # run as a file: the repository is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
+import json
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
