@@ -161,11 +161,11 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     silent = arguments.quiet or arguments.json
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
+    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+    results = places.results_folder(TRANSCRIPTS_DIR, origin)
     total = 2 * len(measured.pairs)
     with stage("answering", total, "pair", quiet=silent) as advance:
         result, scores = transcribe(loaded, measured, setting, max_tokens, advance)
-    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
-    results = places.results_folder(TRANSCRIPTS_DIR, origin)
     with places.written_together(results) as folder:
         save_transcripts(folder / "data", origin.stamp({**result, "chosen_by": by}), scores)
     if arguments.json:

@@ -95,6 +95,8 @@ def run(constants: Constants) -> None:
     pairs = load_pairs(pairs_file)
     loaded = load(places.find_model(constants.model_name))
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
+    origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
+    results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
     measured = measure(loaded, pairs, constants.cache, True, [places.collection_folder(loaded)])
     refused = measured.judged(is_refusal)[:, 1]
     if no_refusals := without_refusals(loaded.name, int(refused.sum()), len(refused)):
@@ -139,9 +141,7 @@ def run(constants: Constants) -> None:
     }
     if planted := planted_directions(loaded):
         result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
-    origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
     result = origin.stamp(result)
-    results = places.results_folder(constants.results_dir, origin)
     with places.written_together(results) as folder:
         write_json(folder / "data" / "suppression_sweep.json", result)
         plot_sweep(result, folder / "figures" / "suppression_sweep.png")

@@ -36,8 +36,8 @@ def exit_code(
         interrupted: the message after Ctrl-C.
         rank: of this process among several; all but the first name it in their messages.
     Returns:
-        What the action returns, or 0; 2 after printing a UserError or when the output cannot be printed, 130 after
-        Ctrl-C, 1 if nobody reads the output.
+        What the action returns, or 0; 2 after printing a UserError or when a file cannot be used or the output not be
+        printed, 130 after Ctrl-C, 1 if nobody reads the output.
     """
     if sys.stderr is None:  # closed (`2>&-`); whoever prints an error may rely on it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
@@ -95,6 +95,11 @@ def _outcome(action: Callable[[], int | None], interrupted: str, rank: Callable[
         return action() or 0
     except UserError as error:
         print(f"Error{f' in process {rank()}' if rank() else ''}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:  # not of a file: of a pipe, for example
+            raise
+        print(f"Error: {shown(str(error.filename))} cannot be used: {error.strerror}. Name another.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if not rank():

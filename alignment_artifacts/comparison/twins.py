@@ -7,11 +7,12 @@ Read as `Pair`s whose natural side is the twin, from the organism's JSON or from
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 from alignment_artifacts.pairs import Pair
 from gemma_refactored.errors import UserError, shown
-from gemma_refactored.files import read_json
+from gemma_refactored.files import read_bytes, read_json
 
 ROOT_KEY = "benign_twins"
 CONTRAST = "contrast_"
@@ -53,13 +54,11 @@ def _from_json(path: Path) -> list[Pair]:
 
 def _from_xstest(path: Path) -> list[Pair]:
     """The k-th safe prompt of a type with its k-th unsafe contrast; types without contrasts are omitted."""
+    data = read_bytes(path, "twins file")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, restval="")
-            rows, columns = list(reader), reader.fieldnames or []
-    except FileNotFoundError:
-        raise UserError(f"The twins file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8"), newline=""), restval="")
+        rows, columns = list(reader), reader.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"The twins file {path} cannot be read as CSV: {error}.") from None
     if missing := [name for name in COLUMNS if name not in columns]:
         raise UserError(f"{path} has no column {missing[0]!r}; XSTest's columns are {', '.join(COLUMNS)}.")
