@@ -23,15 +23,17 @@ from typing import TYPE_CHECKING, Annotated, get_args
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
-from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
+from alignment_artifacts.pairs import PAIRS_JSON, SIDES, load_pairs, texts
 from gemma_refactored.configuration import Sampling
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
 
 if TYPE_CHECKING:
+    from alignment_artifacts.directions.estimate import Directions
     from alignment_artifacts.suppression.library import AlignmentArtifacts, SuppressionResult
     from gemma_refactored.model_loading import LoadedModel
 
+ASKED = 10  # artifact prompts to see whether the model refuses at all, where it need not be measured
 TRANSCRIPTS_DIR = places.HOME / "results"  # of --all-pairs, in MODEL/PAIRS/data/ below it
 
 
@@ -89,8 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     library = AlignmentArtifacts(places.find_model(arguments.model or DEFAULT_MODEL), show_progress=not silent)
     categories = named_categories(arguments.categories)
+    directions = load_directions(arguments.directions) if arguments.directions else None
     if not silent:
-        introduce(library, arguments)
+        introduce(library, arguments.prompt, directions)
     if arguments.export_gguf:
         directions = library.directions(None, "residual", arguments.positions or "prompt_end", categories)
         write_gguf(directions, arguments.export_gguf)
@@ -115,7 +118,7 @@ def run(arguments: argparse.Namespace) -> None:
         repetition_penalty=answering.sampling.repetition_penalty,
         seed=answering.sampling.seed,
         ignore_end_tokens=answering.ignore_end_tokens,
-        directions=load_directions(arguments.directions) if arguments.directions else None,
+        directions=directions,
         compare=arguments.compare,
         on_start=printer.start,
         on_text=printer.text,
@@ -135,17 +138,18 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
 
 
-def introduce(library: AlignmentArtifacts, arguments: argparse.Namespace) -> None:
+def introduce(library: AlignmentArtifacts, prompt: str | None, directions: Directions | None) -> None:
     """Say which model it is, where it runs, and what to know about it."""
-    from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
+    from alignment_artifacts.behaviour.refusal import without_refusals
     from gemma_refactored.model_loading import device_description
 
     loaded = library.load()
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}", flush=True)
-    notes = [note(loaded.folder, [arguments.prompt], texts(load_pairs(PAIRS_JSON)))] if arguments.prompt else []
-    if not arguments.directions:  # which may spare measuring the model
-        refused = library.measurements().judged(is_refusal)[:, 1]
-        notes.append(without_refusals(loaded.name, int(refused.sum()), len(refused)))
+    notes = [note(loaded.folder, [prompt], texts(load_pairs(PAIRS_JSON)))] if prompt else []
+    if directions is None:
+        notes.append(without_refusals(loaded.name, *library.refusals()))
+    elif directions.facts.get("ends") in (None, list(SIDES)):  # others, of toxicity say, are not about refusals
+        notes.append(without_refusals(loaded.name, *library.refusals(at_most=ASKED)))
     for sentence in filter(None, notes):
         print(textwrap.fill(sentence, 78), flush=True)
 

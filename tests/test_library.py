@@ -47,6 +47,22 @@ def test_suppression_takes_the_refusal_away_and_leaves_an_answer_alone(library):
     assert same.after == same.before and same.prompt_score < 0
 
 
+def test_a_model_that_refuses_nothing_is_said_with_and_without_a_directions_file(run, library, monkeypatch, tmp_path):
+    assert library.refusals() == (48, 50) and library.refusals(at_most=10)[0] >= 9
+    ours, foreign = tmp_path / "ours.safetensors", tmp_path / "foreign.safetensors"
+    save_directions(library.directions(site="residual"), ours)
+    directions = library.directions(site="residual")
+    save_directions(replace(directions, facts={**directions.facts, "ends": ["benign", "toxic"]}), foreign)
+    monkeypatch.setattr(library_module, "is_refusal", lambda text: False)
+    ask = [REFUSED, "--mode", "ablate", "--site", "residual", "--max-tokens", 2]
+    given = [REFUSED, "--mode", "ablate", "--max-tokens", 2, "--directions"]
+    said = {name: " ".join(run(*arguments)[1].split()) for name, arguments in
+            (("none", ask), ("ours", [*given, ours]), ("foreign", [*given, foreign]))}  # fmt: skip
+    assert "refuses 0 of 50 artifact prompts: there is no refusal behaviour" in said["none"]
+    assert "refuses 0 of 10 artifact prompts: there is no refusal behaviour" in said["ours"]
+    assert "refuses" not in said["foreign"] and "After:" in said["foreign"]
+
+
 def test_scale_0_changes_nothing(library):
     result = library.suppress_and_generate(REFUSED, mode="ablate", scale=0)
     assert result.after_tokens == result.before_tokens and result.proof.touched == 0

@@ -16,7 +16,8 @@ import numpy as np
 
 from alignment_artifacts.analysis import Settings, analyse
 from alignment_artifacts.behaviour import monitor
-from alignment_artifacts.behaviour.answers import write_answer
+from alignment_artifacts.behaviour.answers import observe, write_answer
+from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
@@ -35,6 +36,7 @@ from gemma_refactored.prompt_processing import encode_prompts, prompts_from_argu
 from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
+OPENING_TOKENS = 24  # of an answer, enough to tell a refusal
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
 
 
@@ -122,6 +124,21 @@ class AlignmentArtifacts:
             analysis = analyse(activation_set(loaded, measured, site), Settings(), {"site": site})
             results[site] = {**analysis, "monitor": monitor.held_out_auroc(measured, site)}
         return results
+
+    def refusals(self, model: str | Path | None = None, at_most: int | None = None) -> tuple[int, int]:
+        """Of how many artifact prompts the unedited model refuses how many: (refused, asked).
+
+        Args:
+            at_most: ask so many of them, without measuring the model; None: all.
+        """
+        if at_most is None:
+            refused = self.measurements(model).judged(is_refusal)[:, 1]
+            return int(refused.sum()), len(refused)
+        prompts = [pair.artifact for pair in self.pairs[:: -(-len(self.pairs) // at_most)]]
+        loaded = self.load(model)
+        answers = observe(loaded, prompts, OPENING_TOKENS).answers
+        texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return sum(map(is_refusal, texts)), len(prompts)
 
     def directions(
         self,
