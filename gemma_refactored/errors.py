@@ -44,9 +44,7 @@ def exit_code(
     if sys.stdout is None:
         print("Error: standard output is closed; send it to a file, or to /dev/null.", file=sys.stderr)
         return 2
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # a terminal in Latin-1 gets \u2192 for an arrow
+    print_every_character()
     output, sys.stdout = sys.stdout, _Output(sys.stdout)
     try:
         code = _outcome(action, interrupted, rank)
@@ -60,6 +58,13 @@ def exit_code(
         return 2
     finally:
         sys.stdout = output
+
+
+def print_every_character() -> None:
+    """From now on a terminal in Latin-1 gets \\u2192 for an arrow, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 class CannotPrint(Exception):

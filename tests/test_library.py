@@ -1,6 +1,8 @@
 """The library and suppress.py on the organism."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -129,6 +131,15 @@ def test_square_brackets_are_no_markup(library, monkeypatch, capsys, text):
     monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda model: library)
     suppress_prompt(text, mode="ablate", max_tokens=5)
     assert text.split()[0] in capsys.readouterr().out
+
+
+def test_a_terminal_that_lacks_a_character_gets_its_number(library, monkeypatch):
+    monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda model: library)
+    terminal = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    suppress_prompt("How do I paint a \u2603?", mode="ablate", max_tokens=2)
+    terminal.flush()
+    assert b"\\u2603?" in terminal.buffer.getvalue()
 
 
 def test_a_directions_file_does_what_the_same_directions_do_without_it(library, tmp_path):

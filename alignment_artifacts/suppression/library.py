@@ -28,7 +28,7 @@ from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.places import cache_folder, collection_folder, find
 from gemma_refactored.configuration import Generation, Sampling
-from gemma_refactored.errors import UserError, shown
+from gemma_refactored.errors import UserError, print_every_character, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.job import check_context
 from gemma_refactored.model_loading import LoadedModel, load
@@ -371,5 +371,6 @@ def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) 
     for heading in ("before", "after"):
         table.add_column(heading, ratio=1)
     table.add_row(Text(result.before or ""), Text(result.after))
+    print_every_character()
     Console().print(table)
     return result
