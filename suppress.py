@@ -141,6 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
 def introduce(library: AlignmentArtifacts, prompt: str | None, directions: Directions | None) -> None:
     """Say which model it is, where it runs, and what to know about it."""
     from alignment_artifacts.behaviour.refusal import without_refusals
+    from alignment_artifacts.directions.estimate import fit_to
     from gemma_refactored.model_loading import device_description
 
     loaded = library.load()
@@ -149,6 +150,7 @@ def introduce(library: AlignmentArtifacts, prompt: str | None, directions: Direc
     if directions is None:
         notes.append(without_refusals(loaded.name, *library.refusals()))
     elif directions.facts.get("ends") in (None, list(SIDES)):  # others, of toxicity say, are not about refusals
+        fit_to(directions, loaded)  # or it is refused, before the model is asked anything
         notes.append(without_refusals(loaded.name, *library.refusals(at_most=ASKED)))
     for sentence in filter(None, notes):
         print(textwrap.fill(sentence, 78), flush=True)
