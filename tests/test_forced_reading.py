@@ -42,7 +42,7 @@ def test_neighbours_and_padding_change_nothing(library, prompts):
 def test_conditions_of_one_model_beside_itself_are_the_same(library, prompts, monkeypatch):
     loaded, done = library.load(), []
     sites = layer_sites(loaded.model, "mlp")
-    read = read_pairs([loaded, loaded], prompts, [5, 6, 7], 8, sites, lambda count, kept: done.append(count))
+    read = read_pairs([loaded, loaded], prompts, [5, 6, 7], 8, sites, lambda count, kept=False: done.append(count))
     assert tuple(read) == CONDITIONS and sum(done) == 8 * 12
     for first, second, known in read.values():
         assert first.shape == (6, 2, 8, 128) and np.array_equal(first, second) and known.tolist() == list(range(6))
