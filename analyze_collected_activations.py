@@ -5,6 +5,10 @@ results/MODEL/PAIRS/, and the main ones also beside this script; prints a table.
 means: take it from the collection's manifest.
 """
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import os
 import shutil
 import sys
@@ -14,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.activation_set import (
     ActivationSet,

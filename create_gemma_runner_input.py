@@ -7,13 +7,16 @@ them is about nothing else. Pairs made of two files are also written to PAIRS_FI
 
 from __future__ import annotations
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import displayed

@@ -7,6 +7,10 @@ this model, if it has been run.
 
 from __future__ import annotations
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import argparse
 import json
 import logging
@@ -16,20 +20,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import FORMS, REFUSAL, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
-from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
+from alignment_artifacts.pairs import PAIRS_JSON, SIDES, load_pairs, texts
 from gemma_refactored.configuration import Sampling
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
 
 if TYPE_CHECKING:
+    from alignment_artifacts.directions.estimate import Directions
     from alignment_artifacts.suppression.library import AlignmentArtifacts, SuppressionResult
     from gemma_refactored.model_loading import LoadedModel
 
+ASKED = 10  # artifact prompts to see whether the model refuses at all, where it need not be measured
 TRANSCRIPTS_DIR = places.HOME / "results"  # of --all-pairs, in MODEL/PAIRS/data/ below it
 
 
@@ -96,8 +101,9 @@ def run(arguments: argparse.Namespace) -> None:
         wish=arguments.wish,
     )
     categories = named_categories(arguments.categories)
+    directions = load_directions(arguments.directions) if arguments.directions else None
     if not silent:
-        introduce(library, arguments)
+        introduce(library, arguments.prompt, directions)
     if arguments.export_gguf:
         directions = library.directions(None, "residual", arguments.positions or "prompt_end", categories)
         write_gguf(directions, arguments.export_gguf)
@@ -125,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
         repetition_penalty=answering.sampling.repetition_penalty,
         seed=answering.sampling.seed,
         ignore_end_tokens=answering.ignore_end_tokens,
-        directions=load_directions(arguments.directions) if arguments.directions else None,
+        directions=directions,
         compare=arguments.compare,
         on_start=printer.start,
         on_text=printer.text,
@@ -154,17 +160,21 @@ def scored(score: dict) -> str:
     return f"Score {score['name']}{meaning}: {values}"
 
 
-def introduce(library: AlignmentArtifacts, arguments: argparse.Namespace) -> None:
+def introduce(library: AlignmentArtifacts, prompt: str | None, directions: Directions | None) -> None:
     """Say which model it is, where it runs, and what to know about it."""
-    from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
+    from alignment_artifacts.behaviour.refusal import without_refusals
+    from alignment_artifacts.directions.estimate import fit_to
     from gemma_refactored.model_loading import device_description
 
     loaded = library.load()
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}", flush=True)
-    notes = [note(loaded.folder, [arguments.prompt], texts(load_pairs(PAIRS_JSON)))] if arguments.prompt else []
-    if not arguments.directions and library.score == REFUSAL:  # which may spare measuring the model
-        refused = library.measurements().judged(is_refusal)[:, 1]
-        notes.append(without_refusals(loaded.name, int(refused.sum()), len(refused)))
+    notes = [note(loaded.folder, [prompt], texts(load_pairs(PAIRS_JSON)))] if prompt else []
+    if library.score == REFUSAL:
+        if directions is None:
+            notes.append(without_refusals(loaded.name, *library.refusals()))
+        elif directions.facts.get("ends") in (None, list(SIDES)):  # others, of toxicity say, are not about refusals
+            fit_to(directions, loaded)  # or it is refused, before the model is asked anything
+            notes.append(without_refusals(loaded.name, *library.refusals(at_most=ASKED)))
     for sentence in filter(None, notes):
         print(textwrap.fill(sentence, 78), flush=True)
 
@@ -180,12 +190,12 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     silent = arguments.quiet or arguments.json
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
+    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+    results = places.results_folder(TRANSCRIPTS_DIR, origin)
     total = 2 * len(measured.pairs)
     score = own_measure(library.score, arguments.wish)
     with stage("answering", total, "pair", quiet=silent) as advance:
         result, scores = transcribe(loaded, measured, setting, max_tokens, advance, score)
-    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
-    results = places.results_folder(TRANSCRIPTS_DIR, origin)
     with places.written_together(results) as folder:
         path = save_transcripts(folder / "data", origin.stamp({**result, "chosen_by": by}), scores, score)
     if arguments.json:

@@ -5,6 +5,10 @@ pairs and reported once on test pairs, beside random directions. `suppress.py --
 uses the setting for this model. Writes suppression_sweep.json and a figure among the results of the model.
 """
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -12,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.default_model import DEFAULT_MODEL
@@ -102,6 +105,8 @@ def run(constants: Constants) -> None:
     pairs = load_pairs(pairs_file)
     loaded = load(places.find_model(constants.model_name))
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
+    origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
+    results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
     measured = measure(loaded, pairs, constants.cache, True, [places.collection_folder(loaded)])
     if score:
         print(textwrap.fill(f"Score: {score.name} ({score.meaning or 'no docstring'}); wish: {wish}", 80))
@@ -154,9 +159,7 @@ def run(constants: Constants) -> None:
     }
     if planted := planted_directions(loaded):
         result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
-    origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
     result = origin.stamp(result)
-    results = places.results_folder(constants.results_dir, origin)
     name = score.file_name("suppression_sweep", wish) if score else "suppression_sweep"
     with places.written_together(results) as folder:
         write_json(folder / "data" / f"{name}.json", result)

@@ -15,7 +15,7 @@ import numpy as np
 from alignment_artifacts.collected_files import Source, difference, find_sources, read_manifest
 from alignment_artifacts.pairs import SUBCATEGORY, Pair, PromptPairs
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import CERTIFICATE, PROMPT_EMBEDDING, read_json, step_file
+from gemma_refactored.files import CERTIFICATE, PROMPT_EMBEDDING, is_file, read_json, step_file
 from gemma_refactored.npz_files import NpzReader
 from gemma_refactored.site_names import SITE_KINDS, kind_of
 
@@ -129,9 +129,16 @@ def layers_first(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
 def certificate_verdict(folder: str | Path, manifest: dict) -> str:
     """What `run_model.py --check` found for the model and precision of a collection, in a few words."""
     path = Path(folder) / CERTIFICATE
-    if not path.exists():
+    if not is_file(path, "certificate"):
         return "none (python run_model.py --check issues one)"
     certificate = read_json(path, "certificate")
+    try:
+        return _verdict_for(certificate, manifest)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is not what run_model.py --check writes; run that again, or delete it.") from None
+
+
+def _verdict_for(certificate: dict, manifest: dict) -> str:
     if certificate["model_revision"] != manifest.get("model_revision"):
         return f"for another model ({certificate['model']}); run run_model.py --check again"
     if certificate["dtype"] != manifest.get("weights_dtype"):

@@ -38,6 +38,8 @@ from gemma_refactored.files import (
     TEMPORARY,
     cannot_write,
     displayed,
+    is_file,
+    is_folder,
     locked,
     read_json,
     write_json,
@@ -326,10 +328,10 @@ def folder_to_report(folder: Path) -> Path:
     Raises:
         UserError: there are no results.
     """
-    if (folder / "data").is_dir():
+    if is_folder(folder / "data", "folder of results"):
         return folder
     path = folder / ANALYSIS
-    if path.exists():
+    if is_file(path, "results file"):
         last = read_json(path, "results file").get("results")
         if isinstance(last, str) and (folder / last / "data").is_dir():
             return folder / last

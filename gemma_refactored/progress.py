@@ -15,8 +15,10 @@ T = TypeVar("T")
 
 
 @contextmanager
-def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Callable[[int], object]]:
+def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Callable[..., object]]:
     """One stage of a run: calls of the function that it gives add up to `total` units.
+
+    What an earlier run has left is told by `kept=True`: it takes no time, so nothing follows from it for the rest.
 
     Args:
         name: what is being done ("measuring").
@@ -30,10 +32,13 @@ def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Cal
     warm_up: tuple[float, int] | None = None  # the first call comes late: of its time nothing follows for the rest
     with tqdm(total=total, desc=name, unit=f" {unit}", leave=False, disable=not has_bar) as bar:
 
-        def advance(count: int) -> None:
-            nonlocal done, told, warm_up
-            done += count
+        def advance(count: int, kept: bool = False) -> None:
+            nonlocal total, done, told, warm_up
             bar.update(count)
+            if kept:
+                total -= count
+                return
+            done += count
             seconds = time.perf_counter() - start
             is_first, (first_seconds, first) = warm_up is None, warm_up or (0.0, 0)
             warm_up = warm_up or (seconds, done)

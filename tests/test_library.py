@@ -1,6 +1,8 @@
 """The library and suppress.py on the organism."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -46,6 +48,22 @@ def test_suppression_takes_the_refusal_away_and_leaves_an_answer_alone(library):
     assert 0 < result.proof.touched < result.proof.tokens and result.prompt_score > 0
     same = library.suppress_and_generate(ANSWERED, mode="cap")
     assert same.after == same.before and same.prompt_score < 0
+
+
+def test_a_model_that_refuses_nothing_is_said_with_and_without_a_directions_file(run, library, monkeypatch, tmp_path):
+    assert library.refusals() == (48, 50) and library.refusals(at_most=10)[0] >= 9
+    ours, foreign = tmp_path / "ours.safetensors", tmp_path / "foreign.safetensors"
+    save_directions(library.directions(site="residual"), ours)
+    directions = library.directions(site="residual")
+    save_directions(replace(directions, facts={**directions.facts, "ends": ["benign", "toxic"]}), foreign)
+    monkeypatch.setattr(library_module, "is_refusal", lambda text: False)
+    ask = [REFUSED, "--mode", "ablate", "--site", "residual", "--max-tokens", 2]
+    given = [REFUSED, "--mode", "ablate", "--max-tokens", 2, "--directions"]
+    said = {name: " ".join(run(*arguments)[1].split()) for name, arguments in
+            (("none", ask), ("ours", [*given, ours]), ("foreign", [*given, foreign]))}  # fmt: skip
+    assert "refuses 0 of 50 artifact prompts: there is no refusal behaviour" in said["none"]
+    assert "refuses 0 of 10 artifact prompts: there is no refusal behaviour" in said["ours"]
+    assert "refuses" not in said["foreign"] and "After:" in said["foreign"]
 
 
 def test_scale_0_changes_nothing(library):
@@ -114,6 +132,15 @@ def test_square_brackets_are_no_markup(library, monkeypatch, capsys, text):
     monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda model: library)
     suppress_prompt(text, mode="ablate", max_tokens=5)
     assert text.split()[0] in capsys.readouterr().out
+
+
+def test_a_terminal_that_lacks_a_character_gets_its_number(library, monkeypatch):
+    monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda model: library)
+    terminal = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    suppress_prompt("How do I paint a \u2603?", mode="ablate", max_tokens=2)
+    terminal.flush()
+    assert b"\\u2603?" in terminal.buffer.getvalue()
 
 
 def test_a_directions_file_does_what_the_same_directions_do_without_it(library, tmp_path):

@@ -48,6 +48,17 @@ def test_slow_work_is_estimated_before_a_twentieth_is_done(clock, capsys):
         assert "reading: 1000 texts, about 333 minutes" in capsys.readouterr().err
 
 
+def test_what_an_earlier_run_has_left_says_nothing_about_the_rest(clock, capsys):
+    with progress.stage("reading", 1000, "text") as advance:
+        advance(500, kept=True)
+        clock[0] += 5
+        advance(50)
+        advance(300, kept=True)
+        clock[0] += 5
+        advance(50)
+    assert capsys.readouterr().err == "reading: 200 texts, about 20 seconds\n"
+
+
 def test_quiet_says_nothing_and_items_come_through(capsys):
     with progress.stage("measuring", 10, "token", quiet=True) as advance:
         advance(10)

@@ -99,3 +99,7 @@ def test_no_file(tmp_path):
     for name in ("none.csv", "none.json"):
         with pytest.raises(UserError, match="does not exist"):
             load_twins(tmp_path / name)
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("folder.csv", "x" * 300 + ".csv"):
+        with pytest.raises(UserError, match="The twins file .* cannot be read"):
+            load_twins(tmp_path / name)

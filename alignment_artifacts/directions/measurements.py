@@ -332,6 +332,7 @@ def _answer(
         for number, batch in enumerate(batches, 1):
             path = folder / f"{'_'.join(kinds)}_{number}.safetensors"
             if path.exists():
+                advance(len(batch) * COLLECTED_TOKENS, kept=True)
                 continue
             rows = [token_ids[i] for i in batch]
             steps = generate(

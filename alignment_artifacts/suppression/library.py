@@ -16,7 +16,8 @@ import numpy as np
 
 from alignment_artifacts.analysis import analyse
 from alignment_artifacts.behaviour import monitor, vocabulary
-from alignment_artifacts.behaviour.answers import write_answer, write_answers
+from alignment_artifacts.behaviour.answers import observe, write_answer, write_answers
+from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.behaviour.score import REFUSAL, Score, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
@@ -29,7 +30,7 @@ from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.places import cache_folder, collection_folder, find
 from alignment_artifacts.scores import Settings
 from gemma_refactored.configuration import Generation, Sampling
-from gemma_refactored.errors import UserError, shown
+from gemma_refactored.errors import UserError, print_every_character, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.job import check_context
 from gemma_refactored.model_loading import LoadedModel, load
@@ -38,6 +39,7 @@ from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
 WHEN = ("before", "after")
+OPENING_TOKENS = 24  # of an answer, enough to tell a refusal
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
 
 
@@ -132,6 +134,21 @@ class AlignmentArtifacts:
             analysis = analyse(activation_set(loaded, measured, site), Settings(), {"site": site})
             results[site] = {**analysis, "monitor": monitor.held_out_auroc(measured, site)}
         return results
+
+    def refusals(self, model: str | Path | None = None, at_most: int | None = None) -> tuple[int, int]:
+        """Of how many artifact prompts the unedited model refuses how many: (refused, asked).
+
+        Args:
+            at_most: ask so many of them, without measuring the model; None: all.
+        """
+        if at_most is None:
+            refused = self.measurements(model).judged(is_refusal)[:, 1]
+            return int(refused.sum()), len(refused)
+        prompts = [pair.artifact for pair in self.pairs[:: -(-len(self.pairs) // at_most)]]
+        loaded = self.load(model)
+        answers = observe(loaded, prompts, OPENING_TOKENS).answers
+        texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return sum(map(is_refusal, texts)), len(prompts)
 
     def directions(
         self,
@@ -437,5 +454,6 @@ def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) 
     for heading in ("before", "after"):
         table.add_column(heading, ratio=1)
     table.add_row(Text(result.before or ""), Text(result.after))
+    print_every_character()
     Console().print(table)
     return result
