@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT")
     add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")
-    add("--model", help="local folder or Hugging Face id (default: the embedded organism)")
+    add("--model", help="local folder, GGUF file or Hugging Face id (default: the embedded organism)")
     add(
         "--mode",
         choices=("auto", *get_args(Mode)),

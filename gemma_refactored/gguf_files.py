@@ -266,7 +266,7 @@ def unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 # By kind: bytes before the 32 numbers of a block, and its scales and biases in MLX's scale * number + bias, where
-# `first` and `second` are the 16-bit numbers that a block begins with.
+# `first` and `second` are the 16-bit numbers that a block begins with. In 32 bit, since llama.cpp computes with those.
 PACKED = {
     "Q4_0": (2, lambda first, second: (first, -8 * first)),
     "Q4_1": (4, lambda first, second: (first, second)),
@@ -283,7 +283,7 @@ def pack(blocks: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     before, scaling = PACKED[kind]
     four_bits = kind.startswith("Q4")
     blocks = blocks.reshape(len(blocks), -1, before + (16 if four_bits else 32))
-    halves = np.ascontiguousarray(blocks[..., :4]).view(np.float16)
+    halves = np.ascontiguousarray(blocks[..., :4]).view(np.float16).astype(np.float32)
     scales, biases = scaling(halves[..., 0], halves[..., 1])
     numbers = blocks[..., before:]
     if four_bits:  # llama.cpp puts number j beside j + 16, MLX beside j + 1

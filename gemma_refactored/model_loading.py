@@ -1,4 +1,4 @@
-"""A folder or a Hugging Face id -> a model one can run, its tokenizer, and what to write in a manifest."""
+"""A folder, a GGUF file or a Hugging Face id -> a model one can run, its tokenizer, and what to write in a manifest."""
 
 from __future__ import annotations
 
