@@ -104,7 +104,6 @@ def weight_files(folder: Path) -> list[Path]:
 
     In a folder that stands for a GGUF file it is that file.
 
-
     Raises:
         UserError: there are none, some are missing or cut short, or the index is not one of .safetensors files.
     """

@@ -53,10 +53,10 @@ TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}
 TEXT = ("How do I paint a bookshelf? Name three rivers. It's 1984, isn't it? café " * 3).splitlines()
 
 
-def byte_level_tokenizer(split=None) -> PreTrainedTokenizerFast:
-    """A small tokenizer of GPT-2's kind, which splits text as told."""
+def byte_level_tokenizer(split=None, use_regex: bool = True) -> PreTrainedTokenizerFast:
+    """A small tokenizer of GPT-2's kind, which splits text as told, then (if `use_regex`) as GPT-2 does."""
     backend = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level]) if split else byte_level
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -11,13 +11,12 @@ from gemma_refactored.gguf_tokenizer import tokenizer_of
 from gemma_refactored.model_loading import load
 from gemma_refactored.prompt_processing import encode_prompts
 
-from .gguf_checkpoints import TEMPLATE, add_tokenizer, byte_level_tokenizer, write_pair
+from .gguf_checkpoints import LAYOUTS, TEMPLATE, add_tokenizer, byte_level_tokenizer, write_pair
 
 TEXTS = [
     "How do I paint a bookshelf?", "It's 1984, isn't it?", "  two  spaces\n\n\nand 123456 lines", "café 日本 🙂",
     "Name three<|end|> rivers", "", "'LL 'll x1y22z333",
 ]  # fmt: skip
-DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def written(path, fill):
@@ -30,28 +29,29 @@ def written(path, fill):
 
 
 @pytest.mark.parametrize(
-    ("pre", "split"),
+    ("pre", "split", "use_regex"),
     [
-        ("gpt-2", None),
-        ("smollm", pre_tokenizers.Digits(individual_digits=True)),
-        ("llama-bpe", pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"]), "isolated")),
-        ("qwen2", pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["qwen2"]), "isolated")),
+        ("gpt-2", None, True),
+        ("smollm", pre_tokenizers.Digits(individual_digits=True), True),
+        ("llama-bpe", pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"]), "isolated"), False),
+        ("qwen2", pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["qwen2"]), "isolated"), False),
     ],
 )
-def test_tokens_are_those_of_the_original(tmp_path, pre, split):
-    expected = byte_level_tokenizer(split)
+def test_tokens_are_those_of_the_original(tmp_path, pre, split, use_regex):
+    expected = byte_level_tokenizer(split, use_regex)
     tokenizer = tokenizer_of(written(tmp_path / "t.gguf", lambda writer: add_tokenizer(writer, expected, pre)))
     assert [tokenizer.encode(text) for text in TEXTS] == [expected.encode(text) for text in TEXTS]
     assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template) == ("<s>", "</s>", TEMPLATE)
 
 
-def test_through_the_loader_prompts_are_those_of_the_folder(tmp_path):
-    folder, file = write_pair(tmp_path, "qwen2")
-    expected, loaded = load(folder).tokenizer, load(file).tokenizer
-    texts = TEXTS[:4]
-    assert encode_prompts(loaded, texts) == encode_prompts(expected, texts)
-    assert loaded.padding_side == "left" and loaded.all_special_ids == expected.all_special_ids
+@pytest.mark.parametrize("architecture", LAYOUTS)
+def test_the_loader_changes_nothing_of_it(tmp_path, architecture):
+    _, file = write_pair(tmp_path, architecture)
+    original, loaded = byte_level_tokenizer(), load(file).tokenizer
+    assert [loaded.encode(text) for text in TEXTS] == [original.encode(text) for text in TEXTS]
+    assert encode_prompts(loaded, TEXTS[:4]) == encode_prompts(original, TEXTS[:4])
+    assert loaded.padding_side == "left" and loaded.all_special_ids == original.all_special_ids
 
 
 def test_llama_3_takes_words_whole(tmp_path):
