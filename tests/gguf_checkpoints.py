@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import gguf
@@ -48,6 +49,7 @@ LAYOUTS = {
         },
     ),
 }  # architecture in GGUF -> model type, config.json, metadata that not all have
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q6_K", "Q4_K")
 BYTE_LEVEL = ("</s>", "<|end|>", "<|user|>", "<|assistant|>")
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
 TEXT = ("How do I paint a bookshelf? Name three rivers. It's 1984, isn't it? café " * 3).splitlines()
@@ -113,7 +115,7 @@ def write_pair(
     """(a folder of safetensors, a GGUF file) with the same random weights.
 
     Args:
-        kind: of the file's matrices; vectors are F32.
+        kind: of the file's matrices, "mixed" for one kind after the other; vectors are F32.
         more: metadata under the architecture's name, None to leave one out; config: what it is in config.json.
         tensors: further tensors of the file.
     """
@@ -139,14 +141,16 @@ def write_pair(
     tokenizer = byte_level_tokenizer()
     add_tokenizer(writer, tokenizer)
     weights = {}
+    kinds = cycle(KINDS if kind == "mixed" else [kind])
     for name, parameter in tree_flatten(model.parameters()):
         values = rng.normal(size=parameter.shape).astype(np.float32) * 0.1
         heads = HEADS if "q_proj" in name else KV_HEADS if "k_proj" in name else 0
         is_permuted = architecture == "llama" and heads
         data = permuted(values, heads) if is_permuted else values
-        number = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
+        stored_as = next(kinds) if values.ndim == 2 else "F32"
+        number = gguf.GGMLQuantizationType[stored_as]
         if values.ndim == 2:
-            data = stored(data, kind, rng)
+            data = stored(data, stored_as, rng)
             values = np.asarray(gguf.dequantize(data, number), np.float32)
             values = permuted(values, heads, back=True) if is_permuted else values
         elif own:

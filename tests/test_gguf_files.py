@@ -23,7 +23,7 @@ def assert_equal(folder, file):
     return loaded, expected
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1", "Q6_K", "Q4_K"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1", "mixed"])
 @pytest.mark.parametrize("architecture", LAYOUTS)
 def test_logits_are_those_of_the_folder_with_the_same_weights(tmp_path, architecture, kind):
     loaded, expected = assert_equal(*write_pair(tmp_path, architecture, kind))
@@ -105,7 +105,7 @@ def test_damaged_files_get_one_sentence(tmp_path, how, message):
         load(spoilt(file, how))
 
 
-@pytest.mark.parametrize("place", range(24, 4000, 133))
+@pytest.mark.parametrize("place", range(24, 4000, 331))
 def test_any_damaged_byte_of_the_header_is_a_sentence_or_harmless(tmp_path, place):
     _, file = write_pair(tmp_path, "qwen2")
     try:
