@@ -47,8 +47,8 @@ def config_of(file: GGUFFile) -> dict:
     """
     if file.architecture not in LAYOUTS:
         raise UserError(
-            f"{file.path}: GGUF files of the layout {file.architecture!r} are not read ({', '.join(LAYOUTS)} are); give "
-            "the folder with .safetensors files that it was made from."
+            f"{file.path}: GGUF files of the layout {file.architecture!r} are not read ({', '.join(LAYOUTS)} are); "
+            "give the folder with .safetensors files that it was made from."
         )
     if "token_embd.weight" not in file.tensors:
         raise UserError(f"{file.path}: the tensor token_embd.weight is missing; download it again.")

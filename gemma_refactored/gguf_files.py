@@ -4,6 +4,9 @@
 in place of .safetensors; `read_weights` undoes what llama.cpp's converter does to weights. So nothing that loads,
 audits or identifies a model needs to know of GGUF, but for where the weights come from.
 
+The header is read here, since `mx.load` gives Q4_K and Q6_K in float16 only and refuses a file with one Q5 tensor, and
+`gguf.GGUFReader` takes seconds for a vocabulary of 50,000 words.
+
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -15,7 +18,7 @@ import struct
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,8 +190,8 @@ def as_folder(path: Path) -> Path:
     return Path(_folder(path.resolve(), stat.st_mtime_ns, stat.st_size).name)
 
 
-@lru_cache(maxsize=None)
-def _folder(path: Path, modified: int, size: int) -> tempfile.TemporaryDirectory:
+@cache
+def _folder(path: Path, _modified: int, _size: int) -> tempfile.TemporaryDirectory:
     from .checkpoint_files import refuse_lfs_pointer
     from .gguf_config import config_of
     from .gguf_tokenizer import tokenizer_of

@@ -195,7 +195,8 @@ def load_weights(folder: Path, config: dict, completed: dict | None) -> tuple[nn
 
     def classes(config: dict):
         own = config["model_type"] in OWN_ARCHITECTURES
-        model_class, settings_class = (Gemma, GemmaConfig) if own else translated_classes(config)
+        pair: tuple[type, type] = (Gemma, GemmaConfig) if own else translated_classes(config)
+        model_class, settings_class = pair
         return (with_gguf_weights(model_class, files[0], config) if is_gguf else model_class), settings_class
 
     # mlx-lm's loader takes every file that is called model*.safetensors, so it is shown those that count.

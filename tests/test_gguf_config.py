@@ -62,7 +62,7 @@ def test_rope_factors_are_those_of_llama_3(tmp_path):
     }  # fmt: skip
     wavelengths = _wavelengths(HEAD_DIM, 50000.0)
     factors = (_llama3(wavelengths, settings) / wavelengths).astype(np.float32)
-    assert 1 < np.unique(factors).size
+    assert np.unique(factors).size > 1
     pair = write_pair(tmp_path, "llama", config={"rope_scaling": settings}, tensors={"rope_freqs.weight": factors})
     assert_equal(*pair)
 
@@ -107,7 +107,7 @@ def read_like(metadata, tensors):
         ("llama", {"block_count": 4}, "is missing"),
         ("llama", {"block_count": 2}, "nothing reads the tensor blk.2"),
         ("llama", {"embedding_length": 128}, "cannot be loaded"),
-        ("qwen3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "original_context_length must be a number"),
+        ("qwen3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "original_context_length must be"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
         ("gemma3", {"attention.sliding_window": None}, "sliding_window must be a number"),
     ],
