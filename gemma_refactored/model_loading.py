@@ -195,8 +195,7 @@ def load_weights(folder: Path, config: dict, completed: dict | None) -> tuple[nn
 
     def classes(config: dict):
         own = config["model_type"] in OWN_ARCHITECTURES
-        pair: tuple[type, type] = (Gemma, GemmaConfig) if own else translated_classes(config)
-        model_class, settings_class = pair
+        model_class, settings_class = (Gemma, GemmaConfig) if own else translated_classes(config)
         return (with_gguf_weights(model_class, files[0], config) if is_gguf else model_class), settings_class
 
     # mlx-lm's loader takes every file that is called model*.safetensors, so it is shown those that count.
@@ -230,7 +229,7 @@ def with_gguf_weights(model_class: type, path: Path, config: dict) -> type:
     """A class of models whose weights come from a GGUF file, whatever else the loader found."""
 
     def sanitize(self, weights):
-        return read_weights(path, [name for name, _ in tree_flatten(self.parameters())], config)
+        return read_weights(path, dict(tree_flatten(self.parameters())), config)
 
     return type("Model", (model_class,), {"sanitize": sanitize, "__module__": model_class.__module__})
 
