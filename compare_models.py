@@ -44,7 +44,7 @@ RESULTS_DIR = places.HOME / "results"
 @dataclass(frozen=True)
 class Constants:
     model_a: str
-    """local folder or Hugging Face id of the model before"""
+    """local folder, GGUF file or Hugging Face id of the model before"""
     model_b: str
     """of the model after"""
     pairs_json: Path

@@ -14,6 +14,7 @@ import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest 
 import argparse
 import json
 import logging
+import os
 import sys
 import textwrap
 from dataclasses import asdict, dataclass
@@ -55,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("prompt", nargs="?", metavar="PROMPT")
     add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")
     add("--explain", action="store_true", help="print the tokens that the direction promotes and demotes, per layer")
-    add("--model", help="local folder or Hugging Face id (default: the embedded organism)")
+    add("--model", help="local folder, GGUF file or Hugging Face id (default: the embedded organism)")
+    add("--pairs", type=Path, help="your own prompt pairs (default: PAIRS in the environment, else the 50 shipped)")
     add(
         "--mode",
         choices=("auto", *get_args(Mode)),
@@ -96,6 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     library = AlignmentArtifacts(
         places.find_model(arguments.model or DEFAULT_MODEL),
+        pairs=arguments.pairs or os.environ.get("PAIRS") or PAIRS_JSON,
         show_progress=not silent,
         score=score,
         wish=arguments.wish,

@@ -54,7 +54,7 @@ RESULTS_DIR = places.HOME / "results"
 @dataclass(frozen=True)
 class Constants:
     model_name: str
-    """local folder or Hugging Face id"""
+    """local folder, GGUF file or Hugging Face id"""
     pairs_json: Path
     """the matched prompt pairs"""
     twins: Path

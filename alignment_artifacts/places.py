@@ -71,9 +71,9 @@ def find(path: str | Path) -> Path:
 
 
 def find_model(name: str | Path) -> str:
-    """A model folder, as `find` does; any other name is one of Hugging Face's, and stays as it is."""
-    folder = find(name)
-    return str(folder) if str(name).strip() and os.path.isdir(folder) else str(name).rstrip("/")
+    """A model's folder or file, as `find` does; any other name is one of Hugging Face's, and stays as it is."""
+    path = find(name)
+    return str(path) if str(name).strip() and os.path.exists(path) else str(name).rstrip("/")
 
 
 def told(label: str, path: Path) -> str:

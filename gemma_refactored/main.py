@@ -62,7 +62,7 @@ class Request:
     """A run that is asked for, complete before any model is loaded.
 
     Attributes:
-        model: folder or Hugging Face id.
+        model: folder, GGUF file or Hugging Face id.
         prompts: empty if the command needs none.
         repeated: the earlier run that this one repeats.
     """
@@ -87,7 +87,7 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
         description="Generate answers with a model that has hooks on every activation, and save the activations.",
     )
     add = parser.add_argument
-    add("--model", help=f"local folder or Hugging Face id (default: {defaults.model_is})")
+    add("--model", help=f"local folder, GGUF file or Hugging Face id (default: {defaults.model_is})")
     add("--prompts", nargs="+", metavar="TEXT", help="prompts to answer")
     add(
         "--prompts-file",
@@ -190,7 +190,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
         else:
             prompts = prompts_from_arguments(arguments.prompts or [])
     if model is None:
-        raise UserError("Name a model: --model with a local folder or a Hugging Face id.")
+        raise UserError("Name a model: --model with a local folder, a GGUF file or a Hugging Face id.")
     return Request(model, prompts, generation, saving, repeated)
 
 
@@ -340,12 +340,12 @@ def collect(
     """Answer into a collection; returns the records of earlier runs, and the new ones of all processes."""
     from .chat_template import facts_of_prompts
     from .dry_run import refuse_without_room
-    from .files import is_folder, locked
+    from .files import is_anything, locked
     from .job import open_collection
     from .manifest import new_manifest
 
     saving, folder = request.saving, request.saving.folder
-    is_local = is_folder(request.model, "model folder")
+    is_local = is_anything(request.model, "model folder")
     settings = {
         **record(request.generation, NAMES),
         "activation_filter": saving.activation_filter,

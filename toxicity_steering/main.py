@@ -51,7 +51,7 @@ SEED = 0
 @dataclass(frozen=True)
 class Constants:
     model: str
-    """local folder or Hugging Face id; by default the embedded organism"""
+    """local folder, GGUF file or Hugging Face id; by default the embedded organism"""
     dataset: Literal["organism", "real-toxicity-prompts"]
     """where the prompts come from"""
     scorer: str

@@ -79,9 +79,10 @@ def write_gguf(directions: Directions, path: Path) -> None:
     programs; llama.cpp has none for block 0, so that one is omitted. Adding the vector amplifies.
 
     Raises:
-        UserError: MLP directions (neither program can apply them), no gguf package, or no file can be written there.
+        UserError: MLP directions (neither program can apply them), or no file can be written there.
     """
-    gguf = _gguf()
+    import gguf
+
     if directions.facts["site"] != "residual":
         raise UserError("A GGUF control vector acts on the residual stream; export directions of the site residual.")
     layers = [layer for layer in directions.available if layer > 0]
@@ -105,9 +106,10 @@ def read_gguf(path: Path) -> Directions:
     """Import a control vector: residual-stream directions without further statistics.
 
     Raises:
-        UserError: not a control vector, or no gguf package.
+        UserError: not a control vector.
     """
-    gguf = _gguf()
+    import gguf
+
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
@@ -144,11 +146,3 @@ def read_gguf(path: Path) -> Directions:
 
 def _names(reader) -> str:
     return ", ".join(tensor.name for tensor in reader.tensors[:4]) or "none"
-
-
-def _gguf():
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("GGUF files need the gguf package: pip install gguf.") from None
-    return gguf

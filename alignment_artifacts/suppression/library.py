@@ -85,7 +85,7 @@ class AlignmentArtifacts:
     """Directions of models and what suppressing them does. Models and measurements are kept for the next call.
 
     Args:
-        model: local folder or Hugging Face id, used by methods that are not given another.
+        model: local folder, GGUF file or Hugging Face id, used by methods that are not given another.
         pairs: the matched prompt pairs.
         cache: folder for measurements; default `places.cache_folder`.
         collections: folders of activations that may save a measurement; default: the model's.
