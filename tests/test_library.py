@@ -1,6 +1,7 @@
 """The library and suppress.py on the organism."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -319,3 +320,12 @@ def test_two_models_in_one_library(library, tmp_path):
     own = AlignmentArtifacts(cache=tmp_path / "cache", show_progress=False)
     result = own.suppress_and_generate("Hello there", model_name=other, mode="ablate", max_tokens=5)
     assert result.proof.touched > 0 and len(result.after_tokens) <= 5
+
+
+def test_threads_take_turns(library):
+    """Without turns, MLX ends the process."""
+    prompts = [REFUSED, ANSWERED]
+    expected = [library.suppress_and_generate(prompt, max_tokens=4) for prompt in prompts]
+    with ThreadPoolExecutor(2) as threads:
+        results = threads.map(lambda prompt: library.suppress_and_generate(prompt, max_tokens=4), prompts)
+    assert [result.after_tokens for result in results] == [result.after_tokens for result in expected]
