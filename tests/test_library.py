@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -376,3 +377,12 @@ def test_a_score_of_ones_own_is_shown_before_and_after(capsys, monkeypatch, libr
     finally:
         library.score = REFUSAL
     assert suppress.main([*command, "--score", "cannot"]) == 2 and "FILE.py:FUNCTION" in capsys.readouterr().err
+
+
+def test_threads_take_turns(library):
+    """Without turns, MLX ends the process."""
+    prompts = [REFUSED, ANSWERED]
+    expected = [library.suppress_and_generate(prompt, max_tokens=4) for prompt in prompts]
+    with ThreadPoolExecutor(2) as threads:
+        results = threads.map(lambda prompt: library.suppress_and_generate(prompt, max_tokens=4), prompts)
+    assert [result.after_tokens for result in results] == [result.after_tokens for result in expected]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import cast
+from threading import RLock
+from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -41,6 +43,21 @@ SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py c
 WHEN = ("before", "after")
 OPENING_TOKENS = 24  # of an answer, enough to tell a refusal
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_MODELS = RLock()
+
+
+def in_turn(method: Callable[P, R]) -> Callable[P, R]:
+    """Threads take turns: two in MLX at once hang or end the process, and an edit is seen by all of them."""
+
+    @wraps(method)
+    def wait_and_call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _MODELS:
+            return method(*args, **kwargs)
+
+    return wait_and_call
 
 
 @dataclass
@@ -84,6 +101,8 @@ class SuppressionResult:
 class AlignmentArtifacts:
     """Directions of models and what suppressing them does. Models and measurements are kept for the next call.
 
+    Calls from several threads are answered one after the other.
+
     Args:
         model: local folder, GGUF file or Hugging Face id, used by methods that are not given another.
         pairs: the matched prompt pairs.
@@ -111,12 +130,14 @@ class AlignmentArtifacts:
         self._loaded: dict[str, LoadedModel] = {}
         self._measured: dict[str, Measurements] = {}
 
+    @in_turn
     def load(self, model: str | Path | None = None) -> LoadedModel:
         name = str(model or self.model)
         if name not in self._loaded:
             self._loaded[name] = load(name)
         return self._loaded[name]
 
+    @in_turn
     def measurements(self, model: str | Path | None = None) -> Measurements:
         """What the model does on the pairs; measured on first use, then from the cache."""
         name = str(model or self.model)
@@ -126,6 +147,7 @@ class AlignmentArtifacts:
             self._measured[name] = measure(loaded, self.pairs, self.cache, self.show_progress, collections)
         return self._measured[name]
 
+    @in_turn
     def analyze_artifacts(self, model: str | Path | None = None) -> dict:
         """Per site ("mlp", "residual") the statistics of analyze_collected_activations.py, and the monitor's AUROC."""
         loaded, measured = self.load(model), self.measurements(model)
@@ -135,6 +157,7 @@ class AlignmentArtifacts:
             results[site] = {**analysis, "monitor": monitor.held_out_auroc(measured, site)}
         return results
 
+    @in_turn
     def refusals(self, model: str | Path | None = None, at_most: int | None = None) -> tuple[int, int]:
         """Of how many artifact prompts the unedited model refuses how many: (refused, asked).
 
@@ -150,6 +173,7 @@ class AlignmentArtifacts:
         texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return sum(map(is_refusal, texts)), len(prompts)
 
+    @in_turn
     def directions(
         self,
         model: str | Path | None = None,
@@ -171,6 +195,7 @@ class AlignmentArtifacts:
         save_directions(directions, path)
         return directions
 
+    @in_turn
     def explain(
         self,
         model: str | Path | None = None,
@@ -195,6 +220,7 @@ class AlignmentArtifacts:
         natural = [pair.natural for pair in self.pairs]
         return vocabulary.explain(loaded, directions, encode_prompts(loaded.tokenizer, natural), layers, **settings)
 
+    @in_turn
     def choose(
         self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
     ) -> tuple[Setting, str]:
@@ -220,6 +246,7 @@ class AlignmentArtifacts:
             chosen = replace(chosen, layers=tuple(measured.best_layers(chosen.site, chosen.positions, rows)))
         return chosen, by
 
+    @in_turn
     def answer(
         self,
         prompts: Sequence[str],
@@ -248,6 +275,7 @@ class AlignmentArtifacts:
         answers = write_answers(loaded, token_ids, intervention, max_tokens, sampling)
         return loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
+    @in_turn
     def suppress_and_generate(
         self,
         prompt: str,
@@ -300,6 +328,7 @@ class AlignmentArtifacts:
         )  # fmt: skip
         return replace(result, chosen_by=by)
 
+    @in_turn
     def suppress(
         self,
         prompt: str,
