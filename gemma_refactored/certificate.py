@@ -26,6 +26,7 @@ from .config_audit import complete
 from .errors import UserError
 from .files import CERTIFICATE, displayed, write_json
 from .generation import generate
+from .gguf_files import WEIGHTS
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
 from .progress import each
@@ -346,7 +347,8 @@ def _transformers_states(loaded: LoadedModel, tokens: list[int]) -> States:
     config = transformers.AutoConfig.from_pretrained(str(loaded.folder), local_files_only=True)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     try:
-        if "quantization" in loaded.config:  # a format of MLX: hand over the weights it stands for
+        if "quantization" in loaded.config or (loaded.folder / WEIGHTS).is_symlink():
+            # Not in transformers' form: hand over the weights it stands for.
             config = getattr(config, "text_config", None) or config
             config.quantization_config = None
             model = transformers.AutoModelForCausalLM.from_config(config, **options)

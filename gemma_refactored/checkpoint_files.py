@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .errors import UserError, shown
 from .files import is_anything, is_file, is_folder
-from .gguf_files import SUFFIX, WEIGHTS, as_folder
+from .gguf_files import SUFFIX, WEIGHTS
+from .gguf_folder import as_folder
 
 FILES_NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 # What decides how text becomes token ids, besides tokenizer_config.json, which holds the chat template too.
@@ -28,6 +29,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     if is_folder(path, "model folder"):
         return path
     if path.suffix.lower() == SUFFIX and is_file(path, "model"):
+        refuse_lfs_pointer(path)
         return as_folder(path)
     if is_anything(path, "model folder") or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(

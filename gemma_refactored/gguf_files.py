@@ -1,8 +1,6 @@
-"""A GGUF file, as llama.cpp runs it, read as the checkpoint folder it was made from.
+"""A GGUF file, as llama.cpp runs it: its metadata, and its weights as the checkpoint had them that it was made from.
 
-`as_folder` gives a folder with config.json and a tokenizer, as every other checkpoint has them, and the file itself
-in place of .safetensors; `read_weights` undoes what llama.cpp's converter does to weights. So nothing that loads,
-audits or identifies a model needs to know of GGUF, but for where the weights come from.
+`read_weights` undoes what llama.cpp's converter does to weights.
 
 The header is read here, since `mx.load` gives Q4_K and Q6_K in float16 only and refuses a file with one Q5 tensor, and
 `gguf.GGUFReader` takes seconds for a vocabulary of 50,000 words.
@@ -12,13 +10,11 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import json
 import mmap
 import struct
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 SUFFIX = ".gguf"  # of the files that people name
-WEIGHTS = "model.gguf"  # in a folder of `as_folder`
+WEIGHTS = "model.gguf"  # in a folder of `gguf_folder.as_folder`
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ROPE_FACTORS = "rope_freqs.weight"  # divides RoPE frequencies (Llama 3.1 and later); no parameter of the model
 NUMBERS = "BbHhIif?"  # struct formats of the metadata types 0 to 7; 8: text, 9: array, 10 to 12: "Qqd"
@@ -178,34 +174,6 @@ def _header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{name} occurs twice or is no whole number of blocks")
         tensors[name] = Tensor(shape, kind, start + offset, prod(shape) // block * size)
     return metadata, tensors
-
-
-def as_folder(path: Path) -> Path:
-    """A folder that stands for the file: config.json, tokenizer, and the file as model.gguf; gone with the process.
-
-    Raises:
-        UserError: damaged, in parts, or a model of a layout that is not read.
-    """
-    stat = path.stat()
-    return Path(_folder(path.resolve(), stat.st_mtime_ns, stat.st_size).name)
-
-
-@cache
-def _folder(path: Path, _modified: int, _size: int) -> tempfile.TemporaryDirectory:
-    from .checkpoint_files import refuse_lfs_pointer
-    from .gguf_config import config_of
-    from .gguf_tokenizer import tokenizer_of
-
-    refuse_lfs_pointer(path)
-    read.cache_clear()
-    file = read(path)
-    config = config_of(file)
-    tokenizer = tokenizer_of(file)
-    folder = tempfile.TemporaryDirectory(prefix="gguf-")
-    (Path(folder.name) / "config.json").write_text(json.dumps(config, indent=1))
-    (Path(folder.name) / WEIGHTS).symlink_to(path)
-    tokenizer.save_pretrained(folder.name)
-    return folder
 
 
 def read_weights(path: Path, names: Iterable[str], config: dict) -> dict[str, mx.array]:
