@@ -23,10 +23,14 @@ from alignment_artifacts.activation_set import (
     names_a_layer,
     refuse_excluded,
 )
-from alignment_artifacts.analysis import NAMES, Run, Settings
+from alignment_artifacts.analysis import Run
+from alignment_artifacts.blocks import independent_groups
+from alignment_artifacts.figures.data import POSITION_NAMES
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.pairs import load_pairs
+from alignment_artifacts.scores import NAMES, Settings, layers_by_d
 from alignment_artifacts.separation import MIN_PAIRS
+from alignment_artifacts.summary import records_of
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.settings import Between, Must, from_constants
@@ -164,28 +168,46 @@ def report_excluded(data: ActivationSet, max_excluded: float) -> None:
     refuse_excluded(data, max_excluded)
     if len(data.pairs) < MIN_PAIRS:
         raise UserError(f"Held-out statistics need at least {MIN_PAIRS} pairs; there are {len(data.pairs)}.")
+    groups = int(independent_groups(data.pairs).max()) + 1
+    if groups < MIN_PAIRS:
+        raise UserError(
+            f"The {len(data.pairs)} pairs share prompts or a declared group and make {groups} independent group"
+            f"{'s' if groups > 1 else ''}; held-out statistics need at least {MIN_PAIRS}."
+        )
 
 
 def print_table(result: dict) -> None:
-    """The top layers, 80 columns wide."""
-    print("\nTop layers, generated tokens (held out by pair)")
-    print("layer  Cohen d    95 % interval  accuracy  AUROC      p  prompt end d")
-    for layer in result["top_layers_by_cohens_d"]:
-        _print_row(str(layer), result["layer_scores"][str(layer)], result["layer_scores_prompt_end"][str(layer)])
-    if result["lexical_baseline"]:
-        _print_row("words", result["lexical_baseline"])
-    if nested := result["best_layer_nested"]:
-        d, accuracy = number(nested["cohens_d"]), percent(nested["accuracy"], 1)
-        print(f"Best layer chosen inside the folds: d = {d}, accuracy {accuracy}.")
+    """The headline and the top layers at both kinds of positions, 80 columns wide; prompt end first."""
+    for positions in result["controls"]:
+        scores, nested = records_of(result, positions)
+        print(f"\n{POSITION_NAMES[positions].capitalize()} (held out by pair)")
+        print("layer     Cohen d    95 % interval  accuracy  pairs  AUROC      p")
+        if nested:
+            _print_row("nested", {**nested, "p_value": None})
+        for layer in layers_by_d(list(scores.values()))[: result["config"]["top_layers"]]:
+            _print_row(str(layer), scores[str(layer)])
+        _print_row("LDA", {**result["controls"][positions]["lda"], "p_value": None})
+    print("\nWithout any model")
+    for kind, record in result["word_baselines"].items():
+        _print_row(kind.replace("mean difference", "words"), record)
+    if result["length_baseline"]:
+        _print_row("length", result["length_baseline"])
+    print("nested: layer chosen inside the folds; pairs: artifact above its own partner")
+    independence, found = result["independence"], result["power"]
+    text = f"{independence['num_pairs']} pairs, {independence['num_groups']} independent groups; "
+    text += f"the smallest p they allow is {independence['p_floor']:.2g}."
+    if found["smallest_d"] is not None:
+        needs = ", ".join(f"d = {d}: {n}" for d, n in found["groups_needed"].items())
+        text += f" With 80 % power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}."
+    print(textwrap.fill(text, 78))
     print("\n" + textwrap.fill(result["summary"], 78))
 
 
-def _print_row(name: str, record: dict, prompt_end: dict | None = None) -> None:
-    other = number(prompt_end["cohens_d"]) if prompt_end else ""
+def _print_row(name: str, record: dict) -> None:
     print(
-        f"{name:>5}  {number(record['cohens_d']):>7}  {interval(record['cohens_d_ci']):>15}  "
-        f"{percent(record['accuracy'], 1):>8}  {number(record['auroc']):>5}  {number(record['p_value'], 3):>6}  "
-        f"{other:>12}".rstrip()
+        f"{name:>8}  {number(record['cohens_d']):>7}  {interval(record['cohens_d_ci']):>15}  "
+        f"{percent(record['accuracy'], 1):>8}  {percent(record['pair_accuracy']):>5}  {number(record['auroc']):>5}  "
+        f"{number(record['p_value'], 3):>6}".rstrip()
     )
 
 

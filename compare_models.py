@@ -15,9 +15,9 @@ from typing import Annotated
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
-from alignment_artifacts.analysis import NAMES, Settings
 from alignment_artifacts.edits.options import Site
 from alignment_artifacts.formatting import interval, number, percent
+from alignment_artifacts.scores import NAMES, Settings
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import read_json, write_json
 from gemma_refactored.settings import Between, from_constants
@@ -119,7 +119,7 @@ def keep_earlier(results: Path, revision: str) -> None:
 
 def print_tables(result: dict) -> None:
     """80 columns: layers at the prompt's end, differences under every condition, transfer."""
-    from alignment_artifacts.analysis import is_significant
+    from alignment_artifacts.scores import is_significant
 
     print("\nAt the prompt's end, the same tokens in both (d held out by pair)")
     print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A")

@@ -37,6 +37,7 @@ class ActivationSet:
             than IN_MEMORY is in a temporary file: go through it layer by layer.
         valid: bool [pairs, 2, steps]; false where a prompt had ended.
         prompt_embeddings: float32 [pairs, 2, hidden], mean token embedding of each prompt, or None.
+        prompt_lengths: [pairs, 2] tokens of each prompt as the model read it, or None.
         excluded: pairs left out, each with its reason.
         manifest: of the collection, {} if it has none.
         folder: of the collection.
@@ -51,6 +52,7 @@ class ActivationSet:
     manifest: dict
     folder: Path | None = None
     has_texts: bool = True
+    prompt_lengths: np.ndarray | None = None
     _prompt_vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
@@ -204,7 +206,15 @@ def load_activation_set(
         manifest=manifest,
         folder=folder,
         has_texts=all(source.text is not None for both in sources for source in both),
+        prompt_lengths=_prompt_lengths(sources),
     )
+
+
+def _prompt_lengths(sources: list[list[Source]]) -> np.ndarray | None:
+    """[pairs, 2] tokens of each prompt, where the collection has them all."""
+    lengths = [[source.prompt_tokens for source in both] for both in sources]
+    is_complete = all(length is not None for both in lengths for length in both)
+    return np.array(lengths) if is_complete else None
 
 
 def refuse_excluded(data: ActivationSet, limit: float = MAX_EXCLUDED) -> None:

@@ -9,130 +9,29 @@ run.to_dataframe(), run.figures()["layer_scores"], run.data.prompt_vectors("prom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alignment_artifacts import formatting
 from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import MAX_EXCLUDED, ActivationSet, load_activation_set, refuse_excluded
+from alignment_artifacts.baselines import score_baselines
+from alignment_artifacts.blocks import independent_groups, undeclared_dependence
+from alignment_artifacts.categories import score_categories
 from alignment_artifacts.figures.data import layer_panels
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
-from gemma_refactored.configuration import Seed
+from alignment_artifacts.scores import Settings, by_layer, layers_by_d, power, score_layers, significant_layers
+from alignment_artifacts.summary import summarise
 from gemma_refactored.files import jsonable
-from gemma_refactored.settings import Between, check
+from gemma_refactored.settings import check
 
 if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects as go
-
-Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the statistics depend on besides the data."""
-
-    permutations: Annotated[int, Between(1)] = 1000
-    """sign flips within pairs, for p"""
-    resamples: Annotated[int, Between(1)] = 1000
-    """bootstrap resamples, for intervals"""
-    seed: Seed = 0
-    """of all random choices"""
-    top_layers: Annotated[int, Between(1)] = 5
-    """best layers that are listed"""
-
-
-NAMES = {"permutations": "num_permutations", "resamples": "num_bootstrap_resamples"}  # what scripts call them
-
-
-@dataclass
-class LayerScores:
-    """Results of one set of prompt vectors.
-
-    Attributes:
-        layers: one record a layer (the keys are those of the design, section 4).
-        best_layer: d and accuracy when the layer itself is chosen inside the training folds; None with
-            fewer than eight pairs.
-    """
-
-    layers: list[dict]
-    best_layer: dict | None
-
-
-def score_layers(
-    vectors: np.ndarray,
-    strata: np.ndarray,
-    settings: Settings,
-    samples: Callable[[int], Blocks] | None = None,
-) -> LayerScores:
-    """Held-out separation of matched prompt vectors, one layer at a time (all of them may not fit in memory).
-
-    Args:
-        vectors: [pairs, 2, layers, hidden], natural and artifact.
-        strata: [pairs] labels that the folds are balanced over.
-        samples: layer -> vectors for the in-sample numbers, see `separation.in_sample_scores`; default the
-            prompt vectors.
-    """
-    folds = st.assign_folds(strata, settings.seed)
-    can_nest = len(folds) >= st.MIN_PAIRS_NESTED
-    records, held_out, nulls = [], [], []
-    inner_scores: list[np.ndarray] = []  # none, if there are too few pairs to nest
-    for number in range(vectors.shape[2]):
-        natural, artifact = vectors[:, 0, number], vectors[:, 1, number]
-        layer = st.pair_vectors(natural, artifact)
-        held_out.append(st.held_out_projections(layer, folds))
-        nulls.append(st.sign_flip_d(layer, folds, settings.permutations, settings.seed))
-        if can_nest:
-            inner_scores.append(st.inner_scores(layer, folds))
-        blocks = samples(number) if samples else lambda both=(natural, artifact): [both]
-        records.append(_record(held_out[-1], natural, artifact, blocks, settings))
-    null = st.best_of(nulls)
-    for record in records:
-        d = record["cohens_d"]
-        record["p_value"] = st.p_value(d, null) if np.isfinite(d) else None
-        record["null_95"] = float(np.quantile(null, 0.95))
-    return LayerScores(records, _best_layer(held_out, inner_scores, settings) if can_nest else None)
-
-
-def _record(
-    held_out: st.HeldOut, natural: np.ndarray, artifact: np.ndarray, blocks: Blocks, settings: Settings
-) -> dict:
-    """What is known of a layer without looking at the others."""
-    d_in_sample, shift_ratio, samples = st.in_sample_scores(blocks)
-    return {
-        **held_out_scores(held_out, settings),
-        "auroc": held_out.auroc(),
-        "p_value": None,
-        "null_95": None,
-        "cohens_d_in_sample": d_in_sample,
-        "mean_shift_ratio": shift_ratio,
-        "direction_norm": float(np.linalg.norm(artifact.mean(axis=0) - natural.mean(axis=0))),
-        "mean_separation_on_axis": held_out.separation(),
-        "num_natural_samples": samples[0],
-        "num_artifact_samples": samples[1],
-        "num_pairs": len(natural),
-    }
-
-
-def _best_layer(held_out: list[st.HeldOut], inner_scores: list[np.ndarray], settings: Settings) -> dict:
-    best, chosen = st.nested_best_layer(held_out, inner_scores)
-    return {**held_out_scores(best, settings), "layer_chosen_in_each_fold": chosen}
-
-
-def held_out_scores(held_out: st.HeldOut, settings: Settings) -> dict:
-    """d and accuracy with their intervals, as every record has them."""
-    d_interval, accuracy_interval = held_out.intervals(settings.resamples, settings.seed)
-    return {
-        "cohens_d": held_out.d(),
-        "cohens_d_ci": d_interval,
-        "accuracy": held_out.accuracy(),
-        "accuracy_ci": accuracy_interval,
-    }
 
 
 def headline_positions(data: ActivationSet) -> str:
@@ -142,51 +41,51 @@ def headline_positions(data: ActivationSet) -> str:
 
 def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
     """The main result: `alignment_artifact_analysis_results.json` as a dictionary."""
-    strata = np.array([pair.category for pair in data.pairs])
-    by_position = {
+    strata, groups = np.array([pair.category for pair in data.pairs]), independent_groups(data.pairs)
+    scored = {
         positions: score_layers(
             data.prompt_vectors(positions),
             strata,
             settings,
             partial(partial, data.step_vectors, positions),  # layer -> how to read it
+            groups,
         )
-        for positions in {headline_positions(data), "prompt_end"}
+        for positions in dict.fromkeys(["prompt_end", headline_positions(data)])
     }
-    headline = by_position[headline_positions(data)]
-    lexical = None
-    if data.prompt_embeddings is not None:
-        lexical = score_layers(data.prompt_embeddings[:, :, None], strata, settings).layers[0]
-    order = sorted(range(data.num_layers), key=lambda i: -np.nan_to_num(headline.layers[i]["cohens_d"], nan=-np.inf))
-    result: dict[str, Any] = {
+    headline, prompt_end = scored[headline_positions(data)], scored["prompt_end"]
+    baselines = score_baselines(data, scored, strata, groups, settings)
+    result = {
         "model": data.model,
-        "layer_scores": _by_layer(headline.layers),
-        "layer_scores_prompt_end": _by_layer(by_position["prompt_end"].layers),
-        "lexical_baseline": lexical,
+        "layer_scores": by_layer(headline.layers),
+        "layer_scores_prompt_end": by_layer(prompt_end.layers),
         "best_layer_nested": headline.best_layer,
-        "best_layer_nested_prompt_end": by_position["prompt_end"].best_layer,
-        "top_layers_by_cohens_d": order[: settings.top_layers],
+        "best_layer_nested_prompt_end": prompt_end.best_layer,
+        **baselines,
+        "top_layers_by_cohens_d": layers_by_d(headline.layers)[: settings.top_layers],
+        "independence": {
+            "num_pairs": len(groups),
+            "num_groups": int(groups.max()) + 1,
+            "p_floor": st.smallest_p(groups, settings.permutations),
+            "warning": undeclared_dependence(data.pairs, groups),
+        },
+        "outliers": [
+            {**outlier, "pair": data.pairs[outlier["pair"]].id, "category": strata[outlier["pair"]]}
+            for outlier in prompt_end.outliers
+        ],
+        "power": power(prompt_end),
         "excluded": data.excluded,
         "config": {**config, **asdict(settings)},
         "collection": data.manifest,
     }
-    result["summary"] = summarise(result)
-    return jsonable(result)
+    result = jsonable(result)
+    return {**result, "summary": summarise(result)}
 
 
 def analyse_categories(data: ActivationSet, settings: Settings) -> dict:
-    """Per category the same per-layer records, from that category's pairs alone."""
-    labels = np.array([pair.category for pair in data.pairs])
-    positions = headline_positions(data)
-    vectors = data.prompt_vectors(positions)
-    categories: dict[str, dict] = {}
-    for category in dict.fromkeys(labels):
-        own = labels == category
-        if own.sum() < st.MIN_PAIRS:
-            categories[category] = {"layer_scores": None, "reason": f"only {own.sum()} pairs, {st.MIN_PAIRS} needed"}
-            continue
-        scores = score_layers(vectors[own], labels[own], settings)
-        categories[category] = {"layer_scores": _by_layer(scores.layers), "best_layer_nested": scores.best_layer}
-    return jsonable({"positions": positions, "categories": categories})
+    """Per category the same per-layer records, from that category's pairs alone, and how categories differ."""
+    labels, positions = np.array([pair.category for pair in data.pairs]), headline_positions(data)
+    scored = score_categories(data.prompt_vectors(positions), labels, independent_groups(data.pairs), settings)
+    return jsonable({"positions": positions, **scored})
 
 
 def analyse_layers_and_steps(data: ActivationSet, result: dict, settings: Settings) -> dict:
@@ -224,14 +123,15 @@ def project_prompts(data: ActivationSet, settings: Settings) -> dict:
     direction; both [pairs, 2 (natural, artifact)].
     """
     strata = np.array([pair.category for pair in data.pairs])
-    folds = st.assign_folds(strata, settings.seed)
+    folds = st.assign_divisions(strata, settings.seed, independent_groups(data.pairs))
     by_position: dict[str, list[dict]] = {}
     for positions in dict.fromkeys([headline_positions(data), "prompt_end"]):
         layers = by_position[positions] = []
         for vectors in np.moveaxis(data.prompt_vectors(positions), 2, 0):
             natural, artifact = vectors[:, 0], vectors[:, 1]
             held_out = st.held_out_projections(st.pair_vectors(natural, artifact), folds)
-            from_threshold = np.stack([held_out.natural, held_out.artifact], axis=1) - held_out.thresholds[:, None]
+            sides = np.stack([held_out.natural, held_out.artifact]) - held_out.thresholds
+            from_threshold = sides.mean(axis=1).T  # over the divisions into folds
             layers.append(
                 {
                     "direction": from_threshold.tolist(),
@@ -245,61 +145,14 @@ def _d_of_steps(
     data: ActivationSet, layer: int, pairs_of_step: list[np.ndarray], settings: Settings
 ) -> dict[int, float]:
     """Held-out d of a layer at each step that enough pairs have reached."""
-    categories = np.array([pair.category for pair in data.pairs])
+    categories, groups = np.array([pair.category for pair in data.pairs]), independent_groups(data.pairs)
     scores = {}
     for step, own in enumerate(pairs_of_step):
-        if len(own) >= 2 * st.MIN_PAIRS_PER_FOLD:
+        if len(np.unique(groups[own])) >= 2 * st.MIN_PAIRS_PER_FOLD:
             natural, artifact = (data.values[own, side, step, layer] for side in (0, 1))
-            folds = st.assign_folds(categories[own], settings.seed)
+            folds = st.assign_divisions(categories[own], settings.seed, groups[own])
             scores[step] = float(st.held_out_d(st.pair_vectors(natural, artifact), folds))
     return scores
-
-
-def significant_layers(scores: dict) -> list[int]:
-    """Layers that separate better than the best layer does by chance (p at most 0.05 over all of them)."""
-    return [int(layer) for layer, record in scores.items() if is_significant(record)]
-
-
-def is_significant(record: dict) -> bool:
-    """p of a per-layer record is at most 0.05 over all layers; None (not defined) is not."""
-    return record["p_value"] is not None and record["p_value"] <= 0.05
-
-
-def summarise(result: dict) -> str:
-    """What the numbers mean, in a sentence or two."""
-    best = result["top_layers_by_cohens_d"][0]
-    record, nested = result["layer_scores"][str(best)], result["best_layer_nested"]
-    if record["p_value"] is None:
-        return "Cohen's d is not defined: the vectors of a class do not differ from each other at all."
-    if record["p_value"] > 0.05:
-        return (
-            f"No layer separates natural from artifact prompts better than chance (best: layer {best}, "
-            f"p = {formatting.p_value(record['p_value'])} over all layers)."
-        )
-    accuracy = (
-        f"{formatting.percent(nested['accuracy'])} accuracy (layer chosen blindly too)"
-        if nested
-        else "better than chance"
-    )
-    significant = significant_layers(result["layer_scores"])
-    where = f"{len(significant)} of {len(result['layer_scores'])} layers, best at layer {best}"
-    d = f"d = {formatting.number(record['cohens_d'], 1)} {formatting.interval(record['cohens_d_ci'], 1)}"
-    strength = f"{d}, p = {formatting.p_value(record['p_value'])} over all layers"
-    text = (
-        f"Natural and artifact prompts are separated at {where} ({strength}): "
-        f"a direction from some pairs tells the prompts of other pairs apart with {accuracy}."
-    )
-    lexical = result["lexical_baseline"]
-    if lexical and lexical["cohens_d"] is not None:
-        beside = f"d = {formatting.number(lexical['cohens_d'], 1)} ({formatting.percent(lexical['accuracy'])} accuracy)"
-        as_much = lexical["cohens_d"] >= record["cohens_d_ci"][0]
-        text += f" Word choice alone gives {beside}"
-        text += ": about as much, so this is no evidence of alignment." if as_much else "."
-    return text
-
-
-def _by_layer(records: list[dict]) -> dict[str, dict]:
-    return {str(i): record for i, record in enumerate(records)}
 
 
 @dataclass

@@ -23,6 +23,7 @@ class Source:
         folder: with a file for each step.
         row: of this prompt, of the `rows` that each array has.
         text: the prompt that was collected; None if nothing says.
+        prompt_tokens: their number, in the chat format; None if nothing says.
         answer_length: generated tokens; None if nothing says.
         problem: why the files cannot be used.
     """
@@ -31,6 +32,7 @@ class Source:
     row: int = 0
     rows: int = 1
     text: str | None = None
+    prompt_tokens: int | None = None
     answer_length: int | None = None
     problem: str | None = None
 
@@ -91,7 +93,7 @@ def _in_groups(folder: Path, manifest: dict, subcategory: str) -> Callable[[str]
             raise UserError(
                 f"The prompt marker {path} has no 'token_ids'; delete its folder and run the collection again."
             )
-        return Source(place, text=_text(marker), answer_length=len(answer))
+        return Source(place, text=_text(marker), prompt_tokens=_prompt_tokens(marker), answer_length=len(answer))
 
     return find
 
@@ -102,7 +104,8 @@ def _in_batches(folder: Path, subcategory: str) -> Callable[[str], Source]:
         rows = list(_batch_rows(path))
         for number, row in enumerate(rows):
             if row["subcategory"] == subcategory and row["number"] == 1:
-                sources[row["group"]] = Source(path.parent, number, len(rows), _text(row), row["valid_steps"])
+                facts = (_text(row), _prompt_tokens(row), row["valid_steps"])
+                sources[row["group"]] = Source(path.parent, number, len(rows), *facts)
     missing = f"not collected, or not complete: no {BATCH_MARKER} in {folder} has it"
     return lambda group: sources.get(group) or Source(folder, problem=missing)
 
@@ -124,6 +127,11 @@ def _batch_rows(path: Path) -> Iterator[dict]:
 def _text(marker: dict) -> str | None:
     text = marker.get("prompt")
     return text if isinstance(text, str) else None
+
+
+def _prompt_tokens(marker: dict) -> int | None:
+    number = marker.get("prompt_tokens")
+    return number if isinstance(number, int) else None
 
 
 def difference(pair: Pair, sources: list[Source]) -> str | None:

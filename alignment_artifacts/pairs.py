@@ -31,10 +31,13 @@ MATCHING = (
 
 @dataclass(frozen=True)
 class Pair:
+    """A natural prompt and the artifact prompt that matches it; pairs of one `block` depend on each other."""
+
     id: str
     category: str
     natural: str
     artifact: str
+    block: str | None = None
 
     def group(self, side: str) -> str:
         """Name of the prompt group that holds one side of this pair."""
@@ -211,7 +214,10 @@ def _read_pair(entry, category: str, sides: tuple[str, str], where: str) -> Pair
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {key!r} must be text that is not empty, not {shown(value)}.")
     check_name(entry["id"], where)
-    return Pair(entry["id"], category, entry[keys[0]], entry[keys[1]])
+    block = entry.get("group")
+    if block is not None and not (isinstance(block, str) and block.strip()):
+        raise UserError(f"{where}: 'group' names pairs that depend on each other; it must be text, not {shown(block)}.")
+    return Pair(entry["id"], category, entry[keys[0]], entry[keys[1]], block)
 
 
 def texts(pairs: Sequence[Pair]) -> list[str]:

@@ -3,23 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 
 import numpy as np
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
-    """95 % interval of a share (Wilson 1927)."""
-    if n == 0:
+def t_quantile(freedom: float) -> float:
+    """Of the t distribution, for a two-sided 95 % interval."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(max(freedom, 1), 0.975))
+
+
+def wilson(share: float, n: float, z: float = 1.96) -> list[float]:
+    """Score interval of a share of n, which need not be whole (Wilson 1927); all there is without any, NaN of NaN."""
+    if np.isnan(share):
+        return [float("nan"), float("nan")]
+    if n <= 0:
         return [0.0, 1.0]
-    share, spread = hits / n, z * np.sqrt(hits * (n - hits) / n + z * z / 4) / (n + z * z)
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    return [float(max(0.0, centre - spread)), float(min(1.0, centre + spread))]
+    spread = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = ((share + z * z / (2 * n) + side * spread) / (1 + z * z / n) for side in (-1, 1))
+    return [float(max(min(low, share), 0.0)), float(min(max(high, share), 1.0))]
 
 
 def rate(flags: Sequence[bool]) -> dict:
     """A share with its Wilson interval."""
     hits, n = int(sum(flags)), len(flags)
-    return {"rate": hits / n if n else None, "hits": hits, "n": n, "ci": wilson(hits, n)}
+    return {"rate": hits / n if n else None, "hits": hits, "n": n, "ci": wilson(hits / n if n else 0.0, n)}
+
+
+def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> dict:
+    """Two settings on the same prompts: second minus first rate, and whether that may be chance.
+
+    Returns:
+        "difference" with Newcombe's (1998, Statistics in Medicine 17:2635, method 10) interval "ci", and "p_value" of
+        the exact McNemar test; None without prompts.
+    """
+    before, after = np.asarray(first, bool), np.asarray(second, bool)
+    n = len(before)
+    if n == 0:
+        return {"difference": None, "ci": None, "p_value": None}
+    both, only_first = int((before & after).sum()), int((before & ~after).sum())
+    only_second = int((~before & after).sum())
+    neither = n - both - only_first - only_second
+    shares = np.array([after.mean(), before.mean()])
+    low, high = np.transpose([wilson(float(x.mean()), n) for x in (after, before)])
+    product = (both + only_first) * (both + only_second) * (neither + only_first) * (neither + only_second)
+    lead = float(both * neither - only_first * only_second)
+    lead = max(lead - n / 2, 0.0) if lead > 0 else lead  # continuity
+    agreement = lead / np.sqrt(product) if product else 0.0
+    down, up = shares - low, high - shares
+    edges = [
+        np.sqrt(max(a[0] ** 2 - 2 * agreement * a[0] * b[1] + b[1] ** 2, 0.0)) for a, b in ((down, up), (up, down))
+    ]
+    difference = float(shares[0] - shares[1])
+    discordant, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(comb(discordant, k) for k in range(fewer + 1)) / 2**discordant
+    return {
+        "difference": difference,
+        "ci": [difference - float(edges[0]), difference + float(edges[1])],
+        "p_value": float(min(1.0, 2 * tail)),
+    }
+
+
+def log_mean(groups: Sequence[np.ndarray], wider: float = 1.25) -> list[float | None]:
+    """95 % interval of a mean of positive numbers over all members of groups that vary as wholes, such as prompts.
+
+    Symmetric on the logarithm: a few large values carry the mean, and resampled means omit what did not occur. It is
+    made wider than the t distribution asks for because a sample says too little of such values
+    (benchmarks/simulated_rates.py).
+    """
+    sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
+    mean, n = sums.sum() / counts.sum(), len(groups)
+    if not mean > 0 or n < 2:
+        return [None, None]
+    error = np.sqrt(n / (n - 1) * ((sums - mean * counts) ** 2).sum()) / counts.sum() / mean
+    half = wider * t_quantile(n - 1) * error
+    return [float(mean * np.exp(side * half)) for side in (-1, 1)]
 
 
 def bootstrap_mean(groups: Sequence[np.ndarray] | np.ndarray, resamples: int = 1000, seed: int = 0) -> list[float]:

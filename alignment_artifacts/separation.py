@@ -3,6 +3,8 @@
 The independent unit is the pair: natural[i] and artifact[i] are one vector each for the two
 prompts of pair i. A direction is the mean artifact minus natural vector of the *training*
 pairs; every number but the ones called "in sample" is measured on pairs it has not seen.
+Pairs that depend on each other (a shared prompt, say) form a *group*: folds and swaps take it or
+leave it as one (exchangeability blocks, Winkler et al. 2014).
 
 With D the pair differences and M the (centred) pair means, a direction is a weighted sum of rows
 of D, so projections of held-out prompts need only `D Dᵀ` and `M Dᵀ`. Swapping natural and artifact
@@ -14,12 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 MAX_FOLDS, MIN_PAIRS_PER_FOLD = 5, 5
 MIN_PAIRS = 4
 MIN_PAIRS_NESTED = 8  # folds within folds
+# With fewer groups the luck of the folds moves d by 1 or 2: the mean over several divisions is taken.
+FEW_GROUPS, DIVISIONS = 40, 10
+FAR = 10  # median absolute deviations; of normal distances one in 10^10 is as far
+LARGEST_D = 1e6
 CHUNK = 256  # permutations worked on at once
 LAYER_SHARE = 2 / 3  # layers are used whose d reaches this share of the best layer's
 
@@ -44,10 +51,6 @@ class PairVectors:
         direction = weights @ self.differences
         return direction @ self.differences[rows].T, direction @ self.means[rows].T
 
-    def subset(self, rows: np.ndarray) -> PairVectors:
-        """The same for some of the pairs."""
-        return PairVectors(self.differences[rows], self.means[rows])
-
 
 def pair_vectors(natural: np.ndarray, artifact: np.ndarray) -> PairVectors:
     """From one layer's prompt vectors, natural and artifact [pairs, hidden]."""
@@ -56,40 +59,87 @@ def pair_vectors(natural: np.ndarray, artifact: np.ndarray) -> PairVectors:
     return PairVectors(artifact - natural, means - means.mean(axis=0))
 
 
-def assign_folds(strata: np.ndarray, seed: int = 0) -> np.ndarray:
-    """A fold number for each pair, each stratum spread evenly over the folds.
+def assign_folds(strata: np.ndarray, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
+    """A fold number for each pair, each stratum spread evenly over the folds, no group split.
 
-    Five folds where there are at least 25 pairs; fewer pairs make fewer folds (at least two), so
+    Five folds where there are at least 25 groups; fewer groups make fewer folds (at least two), so
     that each keeps some pairs to measure a spread on.
 
     Args:
         strata: [pairs] any labels (the pairs' categories).
+        groups: [pairs] labels of pairs that depend on each other; default: each pair by itself.
     Raises:
-        ValueError: fewer than four pairs.
+        ValueError: fewer than four groups.
     """
-    pairs = len(strata)
-    if pairs < MIN_PAIRS:
-        raise ValueError(f"held-out statistics need at least {MIN_PAIRS} pairs, there are {pairs}")
-    folds = int(np.clip(pairs // MIN_PAIRS_PER_FOLD, 2, MAX_FOLDS))
-    rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(np.flatnonzero(strata == s)) for s in np.unique(strata)])
-    assigned = np.empty(pairs, int)
-    assigned[order] = np.arange(pairs) % folds
-    return assigned
+    groups = group_numbers(groups, len(strata))
+    sizes, first = np.bincount(groups), np.unique(groups, return_index=True)[1]
+    if len(sizes) < MIN_PAIRS:
+        what = "pairs" if len(sizes) == len(strata) else "independent groups of pairs"
+        raise ValueError(f"held-out statistics need at least {MIN_PAIRS} {what}, there are {len(sizes)}")
+    folds = int(np.clip(len(sizes) // MIN_PAIRS_PER_FOLD, 2, MAX_FOLDS))
+    rng, labels = np.random.default_rng(seed), np.asarray(strata)[first]
+    order = np.concatenate([rng.permutation(np.flatnonzero(labels == s)) for s in np.unique(labels)])
+    fold_of_group, filled = np.empty(len(sizes), int), np.zeros((folds, 2), int)
+    for group in order:  # to the fold with the fewest groups, and of those the fewest pairs
+        fold = min(range(folds), key=lambda fold: tuple(filled[fold]))
+        fold_of_group[group] = fold
+        filled[fold] += 1, sizes[group]
+    return fold_of_group[groups]
+
+
+def assign_divisions(strata: np.ndarray, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
+    """[divisions, pairs] fold numbers: one division into folds, or ten where groups are fewer than 40."""
+    few = group_numbers(groups, len(strata)).max() + 1 < FEW_GROUPS
+    return np.stack([assign_folds(strata, seed + number, groups) for number in range(DIVISIONS if few else 1)])
+
+
+def group_numbers(groups: np.ndarray | None, pairs: int) -> np.ndarray:
+    """[pairs] the groups' labels as numbers from 0; without groups each pair is one."""
+    return np.arange(pairs) if groups is None else np.unique(groups, return_inverse=True)[1]
+
+
+def each_fold(folds: np.ndarray) -> Sequence[tuple[int, int, np.ndarray, np.ndarray]]:
+    """(division, fold, training [pairs] bool, rows held out) of folds [pairs] or [divisions, pairs]; -1: in neither."""
+    return _each_fold(folds.astype(np.int64).tobytes(), folds.shape[-1])
+
+
+@lru_cache(maxsize=64)  # the same folds are gone through for every layer
+def _each_fold(numbers: bytes, pairs: int) -> Sequence[tuple[int, int, np.ndarray, np.ndarray]]:
+    parts = []
+    for division, folds in enumerate(np.frombuffer(numbers, np.int64).reshape(-1, pairs)):
+        for fold in np.unique(folds[folds >= 0]):
+            held = folds == fold
+            parts.append((division, int(fold), ~held & (folds >= 0), np.flatnonzero(held)))
+    return tuple(parts)
 
 
 def hedges_d(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
     """Cohen's d with pooled standard deviation (n-1) and Hedges' small-sample correction.
 
     Args:
-        natural, artifact: [.., n] projections, n at least 2. Zero spread gives 0 if the means agree, else NaN.
+        natural, artifact: [.., n] projections, n at least 2. Without any spread d is not defined: NaN.
     """
     n, m = natural.shape[-1], artifact.shape[-1]
     freedom = n + m - 2
     pooled = ((n - 1) * natural.var(-1, ddof=1) + (m - 1) * artifact.var(-1, ddof=1)) / freedom
-    shift = artifact.mean(-1) - natural.mean(-1)
+    return _hedges(artifact.mean(-1) - natural.mean(-1), pooled, freedom)
+
+
+def matched_d(shift: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """`hedges_d` of projections given as artifact minus natural and as their mean; [.., n pairs] each."""
+    n = shift.shape[-1]
+    average = np.full(n, 1 / n)  # products are faster than reductions over few numbers
+    mean = shift @ average
+    around = centre - (centre @ average)[..., None], shift - mean[..., None]
+    squares = (np.einsum("...i,...i->...", x, x) for x in around)
+    pooled = (next(squares) + next(squares) / 4) / (n - 1)  # the mean of both sides' variances
+    return _hedges(mean, pooled, 2 * n - 2)
+
+
+def _hedges(shift: np.ndarray, pooled: np.ndarray, freedom: float) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        d = np.where(pooled > 0, shift / np.sqrt(pooled), np.where(shift == 0, 0.0, np.nan))
+        d = shift / np.sqrt(pooled)
+    d = np.where(np.abs(d) < LARGEST_D, d, np.nan)  # also where the spread is nothing but rounding
     return d * (1 - 3 / (4 * freedom - 1))
 
 
@@ -119,79 +169,50 @@ def project(
 
 
 def held_out_d(layer: PairVectors, folds: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
-    """Cohen's d of the held-out pairs, averaged over folds; [..] for signs [.., pairs]."""
-    scores = [
-        hedges_d(*project(layer, folds != fold, signs, np.flatnonzero(folds == fold))) for fold in np.unique(folds)
-    ]
-    return np.mean(scores, axis=0)
+    """Cohen's d of the held-out pairs, averaged over folds and divisions; [..] for signs [.., pairs]."""
+    signs = np.ones(folds.shape[-1]) if signs is None else signs
+    parts = each_fold(folds)
+    total = np.zeros(signs.shape[:-1])
+    for _, _, training, rows in parts:
+        differences, centre = layer.along(signs * (training / training.sum()), rows)
+        total = total + matched_d(signs[..., rows] * differences, centre)
+    return total / len(parts)
 
 
 @dataclass
 class HeldOut:
-    """Out-of-fold projections of one layer, each fold's in units of its own direction's length."""
+    """Out-of-fold projections of one layer, each fold's in units of its own direction's length.
 
-    natural: np.ndarray  # [pairs]
+    All are [pairs], or [divisions, pairs] where the pairs were divided into folds more than once; every
+    number is the mean over divisions.
+    """
+
+    natural: np.ndarray
     artifact: np.ndarray
-    thresholds: np.ndarray  # [pairs] midpoint of the training projections
+    thresholds: np.ndarray  # midpoint of the training projections
     folds: np.ndarray
 
     def d(self) -> float:
-        return float(np.mean([hedges_d(self.natural[f], self.artifact[f]) for f in self._members()]))
+        return float(np.mean([matched_d(a - n, (a + n) / 2) for n, a in self.by_fold()]))
 
     def accuracy(self) -> float:
-        return float(self._correct().mean())
+        return float(((self.natural < self.thresholds).mean() + (self.artifact > self.thresholds).mean()) / 2)
+
+    def pair_accuracy(self) -> float:
+        """Share of artifact prompts above their own natural partner (ties count half): what matching is for."""
+        return float((self.artifact > self.natural).mean() + (self.artifact == self.natural).mean() / 2)
 
     def auroc(self) -> float:
-        return float(np.mean([auroc(self.natural[f], self.artifact[f]) for f in self._members()]))
+        return float(np.mean([auroc(n, a) for n, a in self.by_fold()]))
 
     def separation(self) -> float:
         """Mean artifact minus natural projection, in units of activation."""
-        return float(np.mean([self.artifact[f].mean() - self.natural[f].mean() for f in self._members()]))
+        return float(np.mean([a.mean() - n.mean() for n, a in self.by_fold()]))
 
-    def intervals(self, resamples: int = 1000, seed: int = 0) -> tuple[list[float], list[float]]:
-        """95 % intervals of d and accuracy: pairs resampled with replacement within each fold.
-
-        Given the directions that were learnt. Resamples of a small fold have too little spread, so
-        even bias-corrected percentiles of d cover only 68 % at d = 4; instead the bootstrap gives the standard
-        error on Hedges and Olkin's variance-stabilising scale, where d's distribution is near normal.
-        Coverage found in simulations of 50 pairs: 93 to 97 % for d from 0.8 to 6, 84 to 88 % at d = 0,
-        where the folds' results depend on each other (there the sign-flip p value is the tool).
-        """
-        ds, correct = [], []
-        for drawn in self._draws(resamples, seed):
-            ds.append(hedges_d(self.natural[drawn], self.artifact[drawn]))
-            correct.append(self._correct()[drawn].sum(axis=1))
-        accuracy = np.sum(correct, axis=0) / len(self.folds)
-        return _stabilised_interval(np.mean(ds, axis=0), self.d()), np.quantile(accuracy, (0.025, 0.975)).tolist()
-
-    def resampled_d(self, resamples: int, seed: int) -> np.ndarray:
-        """[resamples] d of the pairs that `intervals` draws; the same pairs for the same folds and seed."""
-        draws = self._draws(resamples, seed)
-        return np.mean([hedges_d(self.natural[drawn], self.artifact[drawn]) for drawn in draws], axis=0)
-
-    def _draws(self, resamples: int, seed: int) -> list[np.ndarray]:
-        """Of each fold [resamples, pairs of the fold], drawn with replacement."""
-        rng = np.random.default_rng(seed)
-        return [rng.choice(np.flatnonzero(members), (resamples, members.sum())) for members in self._members()]
-
-    def _members(self) -> list[np.ndarray]:
-        return [self.folds == fold for fold in np.unique(self.folds)]
-
-    def _correct(self) -> np.ndarray:
-        return ((self.natural < self.thresholds).astype(float) + (self.artifact > self.thresholds)) / 2
-
-
-def _stabilised_interval(resampled: np.ndarray, estimate: float) -> list[float]:
-    """95 % interval of d from bootstrap replicates, symmetric on the scale asinh(d / sqrt 8).
-
-    The standard error is a robust one: a resample may draw one pair many times and have nearly no
-    spread, and a d out of all proportion.
-    """
-    resampled = stabilised(resampled[np.isfinite(resampled)])
-    if len(resampled) == 0 or not np.isfinite(estimate):
-        return [float("nan")] * 2
-    centre, half = stabilised(estimate), 1.96 * robust_sd(resampled)
-    return [float(np.sinh(centre + side * half) * np.sqrt(8)) for side in (-1, 1)]
+    def by_fold(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Natural and artifact projections of each fold."""
+        natural, artifact = np.atleast_2d(self.natural), np.atleast_2d(self.artifact)
+        return [(natural[i, rows], artifact[i, rows]) for i, _, _, rows in each_fold(self.folds)]
 
 
 def stabilised(d: np.ndarray | float) -> np.ndarray:
@@ -199,55 +220,46 @@ def stabilised(d: np.ndarray | float) -> np.ndarray:
     return np.arcsinh(np.asarray(d) / np.sqrt(8))
 
 
-def robust_sd(values: np.ndarray) -> float:
-    """Half the distance between the 16th and 84th percentile."""
-    low, high = np.quantile(values, (0.1587, 0.8413))
-    return float(high - low) / 2
-
-
-def difference_interval(first: HeldOut, second: HeldOut, resamples: int = 1000, seed: int = 0) -> list[float]:
-    """95 % interval of second d minus first d, of the same pairs: pairs are resampled for both at once.
-
-    As for a single d the bootstrap serves for the standard error only, taken on the stabilising scale and
-    carried over to d by that scale's slope at the estimate.
-    """
-    d = np.array([first.d(), second.d()])
-    slopes = np.sqrt(8) * np.cosh(stabilised(d))
-    resampled = [
-        slope * stabilised(held_out.resampled_d(resamples, seed))
-        for slope, held_out in zip(slopes, (first, second), strict=True)
-    ]
-    differences = resampled[1] - resampled[0]
-    differences = differences[np.isfinite(differences)]
-    if len(differences) == 0 or not np.isfinite(d).all():
-        return [float("nan")] * 2
-    half = 1.96 * robust_sd(differences)
-    return [float(d[1] - d[0] + side * half) for side in (-1, 1)]
-
-
 def held_out_projections(layer: PairVectors, folds: np.ndarray) -> HeldOut:
     """Each pair projected on the direction of the other folds, normalised to unit length."""
-    natural, artifact, thresholds = np.empty((3, len(folds)))
-    for fold in np.unique(folds):
-        held, training = folds == fold, folds != fold
+    natural, artifact, thresholds = np.empty((3, *np.atleast_2d(folds).shape))
+    for division, _, training, held in each_fold(folds):
         n, a = project(layer, training)
         length = np.sqrt(max(np.mean(a[training] - n[training]), 0)) or 1.0  # |w|² = mean of D_j · w
-        natural[held], artifact[held] = n[held] / length, a[held] / length
-        thresholds[held] = (n[training].mean() + a[training].mean()) / 2 / length
+        natural[division, held], artifact[division, held] = n[held] / length, a[held] / length
+        thresholds[division, held] = (n[training].mean() + a[training].mean()) / 2 / length
+    natural, artifact, thresholds = (x.reshape(folds.shape) for x in (natural, artifact, thresholds))
     return HeldOut(natural, artifact, thresholds, folds)
 
 
-def sign_flip_d(layer: PairVectors, folds: np.ndarray, permutations: int, seed: int = 0) -> np.ndarray:
-    """[permutations] held-out d of one layer when natural and artifact are swapped at random within pairs.
+def sign_flips(groups: np.ndarray, permutations: int, seed: int = 0) -> np.ndarray:
+    """[flips, pairs] of +1/-1, one sign a group; the first row swaps nothing: it is what was observed.
 
-    The same swaps for every layer with the same seed: see `best_of`.
+    Swapping everything changes no d, so n groups have 2^(n-1) different flips. Where they are fewer than
+    `permutations` each comes once, otherwise `permutations` are drawn.
+
+    Args:
+        groups: [pairs] numbers from 0, see `group_numbers`.
     """
-    rng = np.random.default_rng(seed)
-    scores = []
-    for start in range(0, permutations, CHUNK):
-        signs = rng.choice([-1.0, 1.0], (min(CHUNK, permutations - start), len(folds)))
-        scores.append(held_out_d(layer, folds, signs))
-    return np.concatenate(scores)
+    count = groups.max() + 1
+    if 2.0 ** (count - 1) <= permutations:
+        bits = np.arange(2 ** (count - 1))[:, None] >> np.arange(count) & 1  # the last group is never swapped
+        return 1.0 - 2.0 * bits[:, groups]
+    drawn = np.random.default_rng(seed).choice([-1.0, 1.0], (permutations, count))
+    return np.concatenate([np.ones((1, count)), drawn])[:, groups]
+
+
+def smallest_p(groups: np.ndarray, permutations: int) -> float:
+    """The smallest p value that `sign_flips` can give."""
+    return max(2.0 ** -int(groups.max()), 1 / (permutations + 1))
+
+
+def sign_flip_d(layer: PairVectors, folds: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """[flips] held-out d of one layer with natural and artifact swapped as `sign_flips` says; observed comes first.
+
+    The same swaps have to be used for every layer: see `best_of`.
+    """
+    return np.concatenate([held_out_d(layer, folds, signs[i : i + CHUNK]) for i in range(0, len(signs), CHUNK)])
 
 
 def best_of(layers: Sequence[np.ndarray]) -> np.ndarray:
@@ -256,26 +268,40 @@ def best_of(layers: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def p_value(observed: float, null: np.ndarray) -> float:
-    """Share of the null at least as large as what was seen, itself included (Phipson & Smyth 2010)."""
-    return float((1 + (null >= observed).sum()) / (1 + len(null)))
+    """Share of flips that give at least what was seen, which is one of them (Phipson & Smyth 2010).
+
+    Equal sums in another order differ in their last bits; they are ties.
+
+    Args:
+        null: [flips] of the statistic, the observed one among them.
+    """
+    return float((null >= observed - 1e-9 * max(1.0, abs(observed))).mean())
 
 
-def inner_scores(layer: PairVectors, folds: np.ndarray) -> np.ndarray:
-    """[folds] held-out d inside of each fold's training pairs, to choose a layer by without looking at the fold.
+def inner_folds(
+    folds: np.ndarray, strata: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """For each fold of `each_fold` [pairs] the folds inside its training pairs, -1 for those held out.
 
     Raises:
-        ValueError: fewer than eight pairs.
+        ValueError: fewer than eight groups.
     """
-    if len(folds) < MIN_PAIRS_NESTED:
+    pairs = folds.shape[-1]
+    groups, strata = group_numbers(groups, pairs), np.zeros(pairs) if strata is None else np.asarray(strata)
+    if groups.max() + 1 < MIN_PAIRS_NESTED:
         raise ValueError(f"choosing a layer inside the folds needs at least {MIN_PAIRS_NESTED} pairs")
-    scores = []
-    for fold in np.unique(folds):
-        training = np.flatnonzero(folds != fold)
-        inner_folds = folds[training]
-        if len(np.unique(inner_folds)) < 2:  # two outer folds: split the training half again
-            inner_folds = np.arange(len(training)) % 2
-        scores.append(held_out_d(layer.subset(training), inner_folds))
-    return np.array(scores)
+    inner = []
+    for division, _, training, _ in each_fold(folds):
+        numbers = np.where(training, np.atleast_2d(folds)[division], -1)
+        if len(np.unique(numbers[training])) < 2:  # two outer folds: divide the training half again
+            numbers[training] = assign_folds(strata[training], 0, groups[training])
+        inner.append(numbers)
+    return inner
+
+
+def inner_scores(layer: PairVectors, inner: Sequence[np.ndarray]) -> np.ndarray:
+    """[folds] held-out d inside each fold's training pairs, to choose a layer without the fold; see `inner_folds`."""
+    return np.array([held_out_d(layer, folds) for folds in inner])
 
 
 def nested_best_layer(held_out: Sequence[HeldOut], scores: Sequence[np.ndarray]) -> tuple[HeldOut, list[int]]:
@@ -287,15 +313,19 @@ def nested_best_layer(held_out: Sequence[HeldOut], scores: Sequence[np.ndarray])
         The out-of-fold projections, and the layer chosen for each fold.
     """
     folds = held_out[0].folds
-    natural, artifact, thresholds = np.empty((3, len(folds)))
+    nested = np.empty((3, *np.atleast_2d(folds).shape))
     chosen = []
-    for fold, by_layer in zip(np.unique(folds), np.transpose(scores), strict=True):
+    for (division, _, _, rows), by_layer in zip(each_fold(folds), np.transpose(scores), strict=True):
         best = int(np.nanargmax(by_layer)) if np.isfinite(by_layer).any() else 0
         chosen.append(best)
-        held = folds == fold
-        natural[held], artifact[held] = held_out[best].natural[held], held_out[best].artifact[held]
-        thresholds[held] = held_out[best].thresholds[held]
+        for kept, values in zip(nested, _values(held_out[best]), strict=True):
+            kept[division, rows] = np.atleast_2d(values)[division, rows]
+    natural, artifact, thresholds = nested.reshape(3, *folds.shape)
     return HeldOut(natural, artifact, thresholds, folds), chosen
+
+
+def _values(held_out: HeldOut) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return held_out.natural, held_out.artifact, held_out.thresholds
 
 
 def leading_orthogonal_component(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
@@ -349,6 +379,27 @@ def in_sample_scores(
     spread = deviation.mean(axis=1).sum() / 2
     ratio = np.linalg.norm(direction) / np.sqrt(spread) if spread > 0 else np.nan
     return float(d), float(ratio), (int(count[0, 0]), int(count[1, 0]))
+
+
+def outlying_prompts(natural: np.ndarray, artifact: np.ndarray) -> list[dict]:
+    """Prompts of one layer whose distance from the mean is beyond ten median absolute deviations of all distances.
+
+    Args:
+        natural, artifact: [pairs, hidden].
+    Returns:
+        "pair" (index), "side", and "deviations".
+    """
+    sides = np.stack([natural, artifact]).astype(np.float64)
+    distances = np.linalg.norm(sides - np.median(sides, axis=(0, 1)), axis=2)
+    middle = np.median(distances)
+    deviation = np.median(np.abs(distances - middle))
+    if deviation == 0:
+        return []
+    deviations = (distances - middle) / deviation
+    return [
+        {"pair": int(pair), "side": ("natural", "artifact")[side], "deviations": float(deviations[side, pair])}
+        for side, pair in np.argwhere(deviations > FAR)
+    ]
 
 
 def separating_layers(vectors: np.ndarray, categories: list[str]) -> list[int]:

@@ -64,7 +64,8 @@ def simulate(folder: Path, prompts: int) -> None:
 def analyse_within_limit(folder: Path, prompts: int) -> dict:
     """Seconds for reading and for the statistics, and the peak memory (without file pages)."""
     from alignment_artifacts.activation_set import load_activation_set
-    from alignment_artifacts.analysis import Run, Settings
+    from alignment_artifacts.analysis import Run
+    from alignment_artifacts.scores import Settings
 
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     peak, stop = [0], threading.Event()

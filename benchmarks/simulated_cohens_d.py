@@ -14,6 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alignment_artifacts import separation as st
+from alignment_artifacts.intervals import Uncertainty, robust_sd
 from gemma_refactored.files import write_json
 
 PAIRS, STEPS, HIDDEN, REPEATS = 50, 20, 256, 20
@@ -36,8 +37,10 @@ def main() -> None:
             rng = np.random.default_rng(repeat)
             natural, artifact = simulate(rng, d)
             folds = st.assign_folds(np.repeat(np.arange(5), PAIRS // 5), repeat)
-            held_out = st.held_out_projections(st.pair_vectors(natural.mean(axis=1), artifact.mean(axis=1)), folds)
-            (low, high), _ = held_out.intervals(1000, repeat)
+            layer = st.pair_vectors(natural.mean(axis=1), artifact.mean(axis=1))
+            held_out = st.held_out_projections(layer, folds)
+            null_sd = robust_sd(st.sign_flip_d(layer, folds, st.sign_flips(np.arange(PAIRS), 500, repeat))[1:])
+            low, high = Uncertainty(np.arange(PAIRS)).intervals(held_out, null_sd)["cohens_d_ci"]
             pooled = natural.reshape(-1, HIDDEN), artifact.reshape(-1, HIDDEN)
             in_sample, ratio, _ = st.in_sample_scores(lambda pooled=pooled: [pooled])
             rows.append((held_out.d(), low, high, in_sample, ratio))

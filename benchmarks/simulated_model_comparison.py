@@ -1,35 +1,34 @@
 """How often is a difference between two models detected, and covered by its interval, when its size is known?
 
-    python benchmarks/simulated_model_comparison.py      (1 to 3 minutes)
+    python -m benchmarks.simulated_model_comparison [--runs 2000]
 
-50 pairs, 4 layers of which the first has an effect, 32 dimensions, 300 runs per case; part of the noise is
-common to both models, as it is for the same prompts. Writes benchmarks/simulated_model_comparison.json.
+50 pairs, 4 layers of which the first has an effect, 32 dimensions; part of the noise is common to both models, as it
+is for the same prompts. "scale" is how many times as large the second model's activations are, which is no separation.
+"found" is the share of runs with p at most 0.05 at any layer.
+Writes benchmarks/simulated_model_comparison.json and .md.
 """
 
 from __future__ import annotations
 
-import sys
-from importlib import metadata
-from pathlib import Path
+import argparse
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from alignment_artifacts import separation as st
-from alignment_artifacts.analysis import Settings
 from alignment_artifacts.comparison.difference import compare_layers
-from gemma_refactored.files import write_json
+from alignment_artifacts.scores import Settings
+from benchmarks.tables import parse, write_table
 
-PAIRS, LAYERS, HIDDEN, RUNS = 50, 4, 32, 300
+PAIRS, LAYERS, HIDDEN = 50, 4, 32
 STRATA = np.arange(PAIRS) % 5
 FOLDS = st.assign_folds(STRATA)
-RESULTS = Path(__file__).with_suffix(".json")
-# d of the first model, of the second, share of common noise, effects along one direction?
+# d of the first model, of the second, share of common noise, effects along one direction?, scale of the second
 CASES = (
-    (0, 0, 0.0, True), (0, 0, 0.5, True), (0.8, 0.8, 0.5, True), (0.8, 0.8, 0.5, False), (2, 2, 0.0, True),
-    (2, 2, 0.5, False), (4, 4, 0.5, True), (4, 4, 0.0, False),
-    (0.8, 2, 0.5, True), (0.8, 3, 0.5, True), (0.8, 3, 0.0, False), (2, 4, 0.5, True), (4, 2, 0.5, False),
+    (0, 0, 0.0, True, 1), (0, 0, 0.5, True, 1), (0.8, 0.8, 0.5, True, 1), (0.8, 0.8, 0.5, False, 1),
+    (2, 2, 0.0, True, 1), (2, 2, 0.5, False, 1), (4, 4, 0.5, True, 1), (4, 4, 0.0, False, 1),
+    (2, 2, 0.5, True, 3), (4, 4, 0.0, False, 3),
+    (0.8, 2, 0.5, True, 1), (0.8, 3, 0.5, True, 1), (0.8, 3, 0.0, False, 1), (2, 4, 0.5, True, 1),
+    (4, 2, 0.5, False, 1), (2, 4, 0.5, True, 3),
 )  # fmt: skip
 
 
@@ -52,33 +51,24 @@ def simulate(
     return *models, float(true[1] - true[0])
 
 
-def run(d: tuple[float, float], shared: float, same_direction: bool, seed: int) -> tuple[bool, bool, float]:
-    """(p at most 0.05 at any layer, interval covers the truth, its width)."""
-    *models, truth = simulate(d, shared, same_direction, seed)
-    records = compare_layers(*models, STRATA, Settings(permutations=199, resamples=200))
+def run(first: float, second: float, shared: float, same_direction: bool, scale: float, seed: int) -> dict:
+    a, b, truth = simulate((first, second), shared, same_direction, seed)
+    records = compare_layers(a, scale * b, STRATA, Settings(permutations=199, resamples=200))
     low, high = records[0]["difference_ci"]
-    return min(r["p_value"] for r in records) <= 0.05, low <= truth <= high, high - low
+    found = min(r["p_value"] for r in records) <= 0.05
+    return {"found": found, "covers": low <= truth <= high, "width": high - low}
+
+
+def row(first: float, second: float, shared: float, same_direction: bool, scale: float, runs: int) -> dict:
+    measured = [run(first, second, shared, same_direction, scale, seed) for seed in range(runs)]
+    means = {key: round(float(np.mean([one[key] for one in measured])), 3) for key in measured[0]}
+    case = {"d of A": first, "d of B": second, "common noise": shared, "scale": scale}
+    return {**case, "one direction": "yes" if same_direction else "no", **means}
 
 
 def main() -> None:
-    print("| d of A | d of B | common noise | one direction | p ≤ 0.05 | interval covers | its width |")
-    print("| ---: | ---: | ---: | --- | ---: | ---: | ---: |")
-    false_positives, covered = [], []
-    for first, second, shared, same in CASES:
-        rates = np.mean([run((first, second), shared, same, seed) for seed in range(RUNS)], axis=0)
-        if first == second:
-            false_positives.append(float(rates[0]))
-        covered.append(float(rates[1]))
-        direction = "yes" if same else "no"
-        print(
-            f"| {first} | {second} | {shared} | {direction} | {rates[0]:.1%} | {rates[1]:.1%} | {rates[2]:.2f} |",
-            flush=True,
-        )
-    summary = {
-        "false_positives": {"lowest": min(false_positives), "highest": max(false_positives)},
-        "coverage": {"lowest": min(covered), "highest": max(covered)},
-    }
-    write_json(RESULTS, {"made": {"versions": {"numpy": metadata.version("numpy")}}, "runs": RUNS, **summary})
+    arguments = parse(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    write_table("simulated_model_comparison", __doc__, (row(*case, arguments.runs) for case in CASES), arguments)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXCERPTS = ROOT / "docs" / "results"
 BENCHMARKS = {
     "speed": "results", "scaling": "analysis_scaling", "simulated_d": "simulated_cohens_d",
-    "simulated_comparison": "simulated_model_comparison",
+    "simulated_comparison": "simulated_model_comparison", "simulated_coverage": "simulated_coverage",
 }  # fmt: skip
 DOCUMENTS = ("*.md", "docs/*.md", "toxicity_steering/*.md", "gemma_refactored/*.md")
 MARKER = re.compile(r"<!--=([^>\s]+)(?: ([^>]+?))?-->(.*?)<!--=-->", re.DOTALL)
@@ -224,6 +224,38 @@ def simulated_d_table(numbers: dict) -> str:
     return table(["true d", "held-out d (ours)", "95 % interval", "in-sample d", "mean shift ratio"], rows)
 
 
+def share_span(shares: list[float]) -> str:
+    low, high = printed(min(shares), "%"), printed(max(shares), "%")
+    return low if low == high else f"{low.removesuffix(' %')} to {high}"
+
+
+@computed
+def coverage_of_d(numbers: dict) -> str:
+    return share_span([row["d covers"] for row in numbers["simulated_coverage"]["rows"]])
+
+
+@computed
+def coverage_of_accuracy(numbers: dict) -> str:
+    return share_span([row["accuracy covers"] for row in numbers["simulated_coverage"]["rows"]])
+
+
+@computed
+def coverage_of_auroc(numbers: dict) -> str:
+    return share_span([row["AUROC covers"] for row in numbers["simulated_coverage"]["rows"]])
+
+
+@computed
+def comparison_coverage(numbers: dict) -> str:
+    return share_span([row["covers"] for row in numbers["simulated_comparison"]["rows"]])
+
+
+@computed
+def comparison_false_positives(numbers: dict) -> str:
+    return share_span(
+        [row["found"] for row in numbers["simulated_comparison"]["rows"] if row["d of A"] == row["d of B"]]
+    )
+
+
 def _medians(numbers: dict, prefix: str) -> float:
     return min(v["seconds"] for name, v in numbers["speed"]["medians"].items() if name.startswith(prefix))
 
@@ -310,6 +342,8 @@ def excerpt_analysis(result: dict) -> dict:
             for positions, scores in layers.items()
         },
         "words": result["lexical_baseline"],
+        "beyond_words": result["controls"]["prompt_end"]["beyond_words"],
+        "length": result["length_baseline"],
     }
 
 
@@ -336,7 +370,7 @@ def excerpt_comparison(result: dict) -> dict:
     }
     return {
         "peak": {"layer": peak, **layers[peak]},
-        "different_layers": [i for i, r in enumerate(layers) if r["p_value"] <= 0.05],
+        "different_layers": [i for i, r in enumerate(layers) if r["p_value"] is not None and r["p_value"] <= 0.05],
         "identical_layers": [i for i, r in enumerate(layers) if r["largest_change"] == 0],
         "largest_difference_on_the_same_text": max(same_text),
         "own_answers": {"smallest_difference": min(free), "largest_difference": max(free)},

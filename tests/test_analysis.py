@@ -21,7 +21,7 @@ SETTINGS = Settings(permutations=199, resamples=200)
 RECORD = {
     "cohens_d", "cohens_d_ci", "accuracy", "accuracy_ci", "auroc", "p_value", "null_95", "cohens_d_in_sample",
     "mean_shift_ratio", "direction_norm", "mean_separation_on_axis", "num_natural_samples", "num_artifact_samples",
-    "num_pairs",
+    "num_pairs", "pair_accuracy", "auroc_ci", "p_floor", "num_groups",
 }  # fmt: skip
 
 
@@ -57,16 +57,16 @@ def test_the_result_has_every_record_and_finds_the_layer():
     assert result["layer_scores_prompt_end"]["2"]["num_natural_samples"] == 50
     direction = data.prompt_vectors("generated")[:, :, 2].mean(axis=0)
     assert record["direction_norm"] == pytest.approx(np.linalg.norm(direction[1] - direction[0]), rel=1e-5)
-    assert (
-        "separated at 1 of 4 layers, best at layer 2" in result["summary"]
-        and "Word choice alone gives" in result["summary"]
-    )
+    nested = result["best_layer_nested"]
+    low, high = nested["cohens_d_ci"]
+    assert f"d = {nested['cohens_d']:.1f} [{low:.1f}, {high:.1f}]" in result["summary"]
+    assert "separated at 1 of 4 layers" in result["summary"] and "Words alone give" in result["summary"]
     assert all(r["p_value"] > 0.05 for name, r in result["layer_scores"].items() if name != "2")
 
 
 def test_noise_is_called_chance():
     result = analyse(simulate(effect=0.0, seed=1), SETTINGS, {})
-    assert result["summary"].startswith("No layer separates")
+    assert "no layer separates" in result["summary"]
 
 
 def test_words_that_separate_as_well_are_named():
@@ -93,7 +93,13 @@ def test_categories_and_steps():
 def test_prompts_in_two_dimensions_agree_with_the_accuracy():
     data = simulate(effect=2.0)
     result, projected = analyse(data, SETTINGS, {}), project_prompts(data, SETTINGS)
-    assert projected["pairs"][3] == {"id": "p_3", "category": "category_3", "natural": "n3", "artifact": "a3"}
+    assert projected["pairs"][3] == {
+        "id": "p_3",
+        "category": "category_3",
+        "natural": "n3",
+        "artifact": "a3",
+        "block": None,
+    }
     for positions, key in (("generated", "layer_scores"), ("prompt_end", "layer_scores_prompt_end")):
         for layer, shown in enumerate(projected["positions"][positions]):
             natural, artifact = np.array(shown["direction"]).T

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from alignment_artifacts.activation_set import load_activation_set
-from alignment_artifacts.analysis import Settings, analyse
+from alignment_artifacts.analysis import analyse
 from alignment_artifacts.pairs import Pair, prompt_groups
+from alignment_artifacts.scores import Settings
 from gemma_refactored import generation
 from gemma_refactored.activation_capture import block_sites, capture, edit
 from gemma_refactored.main import main

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 import compare_models as script
-from alignment_artifacts.analysis import Settings
 from alignment_artifacts.comparison.compare import check_comparable, compare, named_layers, summarise
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.report import contents
+from alignment_artifacts.scores import Settings
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
 from model_organism.train import PLANTED_LAYERS

@@ -16,7 +16,7 @@ from gemma_refactored.errors import UserError
 def test_wilson_is_that_of_scipy():
     for hits, n in [(0, 15), (1, 15), (7, 15), (15, 15), (480, 1000)]:
         expected = binomtest(hits, n).proportion_ci(method="wilson")
-        assert wilson(hits, n) == pytest.approx([expected.low, expected.high], abs=1e-4)
+        assert wilson(hits / n, n) == pytest.approx([expected.low, expected.high], abs=1e-4)
     assert rate([])["rate"] is None
 
 

@@ -20,14 +20,15 @@ ROOMS = (
     {"edits"},
     {"directions"},
     {"analysis", "collected_arrays"},
-    {"activation_set", "places"},
-    {"collected_files"},
+    {"baselines", "categories", "summary"},
+    {"activation_set", "places", "scores"},
+    {"collected_files", "blocks", "intervals"},
     {"pairs"},
     {"separation", "rates", "formatting", "figures", "default_model"},
 )
 FREE_OF_MLX = (
-    "separation", "rates", "formatting", "analysis", "comparison.transfer", "comparison.difference", "figures.data",
-    "figures.interactive", "figures.paper",
+    "separation", "intervals", "scores", "rates", "formatting", "analysis", "comparison.transfer",
+    "comparison.difference", "figures.data", "figures.interactive", "figures.paper",
 )  # fmt: skip
 
 

@@ -71,7 +71,8 @@ def test_projections(run, drawn):
             low, high = layout["xaxis.range"]
             assert low < min(points["x"][side]) and max(points["x"][side]) < high
     right, total = on_their_side(run.projections["positions"]["generated"][2])
-    assert right / total == pytest.approx(run.results["layer_scores"]["2"]["accuracy"])
+    # Points are means over ten divisions into folds, the accuracy is the mean of ten accuracies.
+    assert right / total == pytest.approx(run.results["layer_scores"]["2"]["accuracy"], abs=0.1)
     assert f"layer 2: {right} of 40" in views["generated/2"][1]["title.text"]
 
 

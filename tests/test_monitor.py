@@ -6,18 +6,17 @@ import pytest
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.directions.estimate import estimate
 from alignment_artifacts.directions.measurements import Measurements
+from alignment_artifacts.pairs import Pair
 from gemma_refactored.errors import UserError
 from gemma_refactored.prompt_processing import encode_prompts
-
-from .test_architectures import PAIRS
 
 
 def simulated(shift, pairs=40, seed=0):
     rng = np.random.default_rng(seed)
     vectors = rng.standard_normal((pairs, 2, 3, 32))
     vectors[:, 1, 1] += shift / np.sqrt(32)
-    texts = [["Of course.", "I'm sorry, but I can't help with that."]] * pairs
-    named = [PAIRS[i % len(PAIRS)] for i in range(pairs)]
+    texts = [["Of course.", "I'm sorry, but I can't help with that."] for _ in range(pairs)]
+    named = [Pair(f"p_{i}", f"category_{i % 5}", f"n{i}", f"a{i}") for i in range(pairs)]
     return Measurements(None, {}, ("mlp",), named, [], [], texts, {("mlp", "prompt_end"): vectors.astype(np.float32)})
 
 
@@ -33,7 +32,23 @@ def test_held_out_auroc_is_chance_on_noise_and_high_on_a_signal():
     assert abs(np.mean(noise) - 0.5) < 0.06
     signal = monitor.held_out_auroc(simulated(6.0), "mlp")
     assert signal["auroc"] > 0.95 and signal["auroc_ci"][0] > 0.85
+    assert signal["auroc_ci"][0] < signal["auroc_ci"][1]
     assert (signal["refused"], signal["answered"]) == (40, 40) and np.shape(signal["scores"]) == (40, 2)
+
+
+def test_telling_sides_apart_is_not_foretelling_refusals():
+    """Natural prompts answered, artifact prompts refused by the toss of a coin: the direction knows the sides only."""
+    areas = []
+    for seed in range(12):
+        measured = simulated(6.0, seed=seed)
+        for texts, refuses in zip(measured.texts, np.random.default_rng(seed).random(40) < 0.5, strict=True):
+            texts[1] = texts[1] if refuses else "Of course."
+        result = monitor.held_out_auroc(measured, "mlp")
+        areas.append(result["within_artifact"]["auroc"])
+        assert result["auroc"] > areas[-1]
+    assert abs(np.mean(areas) - 0.5) < 0.08
+    everything_refused = monitor.held_out_auroc(simulated(6.0), "mlp")["within_artifact"]
+    assert everything_refused["auroc"] is None and everything_refused["answered"] == 0
 
 
 def test_without_refusals_there_is_no_auroc():

@@ -182,7 +182,8 @@ def test_the_slider_moves_the_points(page, results):
             assert (f"natural: {pair.natural} ({pair.category} {pair.id})" in wrong) == (natural >= 0)
             assert (f"artifact: {pair.artifact} ({pair.category} {pair.id})" in wrong) == (artifact <= 0)
         accuracy = results["run"].results["layer_scores_prompt_end"][str(layer)]["accuracy"]
-        assert right / 40 == pytest.approx(accuracy)
+        # Points are means over ten divisions into folds, the accuracy is the mean of ten accuracies.
+        assert right / 40 == pytest.approx(accuracy, abs=0.1)
     assert find(page, "#projection-layer-shown").text == str(start)
 
 

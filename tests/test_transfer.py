@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from alignment_artifacts.analysis import Settings, score_layers
 from alignment_artifacts.comparison.transfer import PAIRS, TWINS, cross_decoding, decode, summarise
+from alignment_artifacts.scores import Settings, score_layers
 
 SETTINGS = Settings(permutations=99, resamples=200)
 CATEGORIES, TWIN_CATEGORIES = np.array([f"c{i % 5}" for i in range(50)]), np.array([f"c{i % 5}" for i in range(25)])

@@ -14,7 +14,7 @@ from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.behaviour.score import Score
 from alignment_artifacts.edits.proof import Batch
 from alignment_artifacts.edits.setting import Intervention
-from alignment_artifacts.rates import bootstrap_mean, rate
+from alignment_artifacts.rates import log_mean, paired_rates, rate
 from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, forward
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.model_loading import LoadedModel
@@ -64,13 +64,14 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], s
     on_topic = [is_on_topic(prompt, text) for prompt, text in zip(behaviour.texts, texts, strict=True)]
     unchanged = [a == b for a, b in zip(answers, behaviour.answers, strict=True)]
     quality = {"on_topic": rate(on_topic), "loops": rate(loops), "unchanged": rate(unchanged)}
+    unedited = loaded.tokenizer.batch_decode(behaviour.answers, skip_special_tokens=True)
     if score:
-        before = loaded.tokenizer.batch_decode(behaviour.answers, skip_special_tokens=True)
-        return {**score.compared(behaviour.texts, before, texts), **quality}
+        return {**score.compared(behaviour.texts, unedited, texts), **quality}
     refused = [is_refusal(text) for text in texts]
     broken = [loop or not (r or on) for loop, r, on in zip(loops, refused, on_topic, strict=True)]
     result = {
         "refused": rate(refused),
+        "refused_against_unedited": paired_rates([is_refusal(text) for text in unedited], refused),
         "broken": rate(broken),
         "refused_or_broken": rate([r or b for r, b in zip(refused, broken, strict=True)]),
         **quality,
@@ -86,7 +87,7 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], s
 def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Intervention) -> dict:
     """How far the edited model's predictions are from the unedited ones along the unedited answers.
 
-    KL(unedited || edited) in nats per token, its mean (with a bootstrap interval over prompts) and 95th
+    KL(unedited || edited) in nats per token, its mean (with an interval over prompts) and 95th
     percentile over all tokens, and the perplexity of those answers under both.
 
     Raises:
@@ -116,7 +117,7 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
     nll = np.concatenate(losses, axis=1).mean(axis=1)
     return {
         "kl_mean": float(everything.mean()),
-        "kl_mean_ci": bootstrap_mean([kl[row] for row in sorted(kl)]),
+        "kl_mean_ci": log_mean([kl[row] for row in sorted(kl)]),
         "kl_95": float(np.quantile(everything, 0.95)),
         "perplexity_unedited": float(np.exp(nll[0])),
         "perplexity_edited": float(np.exp(nll[1])),

@@ -12,12 +12,17 @@ import numpy as np
 
 from alignment_artifacts import separation as st
 from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.directions.measurements import Measurements
+from alignment_artifacts.intervals import auroc_interval
+from alignment_artifacts.rates import t_quantile
 from alignment_artifacts.separation import separating_layers
 from gemma_refactored.activation_capture import Edit, layer_sites, read
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
+
+MIN_OF_EACH = 5  # refused and answered artifact prompts; fewer measure nothing
 
 
 def layer_scores(directions: Directions, activations: np.ndarray) -> np.ndarray:
@@ -71,29 +76,39 @@ def held_out_auroc(
 ) -> dict:
     """How well the score of a prompt tells beforehand whether the model will refuse it.
 
-    Five folds by pair; direction and layers from the training pairs. Also the scores themselves, one
-    [natural, artifact] a pair, so that a threshold can be chosen.
+    Five folds by independent group of pairs; direction and layers from the training pairs. "auroc" is over all prompts,
+    and where natural prompts are answered and artifact prompts refused it mostly tells those two apart. What the
+    score knows beyond that is "within_artifact": refused against answered artifact prompts; None with fewer than
+    MIN_OF_EACH of either. Also the scores themselves, one [natural, artifact] a pair, so that a threshold can be
+    chosen.
     """
     vectors = measured.vectors_at(site, positions)
-    categories = np.array([pair.category for pair in measured.pairs])
-    folds = st.assign_folds(categories, seed)
+    categories, groups = np.array([pair.category for pair in measured.pairs]), independent_groups(measured.pairs)
+    folds = st.assign_folds(categories, seed, groups)
     scored = np.zeros(vectors.shape[:2])
-    for fold in range(folds.max() + 1):
-        training = folds != fold
+    for _, _, training, held in st.each_fold(folds):
         layers = separating_layers(vectors[training], list(categories[training]))
-        scored[~training] = scores(estimate(vectors[training], {"site": site}), layers, vectors[~training])
+        scored[held] = scores(estimate(vectors[training], {"site": site}), layers, vectors[held])
     refused = measured.judged(judge)
-    result = {"site": site, "positions": positions, "refused": int(refused.sum()), "answered": int((~refused).sum())}
-    if not 0 < refused.mean() < 1:
-        return {**result, "auroc": None, "auroc_ci": None, "scores": scored.tolist()}
-    rng, resampled = np.random.default_rng(seed), []
-    for _ in range(1000):
-        rows = rng.integers(0, len(scored), len(scored))
-        if 0 < refused[rows].mean() < 1:
-            resampled.append(st.auroc(scored[rows][~refused[rows]], scored[rows][refused[rows]]))
     return {
-        **result,
-        "auroc": float(st.auroc(scored[~refused], scored[refused])),
-        "auroc_ci": [float(q) for q in np.quantile(resampled, [0.025, 0.975])],
+        "site": site,
+        "positions": positions,
+        **_told_apart(scored, refused, np.repeat(groups[:, None], 2, axis=1), 1),
+        "within_artifact": _told_apart(scored[:, 1], refused[:, 1], groups, MIN_OF_EACH),
         "scores": scored.tolist(),
     }
+
+
+def _told_apart(scored: np.ndarray, refused: np.ndarray, groups: np.ndarray, least: int) -> dict:
+    """AUROC of refused above answered prompts with its score interval; None with fewer than `least` of either.
+
+    A group of dependent prompts counts as one on either side.
+    """
+    answered = ~refused
+    counts = {"refused": int(refused.sum()), "answered": int(answered.sum())}
+    if min(counts.values()) < least:
+        return {**counts, "auroc": None, "auroc_ci": None}
+    area = st.auroc(scored[answered], scored[refused])
+    negatives, positives = (len(np.unique(groups[which])) for which in (answered, refused))
+    interval = auroc_interval(area, negatives, positives, t_quantile(min(negatives, positives) - 1))
+    return {**counts, "auroc": area, "auroc_ci": interval}

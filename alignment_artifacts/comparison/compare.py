@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment_artifacts.analysis import Settings, is_significant
 from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.comparison import transfer
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
 from alignment_artifacts.directions.estimate import planted_directions
 from alignment_artifacts.formatting import interval, number, p_value
 from alignment_artifacts.pairs import Pair, texts
+from alignment_artifacts.scores import Settings, is_significant
 from alignment_artifacts.separation import MIN_PAIRS_NESTED
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.errors import UserError
@@ -90,7 +91,8 @@ def compare(
                 f"Only {len(complete)} of {len(pairs)} pairs have text to read under the condition {condition!r}: the "
                 f"other answers are empty. A comparison needs {MIN_PAIRS_NESTED}; use other models or prompts."
             )
-        layers = compare_layers(first, second, _categories([pairs[i] for i in complete]), settings)
+        these = [pairs[i] for i in complete]
+        layers = compare_layers(first, second, _categories(these), settings, independent_groups(these))
         conditions[condition] = {"num_pairs": len(complete), "layers": layers}
 
     ends_a, ends_b, _ = readings["prompt_end"]
@@ -101,7 +103,15 @@ def compare(
         "words": Contrasts(_embed(models[1], pairs), _embed(models[1], twins)),
     }
     by_source = {
-        source: transfer.cross_decoding(of.pairs, of.twins, _categories(pairs), _categories(twins), settings)
+        source: transfer.cross_decoding(
+            of.pairs,
+            of.twins,
+            _categories(pairs),
+            _categories(twins),
+            settings,
+            independent_groups(pairs),
+            independent_groups(twins),
+        )
         for source, of in contrasts.items()
     }
     names = {"a": models[0].name, "b": models[1].name, "words": WORDS}

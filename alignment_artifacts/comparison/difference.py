@@ -10,33 +10,41 @@ from __future__ import annotations
 import numpy as np
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.analysis import Settings
+from alignment_artifacts.intervals import Uncertainty, robust_sd
+from alignment_artifacts.scores import Settings
 from gemma_refactored.files import jsonable
 
 
-def compare_layers(first: np.ndarray, second: np.ndarray, strata: np.ndarray, settings: Settings) -> list[dict]:
+def compare_layers(
+    first: np.ndarray, second: np.ndarray, strata: np.ndarray, settings: Settings, groups: np.ndarray | None = None
+) -> list[dict]:
     """One record a layer: both models' d, their difference, and what their directions have in common.
 
     Args:
         first, second: [pairs, 2 (natural, artifact), layers, hidden] prompt vectors of the two models.
         strata: [pairs] labels that the folds are balanced over.
+        groups: [pairs] labels of pairs that depend on each other; default: every pair by itself.
     Returns:
         Records with "d_a", "d_b" (each with "_ci"), "difference" (b minus a, with "_ci") and its two-sided
         "p_value" over all layers; "cosine" of the two directions; "a_on_b" and "b_on_a", d of one model's
         activations along the other's direction, which was learnt from other pairs; and "largest_change"
         of any activation.
     """
-    folds = st.assign_folds(strata, settings.seed)
+    groups = st.group_numbers(groups, len(strata))
+    folds = st.assign_divisions(strata, settings.seed, groups)
+    uncertainty = Uncertainty(groups, settings.resamples, settings.seed)
+    signs = st.sign_flips(groups, settings.permutations, settings.seed)
     records, differences, nulls = [], [], []
     for layer in range(first.shape[2]):
         vectors = [model[:, :, layer].astype(np.float64) for model in (first, second)]
         pairs = [st.pair_vectors(v[:, 0], v[:, 1]) for v in vectors]
         held_out = [st.held_out_projections(p, folds) for p in pairs]
         means = [p.differences.mean(axis=0) for p in pairs]
-        intervals = [h.intervals(settings.resamples, settings.seed)[0] for h in held_out]
-        difference, null = exchanged_differences(pairs[0], pairs[1], folds, settings.permutations, settings.seed)
-        differences.append(difference)
-        nulls.append(np.abs(null))
+        spreads = [robust_sd(st.sign_flip_d(p, folds, signs)[1:]) for p in pairs]
+        intervals = [uncertainty.intervals(*both)["cohens_d_ci"] for both in zip(held_out, spreads, strict=True)]
+        exchanged = exchanged_differences(pairs[0], pairs[1], folds, signs)
+        differences.append(exchanged[0])
+        nulls.append(np.abs(exchanged))
         records.append(
             {
                 "d_a": held_out[0].d(),
@@ -44,7 +52,7 @@ def compare_layers(first: np.ndarray, second: np.ndarray, strata: np.ndarray, se
                 "d_b": held_out[1].d(),
                 "d_b_ci": intervals[1],
                 "difference": held_out[1].d() - held_out[0].d(),
-                "difference_ci": st.difference_interval(held_out[0], held_out[1], settings.resamples, settings.seed),
+                "difference_ci": uncertainty.difference_interval(held_out[0], held_out[1], spreads),
                 "p_value": None,
                 "cosine": cosine(*means),
                 "a_on_b": d_along(vectors[0], pairs[1], folds),
@@ -59,26 +67,30 @@ def compare_layers(first: np.ndarray, second: np.ndarray, strata: np.ndarray, se
 
 
 def exchanged_differences(
-    first: st.PairVectors, second: st.PairVectors, folds: np.ndarray, permutations: int, seed: int
-) -> tuple[float, np.ndarray]:
-    """The models' difference in separation at one layer, and what it is when they are swapped at random within pairs.
+    first: st.PairVectors, second: st.PairVectors, folds: np.ndarray, signs: np.ndarray
+) -> np.ndarray:
+    """The models' difference in separation at one layer, and what it is when they are swapped within pairs.
 
     Everything is repeated after a swap, learning of directions included. For that both models must speak
-    of one direction: the second's is mirrored onto the first's beforehand, which changes no d of either.
-    Found in simulations of equal separation (d from 0 to 4, directions alike or not): 2 to 6 % of
+    of one direction and on one scale: the second's is mirrored onto the first's beforehand and both are divided
+    by their own spread, which changes no d of either.
+    Found in simulations of equal separation (d from 0 to 4, directions alike or not): 1 to 5 % of
     p values are at most 0.05 (benchmarks/simulated_model_comparison.py). Without the mirror it is up to
     12 %, and swapping finished projections instead of learning anew gives up to 30 %.
 
+    Args:
+        signs: [swaps, pairs] as `separation.sign_flips` gives them; -1 swaps the models.
     Returns:
-        second minus first, and [permutations] of the same, on the scale of `separation.stabilised`.
+        [swaps] second minus first on the scale of `separation.stabilised`; the first row is what was observed.
     """
     if np.array_equal(first.differences, second.differences) and np.array_equal(first.means, second.means):
-        return 0.0, np.zeros(permutations)  # the last bit of equal sums in another order is no difference
+        return np.zeros(len(signs))  # the last bit of equal sums in another order is no difference
+    first, second = _standardised(first), _standardised(second)
     mirrored = _mirror(second, second.differences.mean(axis=0), first.differences.mean(axis=0))
     both = st.PairVectors(
         np.concatenate([first.differences, mirrored.differences]), np.concatenate([first.means, mirrored.means])
     )
-    pairs = len(folds)
+    pairs = folds.shape[-1]
     rows_of_first, rows_of_second = np.arange(pairs), np.arange(pairs) + pairs
 
     def differences(swapped: np.ndarray) -> np.ndarray:
@@ -87,23 +99,26 @@ def exchanged_differences(
         d_second = _held_out_d_of_rows(both, np.where(swapped, rows_of_first, rows_of_second), folds)
         return st.stabilised(d_second) - st.stabilised(d_first)
 
-    rng = np.random.default_rng(seed)
-    sizes = [min(st.CHUNK, permutations - start) for start in range(0, permutations, st.CHUNK)]
-    null = np.concatenate([differences(rng.integers(0, 2, (size, pairs)) == 1) for size in sizes])
-    (observed,) = differences(np.zeros((1, pairs), bool))
-    return float(observed), null
+    swaps = signs < 0
+    return np.concatenate([differences(swaps[start : start + st.CHUNK]) for start in range(0, len(swaps), st.CHUNK)])
+
+
+def _standardised(vectors: st.PairVectors) -> st.PairVectors:
+    """Divided by the root mean square within-class deviation, over all pairs and dimensions."""
+    within = [x - x.mean(axis=0) for x in (vectors.differences / 2, vectors.means)]
+    scale = np.sqrt(sum((x * x).mean() for x in within)) or 1.0
+    return st.PairVectors(vectors.differences / scale, vectors.means / scale)
 
 
 def _held_out_d_of_rows(vectors: st.PairVectors, rows: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """[permutations] held-out d where `rows` [permutations, pairs] says which vectors stand for each pair."""
     everything = np.arange(len(vectors.differences))
     scores = []
-    for fold in np.unique(folds):
-        training, held = folds != fold, np.flatnonzero(folds == fold)
+    for _, _, training, held in st.each_fold(folds):
         weights = np.zeros((len(rows), len(everything)))
         np.put_along_axis(weights, rows[:, training], 1 / training.sum(), axis=1)
         shift, centre = (np.take_along_axis(p, rows[:, held], axis=1) for p in vectors.along(weights, everything))
-        scores.append(st.hedges_d(centre - shift / 2, centre + shift / 2))
+        scores.append(st.matched_d(shift, centre))
     return np.mean(scores, axis=0)
 
 
@@ -124,9 +139,9 @@ def _mirror(vectors: st.PairVectors, source: np.ndarray, target: np.ndarray) -> 
 def d_along(vectors: np.ndarray, teacher: st.PairVectors, folds: np.ndarray) -> float:
     """Held-out d of vectors [pairs, 2, hidden] along the direction that `teacher` has learnt from other pairs."""
     scores = []
-    for fold in np.unique(folds):
-        direction = teacher.differences[folds != fold].mean(axis=0)
-        natural, artifact = (vectors[folds == fold] @ direction).T
+    for _, _, training, rows in st.each_fold(folds):
+        direction = teacher.differences[training].mean(axis=0)
+        natural, artifact = (vectors[rows] @ direction).T
         scores.append(st.hedges_d(natural, artifact))
     return float(np.mean(scores))
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.analysis import Settings, held_out_scores
 from alignment_artifacts.formatting import interval, number, percent
+from alignment_artifacts.intervals import Uncertainty
+from alignment_artifacts.scores import Settings, held_out_scores, score_layers
 from alignment_artifacts.separation import layer_separation
 from gemma_refactored.files import jsonable
 
@@ -19,7 +20,13 @@ PAIRS, TWINS = "natural/artifact", "twin/artifact"
 
 
 def cross_decoding(
-    pairs: np.ndarray, twins: np.ndarray, categories: np.ndarray, twin_categories: np.ndarray, settings: Settings
+    pairs: np.ndarray,
+    twins: np.ndarray,
+    categories: np.ndarray,
+    twin_categories: np.ndarray,
+    settings: Settings,
+    groups: np.ndarray | None = None,
+    twin_groups: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """Every combination of learning and testing, with one record for each.
 
@@ -28,24 +35,29 @@ def cross_decoding(
     Args:
         pairs: [pairs, 2 (natural, artifact), layers, hidden]; twins: [twins, 2 (twin, artifact), layers, hidden].
         categories, twin_categories: a label for each.
+        groups, twin_groups: labels of those that depend on each other; default: each by itself.
     Returns:
         "LEARNT -> TESTED": record, where both are PAIRS or TWINS (held out where they are the same), or
         the tested one is a category of the pairs and "others" are the other categories.
     """
-    sets = {PAIRS: (pairs, np.asarray(categories)), TWINS: (twins, np.asarray(twin_categories))}
+    sets = {
+        PAIRS: (pairs, np.asarray(categories), st.group_numbers(groups, len(pairs))),
+        TWINS: (twins, np.asarray(twin_categories), st.group_numbers(twin_groups, len(twins))),
+    }
     records = {}
-    for learnt, (training, labels) in sets.items():
-        for tested, (other, _) in sets.items():
+    for learnt, (training, labels, blocks) in sets.items():
+        for tested, (other, _, other_blocks) in sets.items():
             name = f"{learnt} -> {tested}"
             if learnt == tested:
-                records[name] = _record(*_held_out(training, labels, settings), settings)
+                records[name] = _held_out(training, labels, settings, blocks)
             else:
-                records[name] = _record(*decode(training, labels, other), settings)
+                records[name] = _record(*decode(training, labels, other), settings, other_blocks)
     for category in dict.fromkeys(sets[PAIRS][1].tolist()):
         inside = sets[PAIRS][1] == category
         if inside.sum() >= 2 and (~inside).sum() >= st.MIN_PAIRS:
             projected = decode(pairs[~inside], sets[PAIRS][1][~inside], pairs[inside])
-            records[f"others -> {category}"] = _record(*projected, settings)
+            blocks = st.group_numbers(sets[PAIRS][2][inside], int(inside.sum()))
+            records[f"others -> {category}"] = _record(*projected, settings, blocks)
     return jsonable(records)
 
 
@@ -61,18 +73,18 @@ def decode(training: np.ndarray, strata: np.ndarray, tested: np.ndarray) -> tupl
     return st.HeldOut(natural, artifact, np.full(len(tested), threshold), one_fold), [layer]
 
 
-def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings) -> tuple[st.HeldOut, list[int]]:
+def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings, groups: np.ndarray) -> dict:
     """The same within one set, fold by fold: what the analysis calls the best layer, chosen inside the folds."""
-    folds = st.assign_folds(strata, settings.seed)
-    layers = [st.pair_vectors(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]
-    return st.nested_best_layer(
-        [st.held_out_projections(layer, folds) for layer in layers], [st.inner_scores(layer, folds) for layer in layers]
-    )
+    best = score_layers(vectors, strata, settings, groups=groups).best_layer
+    if best is None:
+        raise ValueError("choosing a layer inside the folds needs at least eight independent groups of pairs")
+    layers = best.pop("layer_chosen_in_each_fold")
+    return {**best, "num_pairs": len(vectors), "layers": layers}
 
 
-def _record(held_out: st.HeldOut, layers: list[int], settings: Settings) -> dict:
-    scores = held_out_scores(held_out, settings)
-    return {**scores, "auroc": held_out.auroc(), "num_pairs": len(held_out.folds), "layers": layers}
+def _record(held_out: st.HeldOut, layers: list[int], settings: Settings, groups: np.ndarray) -> dict:
+    scores = held_out_scores(held_out, Uncertainty(groups, settings.resamples, settings.seed))
+    return {**scores, "num_pairs": len(held_out.folds), "layers": layers}
 
 
 def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str]) -> str:

@@ -52,6 +52,12 @@ def step_grid(pattern: dict) -> tuple[list[str], np.ndarray]:
     return names, grid.reshape(len(steps), len(pattern["cohens_d_by_layer"])).T
 
 
+def step_labels(pattern: dict) -> list[str]:
+    """The names of `step_grid`, each with how many pairs got there."""
+    counts = [s["num_pairs"] for s in pattern["steps"] if s["cohens_d"] is not None]
+    return [f"{name} (n = {count})" for name, count in zip(step_grid(pattern)[0], counts, strict=True)]
+
+
 def colour_limit(grid: np.ndarray) -> float:
     """The largest absolute value, for a colour scale around 0."""
     finite = np.abs(grid[np.isfinite(grid)])

@@ -32,7 +32,7 @@ def layer_scores(result: dict) -> go.Figure:
     for positions, scores in data.layer_panels(result).items():
         records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
         marker = {"generated": "circle", "prompt_end": "square"}[positions]
-        figure.add_trace(_band(layers, data.column(records, "cohens_d_ci"), colour, f"{name}, 95 % interval"))
+        figure.add_trace(_band(layers, data.column(records, "cohens_d_ci"), colour, f"{name}, pointwise 95 % interval"))
         details = [
             *data.column(records, "cohens_d_ci").T,
             data.column(records, "accuracy"),
@@ -100,7 +100,7 @@ def steps(pattern: dict) -> go.Figure:
             **_around_zero(grid),
         )
     )
-    xaxis = {"type": "category"}
+    xaxis = {"type": "category", "tickvals": names, "ticktext": data.step_labels(pattern)}
     return _styled(figure, "end of the prompt, then generated tokens", "layer", xaxis=xaxis)
 
 

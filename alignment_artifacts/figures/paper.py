@@ -44,7 +44,8 @@ def plot_layer_scores(result: dict, path: Path) -> None:
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         pairs = result["layer_scores"]["0"]["num_pairs"]
-        figure.suptitle(f"{result['model']}, {pairs} prompt pairs; bands: 95 % intervals", fontsize=10, color="#444444")
+        title = f"{result['model']}, {pairs} prompt pairs; bands: pointwise 95 % intervals"
+        figure.suptitle(title, fontsize=10, color="#444444")
         _save(figure, path)
 
 
@@ -63,7 +64,7 @@ def plot_categories(by_category: dict, path: Path) -> None:
                 colour = "white" if abs(value) > 0.6 * limit else "black"
                 axes.text(layer, row, f"{value:z.1f}{mark}", ha="center", va="center", fontsize=7.5, color=colour)
         axes.set_yticks(range(len(names)), names)
-        axes.set(xlabel="layer", title="Held-out Cohen's d by category (* p ≤ 0.05 over layers)")
+        axes.set(xlabel="layer", title="Held-out Cohen's d by category (* p ≤ 0.05 over layers and categories)")
         axes.spines[:].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, label="Cohen's d", shrink=0.9)
@@ -83,7 +84,9 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
         left.bar(range(len(d)), d, color=colours)
         start = pattern["first_significant_layer"]
         where = (
-            "no layer is significant" if start is None else f"starts at layer {start}, peaks at {pattern['peak_layer']}"
+            "no layer is significant"
+            if start is None
+            else f"is first significant at layer {start}, peaks at {pattern['peak_layer']}"
         )
         left.set(
             title=f"The effect {where}" if start is not None else where.capitalize(), xlabel="layer", ylabel="Cohen's d"
@@ -95,7 +98,7 @@ def plot_layer_pattern(pattern: dict, path: Path) -> None:
             frameon=False,
         )
         if names:
-            _step_heat_map(figure, right, names, grid)
+            _step_heat_map(figure, right, data.step_labels(pattern), grid)
         else:
             right.set_axis_off()
             right.text(0.5, 0.5, "too few pairs to score single steps", ha="center", va="center", color=data.GREY)
@@ -106,7 +109,7 @@ def _step_heat_map(figure, axes, names: list[str], grid: np.ndarray) -> None:
     limit = data.colour_limit(grid)
     image = axes.imshow(grid, aspect="auto", origin="lower", cmap="PuOr_r", vmin=-limit, vmax=limit)
     every = max(1, len(names) // 20)
-    axes.set_xticks(range(0, len(names), every), names[::every], fontsize=8)
+    axes.set_xticks(range(0, len(names), every), names[::every], fontsize=8, rotation=90)
     axes.set(
         title="Held-out Cohen's d at single steps", xlabel="end of the prompt, then generated tokens", ylabel="layer"
     )

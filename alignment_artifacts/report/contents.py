@@ -11,6 +11,7 @@ import numpy as np
 from alignment_artifacts.behaviour.refusal import without_refusals
 from alignment_artifacts.figures import interactive as figures
 from alignment_artifacts.figures.data import POSITION_NAMES, description, layer_panels, on_their_side, step_grid
+from alignment_artifacts.summary import records_of
 from alignment_artifacts.suppression.transcripts import load_transcripts
 from gemma_refactored.files import read_json
 
@@ -35,13 +36,21 @@ def analysis(path: Path) -> dict:
         "excluded": result["excluded"],
         "certificate": result["certificate"],
         "panels": {POSITION_NAMES[positions]: scores for positions, scores in layer_panels(result).items()},
-        "lexical": result["lexical_baseline"],
-        "nested": result["best_layer_nested"],
+        "baselines": _baselines(result),
+        "nested": {POSITION_NAMES[positions]: records_of(result, positions)[1] for positions in result["controls"]},
+        "independence": result["independence"],
+        "power": result["power"],
         "settings": result["config"],
         "facts": {name: manifest[name] for name in FACTS if name in manifest},
         "manifest": json.dumps(manifest, indent=1, ensure_ascii=False),
         "can_be_repeated": "prompt_groups" in manifest,
     }
+
+
+def _baselines(result: dict) -> dict[str, dict]:
+    """What separates the prompts without any model, by name."""
+    records = {f"words, {kind}": record for kind, record in result["word_baselines"].items()}
+    return records | ({"length": result["length_baseline"]} if result["length_baseline"] else {})
 
 
 def categories(path: Path) -> dict:
@@ -51,6 +60,7 @@ def categories(path: Path) -> dict:
         "origin": _origin(result),
         "figures": {"categories": figure_data(figures.categories(result))} if scored else {},
         "rows": {name: list(scores.values()) for name, scores in scored.items()},
+        "differences": [r for r in result["differences"] if r["difference"] is not None],
         "left_out": {name: c["reason"] for name, c in result["categories"].items() if not c["layer_scores"]},
         "positions": result["positions"].replace("_", " "),
     }

@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from alignment_artifacts.analysis import Settings, analyse
+from alignment_artifacts.analysis import analyse
 from alignment_artifacts.behaviour import monitor, vocabulary
 from alignment_artifacts.behaviour.answers import write_answer, write_answers
 from alignment_artifacts.behaviour.score import REFUSAL, Score, Wish, load_score, own_measure
@@ -27,6 +27,7 @@ from alignment_artifacts.edits.proof import Proof, Sequences, prove
 from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene, where_it_leads
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.places import cache_folder, collection_folder, find
+from alignment_artifacts.scores import Settings
 from gemma_refactored.configuration import Generation, Sampling
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import read_json

@@ -1,0 +1,106 @@
+"""What the results say, in sentences: prompt end first, because nothing has been written there yet."""
+
+from __future__ import annotations
+
+from alignment_artifacts.scores import is_significant, significant_layers
+
+WHERE = {
+    "prompt_end": "At the end of the prompt, before anything is written,",
+    "generated": "Over the generated tokens, which also show what is being written,",
+}
+
+
+def summarise(result: dict) -> str:
+    """The main result in some sentences: length first where it separates, then both kinds of positions, then words."""
+    parts = [_length(result), _positions(result, "prompt_end")]
+    if "generated" in result["controls"]:
+        parts.append(_positions(result, "generated"))
+    parts += [_independence(result["independence"]), _outliers(result["outliers"])]
+    return " ".join(part for part in parts if part)
+
+
+def _length(result: dict) -> str | None:
+    record = result["length_baseline"]
+    if not record or not is_significant(record):
+        return None
+    rest = result["controls"]["prompt_end"]["length_regressed"]
+    return (
+        f"The number of tokens alone tells the prompts apart: {_strength(record)}. With length regressed out on "
+        f"training pairs, d is {_d(rest)} at the end of the prompt; prompts of equal length are better evidence."
+    )
+
+
+def _positions(result: dict, positions: str) -> str:
+    scores, nested = records_of(result, positions)
+    significant = significant_layers(scores)
+    smallest = min((r["p_value"] for r in scores.values() if r["p_value"] is not None), default=None)
+    if smallest is None:
+        return (
+            f"{WHERE[positions]} Cohen's d is not defined: the vectors of a class do not differ from each other at all."
+        )
+    p = f"p = {smallest:.2g} over all layers"
+    if smallest <= scores["0"]["p_floor"] * (1 + 1e-9):
+        p += ", the smallest that these pairs allow"
+    if not significant:
+        return f"{WHERE[positions]} no layer separates natural from artifact prompts better than chance ({p})."
+    text = f"{WHERE[positions]} natural and artifact prompts are separated"
+    text += f" at {len(significant)} of {len(scores)} layers ({p})"
+    if nested is None:
+        return f"{text}; fewer than 8 independent groups of pairs allow no interval and no blind choice of a layer."
+    text += ". With the layer chosen inside the folds a direction from some pairs tells others apart with "
+    return f"{text}{_strength(nested)}.{_words(result, positions)}"
+
+
+def _words(result: dict, positions: str) -> str:
+    lexical, control = result["lexical_baseline"], result["controls"][positions]
+    if not lexical or not control["beyond_words"]:
+        return ""
+    low, high = control["beyond_words"]["difference_ci"]
+    text = f" Words alone give {_strength(lexical)} ({lexical['kind']})"
+    if low is None:
+        return f"{text}; the difference from the activations is not defined, so this is no evidence of alignment."
+    difference = f"{control['beyond_words']['difference']:+.1f} [{low:.1f}, {high:.1f}]"
+    if low > 0:
+        return f"{text}: the activations tell more than words do (difference of d {difference})."
+    lda = f"; as strong a learner gives the activations d = {_d(control['lda'])}" if lexical["kind"] == "lda" else ""
+    text += f": not shown to be more than words (difference of d {difference}{lda})"
+    return f"{text}, so this is no evidence of alignment."
+
+
+def _independence(independence: dict) -> str | None:
+    pairs, groups = independence["num_pairs"], independence["num_groups"]
+    parts = [f"{pairs} pairs, {groups} independent groups."] if groups < pairs else []
+    return " ".join([*parts, *filter(None, [independence["warning"]])]) or None
+
+
+def _outliers(outliers: list[dict]) -> str | None:
+    if not outliers:
+        return None
+    worst = outliers[0]
+    return (
+        f"{len(outliers)} prompt{'s lie' if len(outliers) > 1 else ' lies'} more than 10 median absolute deviations "
+        f"from the others and can outweigh them all, most the {worst['side']} one of {worst['category']} "
+        f"{worst['pair']} ({worst['deviations']:.0f} at layer {worst['layer']})."
+    )
+
+
+def records_of(result: dict, positions: str) -> tuple[dict, dict | None]:
+    """Per-layer records and the record of the layer chosen blindly."""
+    ending = "_prompt_end" if positions == "prompt_end" else ""
+    return result["layer_scores" + ending], result["best_layer_nested" + ending]
+
+
+def _strength(record: dict) -> str:
+    text = f"d = {_d(record)}"
+    if record["accuracy_ci"][0] is None:
+        return f"{text}, {record['accuracy']:.0%} accuracy"
+    low, high = record["accuracy_ci"]
+    return f"{text}, {record['accuracy']:.0%} accuracy [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _d(record: dict) -> str:
+    if record["cohens_d"] is None:
+        return "undefined"
+    low, high = record["cohens_d_ci"]
+    interval = "" if low is None else f" [{low:.1f}, {high:.1f}]"
+    return f"{record['cohens_d']:.1f}{interval}"
