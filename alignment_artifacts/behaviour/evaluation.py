@@ -65,6 +65,7 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], s
     on_topic = [is_on_topic(prompt, text) for prompt, text in zip(behaviour.texts, texts, strict=True)]
     unchanged = [a == b for a, b in zip(answers, behaviour.answers, strict=True)]
     quality = {"on_topic": rate(on_topic), "loops": rate(loops), "unchanged": rate(unchanged)}
+    unedited = loaded.tokenizer.batch_decode(behaviour.answers, skip_special_tokens=True)
     if score:
         return {**score.compared(behaviour.texts, unedited, texts), **quality}
     refused = [is_refusal(text) for text in texts]
