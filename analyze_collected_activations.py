@@ -5,6 +5,10 @@ results/MODEL/PAIRS/, and the main ones also beside this script; prints a table.
 means: take it from the collection's manifest.
 """
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import os
 import shutil
 import sys
@@ -12,9 +16,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.activation_set import (
     ActivationSet,
@@ -31,6 +34,7 @@ from alignment_artifacts.pairs import load_pairs
 from alignment_artifacts.scores import NAMES, Settings, layers_by_d
 from alignment_artifacts.separation import MIN_PAIRS
 from alignment_artifacts.summary import records_of
+from gemma_refactored import site_names
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.settings import Between, Must, from_constants
@@ -39,7 +43,8 @@ RAW_ACTIVATIONS_BASE_DIR = None  # None: the latest collection
 ORIGINAL_PAIRS_JSON_FOR_ITERATION = places.HOME / "alignment_artifact_prompt_pairs.json"
 GEMMA_INPUT_SUBCATEGORY_KEY_IN_PATH = "prompt_list"
 NUM_LAYERS = None
-KEY_PATTERN_TEMPLATE = None  # for example "model.layers.{layer_idx}.mlp.output"
+SITE = None  # "mlp", "attention" or "residual"; None: the one that was collected
+KEY_PATTERN_TEMPLATE = None  # any other site, for example "model.layers.{layer_idx}.mlp.down_proj.output"
 NUM_TOKEN_STEPS_TO_COLLECT = None
 EXPECTED_HIDDEN_DIM = None
 
@@ -64,8 +69,10 @@ class Constants:
     """folder between a group and its batch"""
     num_layers: Annotated[int, Between(1)] | None
     """number of layers to read; None: all"""
+    site: Literal["mlp", "attention", "residual"] | None
+    """kind of site, where several were collected; None: the one that was"""
     key_pattern_template: Annotated[str, Must(names_a_layer, "have {layer_idx} or {layer} in it once")] | None
-    """name of the arrays, with {layer_idx} or {layer} for the layer; None: from the manifest"""
+    """name of the arrays, with {layer_idx} or {layer} for the layer; None: by site"""
     num_token_steps_to_collect: Annotated[int, Between(0)] | None
     """number of generated tokens to read; None: all"""
     expected_hidden_dim: Annotated[int, Between(1)] | None
@@ -86,9 +93,8 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def read_constants(argv: Sequence[str]) -> Constants:
-    return from_constants(
-        Constants, globals(), argv, NAMES, environment={"RAW_ACTIVATIONS_BASE_DIR": "ACTIVATIONS_DIR"}
-    )
+    also = {"RAW_ACTIVATIONS_BASE_DIR": "ACTIVATIONS_DIR", "ORIGINAL_PAIRS_JSON_FOR_ITERATION": "PAIRS"}
+    return from_constants(Constants, globals(), argv, NAMES, also)
 
 
 def run(constants: Constants) -> None:
@@ -108,16 +114,19 @@ def run(constants: Constants) -> None:
         constants.num_token_steps_to_collect,
         constants.expected_hidden_dim,
         progress=lambda items: tqdm(items, desc="reading", unit="folder", leave=False, disable=not sys.stderr.isatty()),
+        site=constants.site,
     )
     report_excluded(data, constants.max_excluded)
     config = {
         "RAW_ACTIVATIONS_BASE_DIR": places.recorded(folder),
         "ORIGINAL_PAIRS_JSON_FOR_ITERATION": places.recorded(pairs_file),
+        "KEY_PATTERN_TEMPLATE": data.site,
         "NUM_LAYERS": data.num_layers,
         "NUM_TOKEN_STEPS_TO_COLLECT": data.values.shape[2] - 1,
         "EXPECTED_HIDDEN_DIM": data.values.shape[4],
     }
     print(f"Model: {data.model} ({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs")
+    print(textwrap.fill(f"Site: {site_names.described(data.site)}", 78, break_long_words=False))
     print(places.told("Collection", folder))
     if others:
         print("Also collected (ACTIVATIONS_DIR or MODEL_NAME chooses):")
@@ -126,7 +135,8 @@ def run(constants: Constants) -> None:
     print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))
     analysed = Run(data, constants.statistics, config)
     origin = places.Origin.of_collection(data.manifest, data.model, folder, pairs_file, pairs)
-    results = places.results_folder(constants.results_dir, origin)
+    kind = site_names.kind_of(data.site) or data.site
+    results = places.results_folder(constants.results_dir, origin, kind)
     result = {**analysed.results, "certificate": verdict}
     write(constants, analysed, result, origin, results)
     print_table(result)
@@ -192,7 +202,7 @@ def print_table(result: dict) -> None:
         _print_row(kind.replace("mean difference", "words"), record)
     if result["length_baseline"]:
         _print_row("length", result["length_baseline"])
-    print("nested: layer chosen inside the folds; pairs: artifact above its own partner")
+    print(f"nested: layer chosen inside the folds; pairs: {result['sides'][1]} above its own partner")
     independence, found = result["independence"], result["power"]
     text = f"{independence['num_pairs']} pairs, {independence['num_groups']} independent groups; "
     text += f"the smallest p they allow is {independence['p_floor']:.2g}."

@@ -6,6 +6,10 @@ directions learnt on one contrast are tried on another. Writes model_comparison.
 of the second model.
 """
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -13,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.edits.options import Site
 from alignment_artifacts.formatting import interval, number, percent
@@ -41,7 +44,7 @@ RESULTS_DIR = places.HOME / "results"
 @dataclass(frozen=True)
 class Constants:
     model_a: str
-    """local folder or Hugging Face id of the model before"""
+    """local folder, GGUF file or Hugging Face id of the model before"""
     model_b: str
     """of the model after"""
     pairs_json: Path
@@ -60,7 +63,7 @@ class Constants:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    return exit_code(lambda: run(from_constants(Constants, globals(), argv, NAMES)))
+    return exit_code(lambda: run(from_constants(Constants, globals(), argv, NAMES, {"PAIRS_JSON": "PAIRS"})))
 
 
 def run(constants: Constants) -> None:
@@ -79,6 +82,8 @@ def run(constants: Constants) -> None:
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     check_comparable(models[0], models[1], pairs, twins)
+    origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
+    results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
     cache = places.cache_folder()
     # The answers of a model whose chat format is the common one are measured once for everybody, and may be there.
     template = models[1].tokenizer.chat_template
@@ -94,8 +99,6 @@ def run(constants: Constants) -> None:
             models, pairs, twins, constants.neutral_text, constants.max_tokens, constants.site, constants.statistics,
             advance, known, cache / "comparison",
         )  # fmt: skip
-    origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
-    results = places.results_folder(constants.results_dir, origin)
     keep_earlier(results, models[0].revision)
     with places.written_together(results) as folder:
         write_json(folder / "data" / "model_comparison.json", origin.stamp(result))

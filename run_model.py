@@ -1,9 +1,12 @@
 """Generate answers and save activations; `python run_model.py --help`."""
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 from collections.abc import Sequence
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts

@@ -7,28 +7,35 @@ this model, if it has been run.
 
 from __future__ import annotations
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import argparse
 import json
 import logging
+import os
 import sys
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
+from alignment_artifacts.behaviour.score import FORMS, REFUSAL, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
-from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
+from alignment_artifacts.pairs import PAIRS_JSON, SIDES, load_pairs, texts
 from gemma_refactored.configuration import Sampling
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
 
 if TYPE_CHECKING:
+    from alignment_artifacts.directions.estimate import Directions
     from alignment_artifacts.suppression.library import AlignmentArtifacts, SuppressionResult
     from gemma_refactored.model_loading import LoadedModel
 
+ASKED = 10  # artifact prompts to see whether the model refuses at all, where it need not be measured
 TRANSCRIPTS_DIR = places.HOME / "results"  # of --all-pairs, in MODEL/PAIRS/data/ below it
 
 
@@ -48,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT")
     add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")
-    add("--model", help="local folder or Hugging Face id (default: the embedded organism)")
+    add("--explain", action="store_true", help="print the tokens that the direction promotes and demotes, per layer")
+    add("--model", help="local folder, GGUF file or Hugging Face id (default: the embedded organism)")
+    add("--pairs", type=Path, help="your own prompt pairs (default: PAIRS in the environment, else the 50 shipped)")
     add(
         "--mode",
         choices=("auto", *get_args(Mode)),
@@ -61,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
     add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
+    add("--score", metavar="SCORE", help=f"what is measured of an answer (default refusal): {FORMS}")
+    add("--wish", choices=get_args(Wish), default="lower", help="of a sweep with that score, for --mode auto")
     add("--show-projection", action="store_true", help="colour each token by its projection on the direction")
     add("--json", action="store_true", help="print the result as JSON and nothing else")
     add("--verbose", "-v", action="store_true", help="also print which mode was chosen, and by what")
@@ -80,14 +91,22 @@ def run(arguments: argparse.Namespace) -> None:
         logging.getLogger(package).setLevel(logging.WARNING)
     check_arguments(arguments)
     wanted = given(Setting, arguments, omit=["mode"])
+    score = load_score(arguments.score or REFUSAL)
     answering = from_arguments(Answering(), arguments)
     from alignment_artifacts.directions.files import load_directions, write_gguf
     from alignment_artifacts.suppression.library import AlignmentArtifacts
 
-    library = AlignmentArtifacts(places.find_model(arguments.model or DEFAULT_MODEL), show_progress=not silent)
+    library = AlignmentArtifacts(
+        places.find_model(arguments.model or DEFAULT_MODEL),
+        pairs=arguments.pairs or os.environ.get("PAIRS") or PAIRS_JSON,
+        show_progress=not silent,
+        score=score,
+        wish=arguments.wish,
+    )
     categories = named_categories(arguments.categories)
+    directions = load_directions(arguments.directions) if arguments.directions else None
     if not silent:
-        introduce(library, arguments)
+        introduce(library, arguments.prompt, directions)
     if arguments.export_gguf:
         directions = library.directions(None, "residual", arguments.positions or "prompt_end", categories)
         write_gguf(directions, arguments.export_gguf)
@@ -98,6 +117,9 @@ def run(arguments: argparse.Namespace) -> None:
             )
         if arguments.prompt is None:
             return
+    if arguments.explain:
+        explain(library, arguments, categories, wanted)
+        return
     if arguments.all_pairs:
         transcribe_pairs(library, arguments, wanted, answering.max_tokens)
         return
@@ -112,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
         repetition_penalty=answering.sampling.repetition_penalty,
         seed=answering.sampling.seed,
         ignore_end_tokens=answering.ignore_end_tokens,
-        directions=load_directions(arguments.directions) if arguments.directions else None,
+        directions=directions,
         compare=arguments.compare,
         on_start=printer.start,
         on_text=printer.text,
@@ -128,29 +150,42 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n" + textwrap.fill(f"Effect: {result.proof.describe()}", 78))
         if result.leads:
             print(textwrap.fill(result.leads, 78))
+        if arguments.score:
+            print(textwrap.fill(scored(result.score), 78))
         if result.prompt_score is not None:
             print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
 
 
-def introduce(library: AlignmentArtifacts, arguments: argparse.Namespace) -> None:
+def scored(score: dict) -> str:
+    """ "Score agreement (words of agreement): 2 before, 0 after"."""
+    meaning = f" ({score['meaning']})" if score["meaning"] else ""
+    values = ", ".join(f"{score[when]:g} {when}" for when in ("before", "after") if score[when] is not None)
+    return f"Score {score['name']}{meaning}: {values}"
+
+
+def introduce(library: AlignmentArtifacts, prompt: str | None, directions: Directions | None) -> None:
     """Say which model it is, where it runs, and what to know about it."""
-    from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
+    from alignment_artifacts.behaviour.refusal import without_refusals
+    from alignment_artifacts.directions.estimate import fit_to
     from gemma_refactored.model_loading import device_description
 
     loaded = library.load()
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}", flush=True)
-    notes = [note(loaded.folder, [arguments.prompt], texts(load_pairs(PAIRS_JSON)))] if arguments.prompt else []
-    if not arguments.directions:  # which may spare measuring the model
-        refused = library.measurements().judged(is_refusal)[:, 1]
-        notes.append(without_refusals(loaded.name, int(refused.sum()), len(refused)))
+    notes = [note(loaded.folder, [prompt], texts(load_pairs(PAIRS_JSON)))] if prompt else []
+    if library.score == REFUSAL:
+        if directions is None:
+            notes.append(without_refusals(loaded.name, *library.refusals()))
+        elif directions.facts.get("ends") in (None, list(SIDES)):  # others, of toxicity say, are not about refusals
+            fit_to(directions, loaded)  # or it is refused, before the model is asked anything
+            notes.append(without_refusals(loaded.name, *library.refusals(at_most=ASKED)))
     for sentence in filter(None, notes):
         print(textwrap.fill(sentence, 78), flush=True)
 
 
 def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace, wanted: dict, max_tokens: int) -> None:
     """Answers of every pair without and with suppression, for the report."""
-    from alignment_artifacts.formatting import percent
-    from alignment_artifacts.suppression.transcripts import TRANSCRIPTS, save_transcripts, transcribe
+    from alignment_artifacts.formatting import described_mean, percent
+    from alignment_artifacts.suppression.transcripts import save_transcripts, transcribe
     from gemma_refactored.progress import stage
 
     loaded, measured = library.load(), library.measurements()
@@ -158,20 +193,87 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     silent = arguments.quiet or arguments.json
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
-    total = 2 * len(measured.pairs)
-    with stage("answering", total, "pair", quiet=silent) as advance:
-        result, scores = transcribe(loaded, measured, setting, max_tokens, advance)
     origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
     results = places.results_folder(TRANSCRIPTS_DIR, origin)
+    total = 2 * len(measured.pairs)
+    score = own_measure(library.score, arguments.wish)
+    with stage("answering", total, "pair", quiet=silent) as advance:
+        result, scores = transcribe(loaded, measured, setting, max_tokens, advance, score)
     with places.written_together(results) as folder:
-        save_transcripts(folder / "data", origin.stamp({**result, "chosen_by": by}), scores)
+        path = save_transcripts(folder / "data", origin.stamp({**result, "chosen_by": by}), scores, score)
     if arguments.json:
-        print(json.dumps(result["refused"], indent=1))
+        print(json.dumps(result["scored" if score else "refused"], indent=1))
     elif not silent:
-        for side, rates in result["refused"].items():
-            before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
-            print(f"Refused, {side} prompts: {before} before, {after} after")
-        print(places.told("Transcripts", results / "data" / TRANSCRIPTS))
+        if score:
+            for side, means in result["scored"].items():
+                before, after, moved = (described_mean(means[which]) for which in ("before", "after", "moved"))
+                print(f"Mean of {score.name}, {side} prompts: {before} before, {after} after")
+                print(f"    moved by {moved}")
+        else:
+            for side, rates in result["refused"].items():
+                before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
+                print(f"Refused, {side} prompts: {before} before, {after} after")
+        print(places.told("Transcripts", results / "data" / path.name))
+
+
+def explain(
+    library: AlignmentArtifacts, arguments: argparse.Namespace, categories: list[str] | None, wanted: dict
+) -> None:
+    """The tokens that the direction promotes and demotes; kept if the direction is the model's own, of all pairs."""
+    from alignment_artifacts.behaviour.vocabulary import VOCABULARY
+    from alignment_artifacts.directions.files import load_directions
+    from gemma_refactored.files import write_json
+    from gemma_refactored.progress import stage
+
+    directions = load_directions(arguments.directions) if arguments.directions else None
+    loaded, silent = library.load(), arguments.quiet or arguments.json
+    given_settings = {name: wanted[name] for name in ("layers", "positions", "scale") if name in wanted}
+    layers = given_settings.get("layers")
+    with stage("steering", len(layers) if layers else loaded.num_layers, "layer", quiet=silent) as advance:
+        result = library.explain(categories=categories, directions=directions, progress=advance, **given_settings)
+    if arguments.json:
+        print(json.dumps(result, indent=1, ensure_ascii=not prints_everything()))
+    else:
+        print_vocabulary(result)
+    if directions is None and categories is None and not given_settings:
+        origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+        results = places.results_folder(TRANSCRIPTS_DIR, origin)
+        with places.written_together(results) as folder:
+            write_json(folder / "data" / VOCABULARY, origin.stamp(result))
+        if not silent:
+            print(places.told("Tokens", results / "data" / VOCABULARY))
+
+
+def print_vocabulary(result: dict) -> None:
+    """80 columns."""
+    from rich.cells import cell_len
+
+    def line(name: str, records: list[dict], what: str, end: str = "") -> str:
+        start, text = f"          {name:<9}", ""
+        for record in records:
+            number = f" {record[what]:+.1f}" if what == "steered" else ""
+            piece = f"  {record['token']!r}{number}"
+            if cell_len(start + text + piece + end) > 80:
+                break
+            text += piece
+        return start + text + end
+
+    print("\nTokens that the direction promotes and demotes (through norm and unembedding)")
+    for record in result["layers"]:
+        agreement = "" if record["agreement"] is None else f"  (agreement {record['agreement']:.2f})"
+        promoted = line("promotes", record["promoted"], "lens")
+        print(f"layer {record['layer']:<3}" + promoted[9:])
+        print(line("demotes", record["demoted"], "lens"))
+        print(line("steered", record["steered"], "steered", agreement))
+        for drawn in record["random"][:1]:
+            print(line("random", drawn["promoted"], "lens"))
+    text = (
+        f"steered: change of the next word's logit where the direction is added {result['scale']:g} times at the end "
+        f"of {result['prompts']} natural prompts; agreement: its correlation with the first two lines over all "
+        "tokens. Where that is low, later blocks turn the direction into other words, and this line is what it says. "
+        "random: promoted by a random direction."
+    )
+    print(textwrap.fill(text, 80))
 
 
 class Printer:
@@ -198,6 +300,19 @@ class Printer:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for what argparse cannot see."""
+    if arguments.explain:
+        if arguments.prompt is not None or arguments.all_pairs or arguments.export_gguf:
+            raise UserError("--explain is about the direction alone; omit the prompt, --all-pairs and --export-gguf.")
+        if arguments.site not in (None, "residual"):
+            raise UserError("--explain reads directions of the residual stream; omit --site.")
+        taken = ("layers", "positions", "scale", "site")
+        ignored = [name for name in given(Setting, arguments, omit=["mode"]) if name not in taken]
+        ignored += given(Answering, arguments)
+        ignored += [name for name in ("mode", "score") if getattr(arguments, name) not in (None, "auto")]
+        if ignored:
+            raise UserError(f"--explain does not use --{ignored[0].replace('_', '-')}; omit it.")
+        check_directions(arguments)
+        return
     if arguments.all_pairs:
         # What it ignores, with the value that says it was not given.
         unused = {
@@ -214,6 +329,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError('Give a prompt, for example: python suppress.py "How do I pick a lock?"')
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError("The prompt is empty; give it some text.")
+    check_directions(arguments)
+
+
+def check_directions(arguments: argparse.Namespace) -> None:
     if arguments.directions and (arguments.site or arguments.positions or arguments.categories):
         raise UserError("--directions brings its own site, positions and categories; omit those options.")
 

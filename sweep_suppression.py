@@ -5,6 +5,10 @@ pairs and reported once on test pairs, beside random directions. `suppress.py --
 uses the setting for this model. Writes suppression_sweep.json and a figure among the results of the model.
 """
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -12,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from alignment_artifacts import places
+from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.default_model import DEFAULT_MODEL
-from alignment_artifacts.formatting import number, percent, rate
+from alignment_artifacts.formatting import described_mean, number, percent, rate
 from alignment_artifacts.suppression.grid import Grid, Limits
 from gemma_refactored.configuration import Seed
 from gemma_refactored.errors import exit_code
@@ -40,6 +44,8 @@ SUPPRESSION = Grid(
 )  # fmt: skip
 AMPLIFICATION = Grid(scales={"add": (0.1, 0.2, 0.5, 1.0, 1.5, 2.0)}, where=("everywhere", "prompt_end"))
 LIMITS = Limits(kl=0.05, changed=0.1)
+SCORE = "refusal"  # of answers: also "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
+WISH = "lower"  # where its mean on artifact prompts is to go: "lower" or "higher"
 RANDOM_CONTROLS = 5
 
 RESULTS_DIR = places.HOME / "results"
@@ -48,7 +54,7 @@ RESULTS_DIR = places.HOME / "results"
 @dataclass(frozen=True)
 class Constants:
     model_name: str
-    """local folder or Hugging Face id"""
+    """local folder, GGUF file or Hugging Face id"""
     pairs_json: Path
     """the matched prompt pairs"""
     twins: Path
@@ -63,6 +69,10 @@ class Constants:
     """seed of the split of the pairs"""
     random_controls: Annotated[int, Between(0)]
     """random directions beside the chosen setting"""
+    score: str
+    """what is measured of an answer: refusal, words:A,B, or FILE.py:FUNCTION (prompt, answer) -> number"""
+    wish: Wish
+    """where its mean on artifact prompts is to go"""
     results_dir: Path
     """where numbers and figure go"""
     suppression: Grid
@@ -71,32 +81,42 @@ class Constants:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    return exit_code(lambda: run(from_constants(Constants, globals(), argv)))
+    return exit_code(lambda: run(from_constants(Constants, globals(), argv, also={"PAIRS_JSON": "PAIRS"})))
 
 
 def run(constants: Constants) -> None:
     from alignment_artifacts.behaviour.answers import observe
     from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
+    from alignment_artifacts.behaviour.score import own_measure
     from alignment_artifacts.comparison.twins import load_twins
     from alignment_artifacts.directions.estimate import planted_directions
     from alignment_artifacts.directions.measurements import measure
     from alignment_artifacts.figures.paper import plot_sweep
     from alignment_artifacts.pairs import load_pairs
     from alignment_artifacts.suppression import sweep
-    from alignment_artifacts.suppression.library import SWEEP
+    from alignment_artifacts.suppression.library import sweep_file
     from gemma_refactored.model_loading import device_description, load
     from gemma_refactored.progress import each
 
+    score = own_measure(constants.score, constants.wish)
+    wish = constants.wish if score else None
     twins = [twin.natural for twin in load_twins(places.find(constants.twins))]
     pairs_file = places.find(constants.pairs_json)
     pairs = load_pairs(pairs_file)
     loaded = load(places.find_model(constants.model_name))
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
+    origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
+    results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
     measured = measure(loaded, pairs, constants.cache, True, [places.collection_folder(loaded)])
-    refused = measured.judged(is_refusal)[:, 1]
-    if no_refusals := without_refusals(loaded.name, int(refused.sum()), len(refused)):
-        print(textwrap.fill(no_refusals, 80))
-    bench = sweep.Bench(loaded, measured, constants.shares, constants.seed, constants.max_tokens)
+    if score:
+        print(textwrap.fill(f"Score: {score.name} ({score.meaning or 'no docstring'}); wish: {wish}", 80))
+        about: dict = {"score": score.record(), "wish": wish}
+    else:
+        refused = measured.judged(is_refusal)[:, 1]
+        about = {"without_refusals": without_refusals(loaded.name, int(refused.sum()), len(refused))}
+        if about["without_refusals"]:
+            print(textwrap.fill(about["without_refusals"], 80))
+    bench = sweep.Bench(loaded, measured, constants.shares, constants.seed, constants.max_tokens, score)
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in bench.rows.items())
     development = bench.behaviour("development")
 
@@ -106,7 +126,10 @@ def run(constants: Constants) -> None:
     records = tried(bench.settings(constants.suppression), "suppressing")
     amplified = tried(bench.settings(constants.amplification), "amplifying")
     print(f"{len(records)} + {len(amplified)} settings tried; pairs: {counts}")
-    best, loudest = sweep.choose(records, constants.limits), sweep.choose_amplification(amplified)
+    if wish:
+        records += amplified  # a score may be moved by adding the direction as well
+    best = sweep.choose(records, constants.limits, wish)
+    loudest = sweep.choose_amplification(amplified, constants.limits, wish)
     setting = sweep.Setting.from_record(records[best]["setting"])
     amplification = sweep.Setting.from_record(amplified[loudest]["setting"])
 
@@ -128,24 +151,25 @@ def run(constants: Constants) -> None:
             "development": amplified[loudest],
             "test": sweep.report(bench, amplification, test, ()),
         },
-        "without_refusals": no_refusals,
-        "monitor": sweep.monitor_results(measured),
-        "pareto_front": sweep.pareto_front(records),
+        **about,
+        **({} if score else {"monitor": sweep.monitor_results(measured)}),
+        "pareto_front": sweep.pareto_front(records, wish),
         "tried": records,
         "amplification_tried": amplified,
     }
     if planted := planted_directions(loaded):
         result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
-    origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
     result = origin.stamp(result)
-    results = places.results_folder(constants.results_dir, origin)
+    name = score.file_name("suppression_sweep", wish) if score else "suppression_sweep"
     with places.written_together(results) as folder:
-        write_json(folder / "data" / "suppression_sweep.json", result)
-        plot_sweep(result, folder / "figures" / "suppression_sweep.png")
-    write_json(measured.folder / SWEEP, result)
-    print_tables(result)
-    print("\n" + places.told("Numbers", results / "data" / "suppression_sweep.json"))
-    print(places.told("Figure", results / "figures" / "suppression_sweep.png"))
+        write_json(folder / "data" / f"{name}.json", result)
+        if not score:
+            plot_sweep(result, folder / "figures" / f"{name}.png")
+    write_json(measured.folder / sweep_file(score, constants.wish), result)
+    print_score_tables(result) if score else print_tables(result)
+    print("\n" + places.told("Numbers", results / "data" / f"{name}.json"))
+    if not score:
+        print(places.told("Figure", results / "figures" / f"{name}.png"))
 
 
 def print_tables(result: dict) -> None:
@@ -174,15 +198,63 @@ def print_tables(result: dict) -> None:
     _print_test("amplified (add), natural", louder["natural"], louder["damage"])
 
 
-def _print_trial(record: dict, mark: str) -> None:
-    s = record["setting"]
-    layers = ",".join(map(str, s["layers"])) if len(s["layers"]) < 4 else f"{s['layers'][0]}-{s['layers'][-1]}"
-    mode = f"cap {s['options']['cap_quantile']:g}" if s["mode"] == "cap" else s["mode"]
+def print_score_tables(result: dict) -> None:
+    """80 columns: as `print_tables`, with means of the score instead of refusals."""
+    name = result["score"]["name"]
     print(
-        f"{mark} {mode:<10} {s['scale']:>5g} {s['site']:<8} {s['positions']:<10} {layers:<8} "
+        "\n"
+        + textwrap.fill(
+            f"Best trade-offs on development pairs (*: chosen). score, moved: means of {name} on "
+            "artifact prompts; same: natural answers that stay",
+            80,
+        )
+    )
+    print("  mode       scale site     positions  layers     score   moved  same      KL")
+    chosen = result["chosen"]["development"]
+    front = [result["tried"][i] for i in result["pareto_front"]]
+    for record in front if chosen in front else [*front, chosen]:
+        print(
+            f"{_described(record['setting'], '*' if record == chosen else ' ')} "
+            f"{number(record['artifact']['score']['mean']):>7} {number(record['artifact']['moved']['mean']):>7} "
+            f"{percent(record['natural']['unchanged']['rate']):>5} {number(record['damage']['kl_mean'], 4):>7}"
+        )
+    moved = chosen["artifact"]["moved"]["mean"] * (-1 if result["wish"] == "lower" else 1)
+    if moved <= 0:
+        print(textwrap.fill(f"No setting that was tried within the limits makes {name} {result['wish']}.", 80))
+    test, louder = result["test"], result["amplification"]["test"]
+    print(f"\n{'Chosen, on test pairs':<25}{'mean score':>22}{'moved by':>24}{'KL':>9}")
+    for label, judged, damage in (
+        ("unedited, artifact", test["unedited"]["artifact"], None),
+        ("edited, artifact", test["artifact"], None),
+        ("unedited, natural", test["unedited"]["natural"], None),
+        ("edited, natural", test["natural"], test["damage"]),
+        *((f"{control.replace('_', ' ')} (0)", c["artifact"], c["damage"])
+          for control in ("random_direction", "same_change_elsewhere") for c in test[control][:1]),
+        ("the other way, natural", louder["natural"], louder["damage"]),
+    ):  # fmt: skip
+        cost = f"{number(damage['kl_mean'], 4):>9}" if damage else ""
+        moved_by = "" if label.startswith("unedited") else described_mean(judged["moved"])
+        print(f"{label:<25}{described_mean(judged['score']):>22}{moved_by:>24}{cost}".rstrip())
+    for control in ("random_direction", "same_change_elsewhere"):
+        means = [judged["artifact"]["moved"]["mean"] for judged in test[control]]
+        if means:
+            kind = control.replace("_", " ")
+            print(f"    moved by {len(means)} x {kind}: {number(min(means), 3)} to {number(max(means), 3)}")
+
+
+def _print_trial(record: dict, mark: str) -> None:
+    print(
+        f"{_described(record['setting'], mark)} "
         f"{percent(record['artifact']['refused']['rate']):>8} {percent(record['artifact']['broken']['rate']):>6} "
         f"{percent(record['natural']['unchanged']['rate']):>9} {number(record['damage']['kl_mean'], 4):>8}"
     )
+
+
+def _described(setting: dict, mark: str) -> str:
+    s = setting
+    layers = ",".join(map(str, s["layers"])) if len(s["layers"]) < 4 else f"{s['layers'][0]}-{s['layers'][-1]}"
+    mode = f"cap {s['options']['cap_quantile']:g}" if s["mode"] == "cap" else s["mode"]
+    return f"{mark} {mode:<10} {s['scale']:>5g} {s['site']:<8} {s['positions']:<10} {layers:<8}"
 
 
 def _print_test(name: str, judged: dict, damage: dict | None = None) -> None:

@@ -13,4 +13,8 @@ def __getattr__(name: str):
         from alignment_artifacts.analysis import load_run
 
         return load_run
+    if name == "load_collection":
+        from alignment_artifacts.collected_arrays import load_collection
+
+        return load_collection
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,22 +6,22 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from alignment_artifacts.collected_files import Source, difference, find_sources, read_manifest
-from alignment_artifacts.pairs import SUBCATEGORY, Pair
+from alignment_artifacts.pairs import SUBCATEGORY, Pair, PromptPairs
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import CERTIFICATE, PROMPT_EMBEDDING, read_json, step_file
+from gemma_refactored.files import CERTIFICATE, PROMPT_EMBEDDING, is_file, read_json, step_file
 from gemma_refactored.npz_files import NpzReader
+from gemma_refactored.site_names import SITE_KINDS, kind_of
 
 POSITIONS = ("prompt_end", "generated", "all")
 IN_MEMORY = 1 << 29  # bytes; larger arrays are kept in a temporary file
 PAIRS_AT_ONCE = 128
-DEFAULT_KEY = "model.layers.{layer_idx}.mlp.output"
 LAYER = re.compile(r"\{layer(?:_idx)?\}")
 MAX_EXCLUDED = 0.05  # share of the pairs
 
@@ -41,16 +41,18 @@ class ActivationSet:
         excluded: pairs left out, each with its reason.
         manifest: of the collection, {} if it has none.
         folder: of the collection.
+        site: what was read, with {layer_idx} for the layer: "model.layers.{layer_idx}.mlp.output".
         has_texts: the collection says which prompts it is of, and they are those of the pairs.
     """
 
-    pairs: list[Pair]
+    pairs: PromptPairs
     values: np.ndarray
     valid: np.ndarray
     prompt_embeddings: np.ndarray | None
     excluded: list[dict]
     manifest: dict
     folder: Path | None = None
+    site: str = ""
     has_texts: bool = True
     prompt_lengths: np.ndarray | None = None
     _prompt_vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
@@ -127,9 +129,16 @@ def layers_first(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
 def certificate_verdict(folder: str | Path, manifest: dict) -> str:
     """What `run_model.py --check` found for the model and precision of a collection, in a few words."""
     path = Path(folder) / CERTIFICATE
-    if not path.exists():
+    if not is_file(path, "certificate"):
         return "none (python run_model.py --check issues one)"
     certificate = read_json(path, "certificate")
+    try:
+        return _verdict_for(certificate, manifest)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is not what run_model.py --check writes; run that again, or delete it.") from None
+
+
+def _verdict_for(certificate: dict, manifest: dict) -> str:
     if certificate["model_revision"] != manifest.get("model_revision"):
         return f"for another model ({certificate['model']}); run run_model.py --check again"
     if certificate["dtype"] != manifest.get("weights_dtype"):
@@ -139,14 +148,31 @@ def certificate_verdict(folder: str | Path, manifest: dict) -> str:
     return f"{certificate['verdict']} on {certificate['device']} in {certificate['dtype']}{detail}"
 
 
-def find_key_pattern(sites: Iterable[str], folder: Path) -> str:
-    """The site pattern of a collection, with {layer_idx} for the layer number."""
-    replaced = {re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1) for site in sites}
-    patterns = sorted(site for site in replaced if "{layer_idx}" in site)
-    if DEFAULT_KEY in patterns or not patterns:
-        return DEFAULT_KEY
+def find_key_pattern(sites: Iterable[str], folder: Path, site: str | None = None) -> str:
+    """Name of a collection's arrays with {layer_idx} for the layer number: those of a kind of site, or all there is.
+
+    Raises:
+        UserError: there is none of that kind; or none was named, and there are several.
+    """
+    replaced = {re.sub(r"\.\d+\.", ".{layer_idx}.", name, count=1) for name in sites}
+    patterns = sorted(name for name in replaced if "{layer_idx}" in name)
+    kinds = [kind for kind in SITE_KINDS if any(kind_of(pattern) == kind for pattern in patterns)]
+    if site:
+        chosen = [pattern for pattern in patterns if kind_of(pattern) == site]
+        if not chosen:
+            there = f"site {', '.join(kinds)}" if kinds else ", ".join(patterns[:4])
+            raise UserError(
+                f"{folder} holds no site {site}, but {there}; collect it with SITE={site}, or name another."
+            )
+        return chosen[0]
     if len(patterns) > 1:
-        raise UserError(f"{folder} holds several sites per layer: set KEY_PATTERN_TEMPLATE to one of {patterns}.")
+        names = f"SITE to one of {', '.join(kinds)}, or " if kinds else ""
+        raise UserError(
+            f"{folder} holds {len(patterns)} sites in each layer, and the analysis is of one: set {names}"
+            f"KEY_PATTERN_TEMPLATE to a name such as {', '.join(patterns[:3])}."
+        )
+    if not patterns:
+        raise UserError(f"{folder} holds no arrays with a layer's number in their name, such as model.layers.0.output.")
     return patterns[0]
 
 
@@ -157,26 +183,29 @@ def names_a_layer(key_pattern: str) -> bool:
 
 def load_activation_set(
     folder: str | Path,
-    pairs: list[Pair],
+    pairs: Sequence[Pair],
     subcategory: str = SUBCATEGORY,
     key_pattern: str | None = None,
     num_layers: int | None = None,
     num_steps: int | None = None,
     hidden_size: int | None = None,
     progress: Callable = lambda items: items,
+    site: str | None = None,
 ) -> ActivationSet:
     """Read a collection, grouped or flat, each file once.
 
-    None for a setting means: what the collection's manifest (or, without one, its files) says. Pairs whose texts are
+    None for a setting means: what the collection's manifest (or, without one, its files) says. `site` is "mlp",
+    "attention" or "residual", `key_pattern` a name with {layer_idx} for any other. Pairs whose texts are
     not those that were collected are excluded.
 
     Raises:
         UserError: no collection there, a damaged file, or a setting that contradicts the files.
     """
     folder = Path(folder)
+    pairs = pairs if isinstance(pairs, PromptPairs) else PromptPairs(pairs)
     manifest = read_manifest(folder)
     sources = find_sources(folder, manifest, pairs, subcategory)
-    files = _survey(folder, manifest, [source for both in sources for source in both], key_pattern, num_steps)
+    files = _survey(folder, manifest, [source for both in sources for source in both], key_pattern, num_steps, site)
     for name, wanted, actual in (
         ("NUM_LAYERS", num_layers, len(files.keys)),
         ("EXPECTED_HIDDEN_DIM", hidden_size, files.hidden),
@@ -198,13 +227,14 @@ def load_activation_set(
     values = layers_first((*valid.shape, len(files.keys), files.hidden), folder)
     embeddings = _read_all(sources, valid, files, values, progress)
     return ActivationSet(
-        pairs=[pairs[i] for i in kept],
+        pairs=pairs.only(kept),
         values=values,
         valid=valid,
         prompt_embeddings=embeddings,
         excluded=excluded,
         manifest=manifest,
         folder=folder,
+        site=files.pattern,
         has_texts=all(source.text is not None for both in sources for source in both),
         prompt_lengths=_prompt_lengths(sources),
     )
@@ -233,10 +263,11 @@ class _Files:
     """What is to be read of each prompt of a collection.
 
     Attributes:
-        keys: name of the array of each layer; hidden: its width.
+        pattern: name of the arrays, with {layer_idx}; keys: the name in each layer; hidden: their width.
         num_steps: generated tokens, at most.
     """
 
+    pattern: str
     keys: list[str]
     hidden: int
     num_steps: int
@@ -244,7 +275,12 @@ class _Files:
 
 
 def _survey(
-    folder: Path, manifest: dict, sources: list[Source], key_pattern: str | None, num_steps: int | None
+    folder: Path,
+    manifest: dict,
+    sources: list[Source],
+    key_pattern: str | None,
+    num_steps: int | None,
+    site: str | None,
 ) -> _Files:
     """What there is to read: the first prompt's files speak for all, and must agree with the manifest."""
     if key_pattern and not names_a_layer(key_pattern):
@@ -265,7 +301,7 @@ def _survey(
     reader = NpzReader()
     arrays = reader.read(first.file(0))
     sites = manifest.get("sites", [])
-    key_pattern = key_pattern or find_key_pattern(sites or arrays, folder)
+    key_pattern = key_pattern or find_key_pattern(sites or arrays, folder, site)
     layers, promised = (_count_layers(names, key_pattern) for names in (arrays, sites))
     if layers == 0:
         raise UserError(
@@ -286,7 +322,7 @@ def _survey(
         steps = (int(f.stem.rsplit("_", 1)[1]) for place in folders for f in place.glob(step_file("[0-9]*")))
         num_steps = max(steps, default=-1) + 1
     keys = [_key(key_pattern, layer) for layer in range(layers)]
-    return _Files(keys, arrays[keys[0]].size // first.rows, num_steps, reader)
+    return _Files(key_pattern, keys, arrays[keys[0]].size // first.rows, num_steps, reader)
 
 
 def _check_pair(pair: Pair, sources: list[Source], valid: np.ndarray, files: _Files) -> str | None:

@@ -28,6 +28,7 @@ from alignment_artifacts.scores import Settings, by_layer, layers_by_d, power, s
 from alignment_artifacts.summary import summarise
 from gemma_refactored.files import jsonable
 from gemma_refactored.settings import check
+from gemma_refactored.site_names import described
 
 if TYPE_CHECKING:
     import pandas
@@ -56,6 +57,9 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
     baselines = score_baselines(data, scored, strata, groups, settings)
     result = {
         "model": data.model,
+        "site": described(data.site),
+        "behaviour": data.pairs.behaviour,
+        "sides": list(data.pairs.sides),
         "layer_scores": by_layer(headline.layers),
         "layer_scores_prompt_end": by_layer(prompt_end.layers),
         "best_layer_nested": headline.best_layer,
@@ -138,7 +142,13 @@ def project_prompts(data: ActivationSet, settings: Settings) -> dict:
                     "orthogonal": st.leading_orthogonal_component(natural, artifact).tolist(),
                 }
             )
-    return jsonable({"pairs": [asdict(pair) for pair in data.pairs], "positions": by_position})
+    return jsonable(
+        {
+            "pairs": [asdict(pair) for pair in data.pairs],
+            "sides": list(data.pairs.sides),
+            "positions": by_position,
+        }
+    )
 
 
 def _d_of_steps(
@@ -228,6 +238,7 @@ def load_run(
     settings: Settings = Settings(),
     progress: Callable = lambda items: items,
     max_excluded: float = MAX_EXCLUDED,
+    site: str | None = None,
 ) -> Run:
     """Read a collection.
 
@@ -235,9 +246,10 @@ def load_run(
         folder: that `bash collect_activations.sh` has filled.
         pairs: the matched prompt pairs that were collected; pairs whose texts have changed are excluded.
         max_excluded: share of the pairs.
+        site: "mlp", "attention" or "residual"; needed where a collection holds several.
     Raises:
         UserError: no collection there, a damaged one, or too many pairs that cannot be used.
     """
-    data = load_activation_set(folder, load_pairs(pairs), progress=progress)
+    data = load_activation_set(folder, load_pairs(pairs), progress=progress, site=site)
     refuse_excluded(data, max_excluded)
     return Run(data, settings)

@@ -34,6 +34,11 @@ def rate(record: dict) -> str:
     return f"{percent(record['rate'])} {percents(record['ci'])}"
 
 
+def described_mean(record: dict) -> str:
+    """A record of `rates.mean`: "0.84 [0.70, 0.92]"; without its interval where there is none."""
+    return f"{number(record['mean'])} {interval(record['ci']) if record['ci'] else ''}".rstrip()
+
+
 def p_value(p: float | None) -> str:
     """For sentences, two significant digits; tables have `number(p, 3)`."""
     return UNDEFINED if p is None else f"{p:.2g}"

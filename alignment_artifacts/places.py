@@ -38,6 +38,8 @@ from gemma_refactored.files import (
     TEMPORARY,
     cannot_write,
     displayed,
+    is_file,
+    is_folder,
     locked,
     read_json,
     write_json,
@@ -69,9 +71,9 @@ def find(path: str | Path) -> Path:
 
 
 def find_model(name: str | Path) -> str:
-    """A model folder, as `find` does; any other name is one of Hugging Face's, and stays as it is."""
-    folder = find(name)
-    return str(folder) if str(name).strip() and os.path.isdir(folder) else str(name).rstrip("/")
+    """A model's folder or file, as `find` does; any other name is one of Hugging Face's, and stays as it is."""
+    path = find(name)
+    return str(path) if str(name).strip() and os.path.exists(path) else str(name).rstrip("/")
 
 
 def told(label: str, path: Path) -> str:
@@ -269,10 +271,11 @@ class Origin:
         return {**result, "versions": library_versions(), "origin": asdict(self)}
 
 
-def results_folder(base: str | Path, origin: Origin) -> Path:
+def results_folder(base: str | Path, origin: Origin, site: str | None = None) -> Path:
     """The folder for a model's results on a pairs file, created and marked as theirs if necessary.
 
     Args:
+        site: that they are about, for a folder beside the one of MLP outputs; None: no single one.
         base: the folder of all results; a relative one is beside the scripts.
     """
     base = HOME / os.path.expanduser(base)
@@ -282,7 +285,8 @@ def results_folder(base: str | Path, origin: Origin) -> Path:
         base.mkdir(parents=True, exist_ok=True)
         with locked(base, wait=True):
             folder = _claim(base, origin.model, model, "model_revision")
-            return _claim(folder, Path(origin.pairs_file).stem, {**model, **pairs}, "pairs_hash")
+            ending = "" if site in (None, "mlp") else f"_{site}"
+            return _claim(folder, Path(origin.pairs_file).stem + ending, {**model, **pairs}, "pairs_hash")
     except OSError as error:
         raise cannot_write(base, error) from error
 
@@ -324,10 +328,10 @@ def folder_to_report(folder: Path) -> Path:
     Raises:
         UserError: there are no results.
     """
-    if (folder / "data").is_dir():
+    if is_folder(folder / "data", "folder of results"):
         return folder
     path = folder / ANALYSIS
-    if path.exists():
+    if is_file(path, "results file"):
         last = read_json(path, "results file").get("results")
         if isinstance(last, str) and (folder / last / "data").is_dir():
             return folder / last

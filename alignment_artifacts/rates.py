@@ -82,9 +82,18 @@ def log_mean(groups: Sequence[np.ndarray], wider: float = 1.25) -> list[float | 
     return [float(mean * np.exp(side * half)) for side in (-1, 1)]
 
 
-def bootstrap_mean(groups: Sequence[np.ndarray], resamples: int = 1000, seed: int = 0) -> list[float]:
+def bootstrap_mean(groups: Sequence[np.ndarray] | np.ndarray, resamples: int = 1000, seed: int = 0) -> list[float]:
     """95 % interval of the mean over all members, groups drawn with replacement."""
     sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
     drawn = np.random.default_rng(seed).integers(0, len(groups), (resamples, len(groups)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
+
+
+def mean(values: np.ndarray) -> dict:
+    """A mean with its bootstrap interval (None without spread); of True and False, that of `rate`."""
+    if values.dtype == bool:
+        share = rate(list(values))
+        return {"mean": share["rate"], "n": share["n"], "ci": share["ci"]}
+    interval = bootstrap_mean(values[:, None]) if len(set(values)) > 1 else None
+    return {"mean": float(values.mean()) if len(values) else None, "n": len(values), "ci": interval}

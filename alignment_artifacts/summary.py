@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.scores import is_significant, significant_layers
 
 WHERE = {
@@ -15,7 +16,7 @@ def summarise(result: dict) -> str:
     parts = [_length(result), _positions(result, "prompt_end")]
     if "generated" in result["controls"]:
         parts.append(_positions(result, "generated"))
-    parts += [_independence(result["independence"]), _outliers(result["outliers"])]
+    parts += [_independence(result["independence"]), _outliers(result)]
     return " ".join(part for part in parts if part)
 
 
@@ -31,7 +32,7 @@ def _length(result: dict) -> str | None:
 
 
 def _positions(result: dict, positions: str) -> str:
-    scores, nested = records_of(result, positions)
+    (first, second), (scores, nested) = result["sides"], records_of(result, positions)
     significant = significant_layers(scores)
     smallest = min((r["p_value"] for r in scores.values() if r["p_value"] is not None), default=None)
     if smallest is None:
@@ -42,8 +43,8 @@ def _positions(result: dict, positions: str) -> str:
     if smallest <= scores["0"]["p_floor"] * (1 + 1e-9):
         p += ", the smallest that these pairs allow"
     if not significant:
-        return f"{WHERE[positions]} no layer separates natural from artifact prompts better than chance ({p})."
-    text = f"{WHERE[positions]} natural and artifact prompts are separated"
+        return f"{WHERE[positions]} no layer separates {first} from {second} prompts better than chance ({p})."
+    text = f"{WHERE[positions]} {first} and {second} prompts are separated"
     text += f" at {len(significant)} of {len(scores)} layers ({p})"
     if nested is None:
         return f"{text}; fewer than 8 independent groups of pairs allow no interval and no blind choice of a layer."
@@ -58,13 +59,15 @@ def _words(result: dict, positions: str) -> str:
     low, high = control["beyond_words"]["difference_ci"]
     text = f" Words alone give {_strength(lexical)} ({lexical['kind']})"
     if low is None:
-        return f"{text}; the difference from the activations is not defined, so this is no evidence of alignment."
+        return (
+            f"{text}; the difference from the activations is not defined, so this is no evidence of anything but words."
+        )
     difference = f"{control['beyond_words']['difference']:+.1f} [{low:.1f}, {high:.1f}]"
     if low > 0:
         return f"{text}: the activations tell more than words do (difference of d {difference})."
     lda = f"; as strong a learner gives the activations d = {_d(control['lda'])}" if lexical["kind"] == "lda" else ""
     text += f": not shown to be more than words (difference of d {difference}{lda})"
-    return f"{text}, so this is no evidence of alignment."
+    return f"{text}, so this is no evidence of anything but words."
 
 
 def _independence(independence: dict) -> str | None:
@@ -73,13 +76,15 @@ def _independence(independence: dict) -> str | None:
     return " ".join([*parts, *filter(None, [independence["warning"]])]) or None
 
 
-def _outliers(outliers: list[dict]) -> str | None:
+def _outliers(result: dict) -> str | None:
+    outliers = result["outliers"]
     if not outliers:
         return None
     worst = outliers[0]
+    side = dict(zip(SIDES, result["sides"], strict=True))[worst["side"]]
     return (
         f"{len(outliers)} prompt{'s lie' if len(outliers) > 1 else ' lies'} more than 10 median absolute deviations "
-        f"from the others and can outweigh them all, most the {worst['side']} one of {worst['category']} "
+        f"from the others and can outweigh them all, most the {side} one of {worst['category']} "
         f"{worst['pair']} ({worst['deviations']:.0f} at layer {worst['layer']})."
     )
 

@@ -251,7 +251,8 @@ def comparison_coverage(numbers: dict) -> str:
 
 @computed
 def comparison_false_positives(numbers: dict) -> str:
-    return share_span([row["found"] for row in numbers["simulated_comparison"]["rows"] if row["d of A"] == row["d of B"]])
+    rows = numbers["simulated_comparison"]["rows"]
+    return share_span([row["found"] for row in rows if row["d of A"] == row["d of B"]])
 
 
 def _medians(numbers: dict, prefix: str) -> float:

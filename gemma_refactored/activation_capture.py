@@ -14,7 +14,6 @@ never see each other's edits. `read` turns token ids into activations.
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,13 +28,11 @@ from .checks import refuse_beyond_tables
 from .errors import UserError
 from .longrope import rope_lengths
 from .model_architecture import HookPoint
+from .site_names import MODULE_NAMES, SITE_KINDS, matches
 
 DEFAULT_FILTER = "mlp.output"
 TEXTS_AT_ONCE = 32  # texts that share a pass in `read`
-# What architectures call the parts of a block.
-MODULE_NAMES = {"mlp": ("mlp",), "attention": ("self_attn", "attention", "attn")}
 ATTENTION_WEIGHTS = ".self_attn.weights"  # the ending of sites with one number per key
-SITE_KINDS = (*MODULE_NAMES, "residual")  # that every layer has one of
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +99,8 @@ def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[st
     stream after each block, and says so.
 
     Args:
-        site_filter: "all", or comma-separated: "attention" or "residual" for those of every layer, substrings
-            or globs of names ("mlp.output", "layers.[0-3].output").
+        site_filter: "all", or comma-separated: "mlp", "attention" or "residual" for those of every layer, substrings
+            or globs of names ("mlp.output", "layers.[0-3].output"); * stays between two dots, ** does not.
     Raises:
         UserError: a part of the filter matches nothing.
     """
@@ -115,37 +112,30 @@ def select_sites(model: nn.Module, site_filter: str = DEFAULT_FILTER) -> list[st
     patterns = [part.strip() for part in site_filter.split(",") if part.strip()]
     if patterns == ["all"]:
         return sites
-    if patterns == [DEFAULT_FILTER] and not any(_matches(site, DEFAULT_FILTER) for site in sites):
+    if patterns == [DEFAULT_FILTER] and not any(matches(site, DEFAULT_FILTER) for site in sites):
         log.warning("This model has no %s: taking the residual stream after each block instead.", DEFAULT_FILTER)
         return block_sites(model)
     chosen = set()
     for pattern in patterns:
         # These words mean a site of every layer; as parts of names they would match norms, if anything.
-        is_kind = pattern in ("attention", "residual")
-        matches = set(layer_sites(model, pattern)) if is_kind else _matching(sites, pattern)
-        matches = matches or _matching(others, pattern)
-        if matches and all("norm" in site for site in matches) and "norm" not in pattern:
-            log.warning("The activation filter %r matches nothing but norms: %s.", pattern, describe_sites(matches))
-        if not matches:
+        found = set(layer_sites(model, pattern)) if pattern in SITE_KINDS else _matching(sites, pattern)
+        found = found or _matching(others, pattern)
+        if found and all("norm" in site for site in found) and "norm" not in pattern:
+            log.warning("The activation filter %r matches nothing but norms: %s.", pattern, describe_sites(found))
+        if not found:
             only_ours = "" if others else " Attention weights and single heads are sites of Gemma 1, 2 and 3 only."
             raise UserError(
                 f"The activation filter {pattern!r} matches no site of this model. "
                 f"Its sites are, for example: {_examples(sites)}.{only_ours} Use --list-sites to see all."
             )
-        chosen |= matches
+        chosen |= found
     if not chosen:
         raise UserError("The activation filter is empty. Use 'mlp.output', 'all' or a part of a site's name.")
     return [site for site in shapes if site in chosen]
 
 
 def _matching(sites: Iterable[str], pattern: str) -> set[str]:
-    return {site for site in sites if _matches(site, pattern)}
-
-
-def _matches(site: str, pattern: str) -> bool:
-    if any(character in pattern for character in "*?["):
-        return fnmatch.fnmatchcase(site, f"*{pattern}")
-    return pattern in site
+    return {site for site in sites if matches(site, pattern)}
 
 
 def layer_of(site: str) -> int:

@@ -26,8 +26,10 @@ from .config_audit import complete
 from .errors import UserError
 from .files import CERTIFICATE, displayed, write_json
 from .generation import generate
+from .gguf_files import WEIGHTS
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
+from .progress import each
 from .prompt_processing import encode_prompts
 from .versions import library_versions
 
@@ -101,11 +103,7 @@ def _not_compared(loaded: LoadedModel, checks: Sequence[Check]) -> str:
 
 def certify_and_save(loaded: LoadedModel, folder: Path) -> bool:
     """Certify with a progress bar, print the table, save it beside the collection's manifest; true if passed."""
-    import sys
-
-    from tqdm import tqdm
-
-    certificate = certify(loaded, lambda c: tqdm(c, unit="check", leave=False, disable=not sys.stderr.isatty()))
+    certificate = certify(loaded, lambda checks: each(checks, "checking", "check"))
     print(describe(certificate))
     write_json(folder / CERTIFICATE, certificate)
     print(f"Certificate: {displayed(folder / CERTIFICATE)}")
@@ -123,8 +121,9 @@ def describe(certificate: dict) -> str:
         if check["note"]:
             lines += textwrap.wrap(check["note"], 76, initial_indent="    ", subsequent_indent="    ")
     passed = [check["passed"] for check in certificate["checks"]]
+    decisive = passed.count(certificate["verdict"] == "passed")
     lines.append(
-        f"{certificate['verdict'].capitalize()}: {passed.count(True)} of {len(passed) - passed.count(None)} checks, "
+        f"{certificate['verdict'].capitalize()}: {decisive} of {len(passed) - passed.count(None)} checks, "
         f"{passed.count(None)} not applicable (tolerance {certificate['tolerance']:g}, {certificate['dtype']})."
     )
     if certificate["not_compared"]:
@@ -207,7 +206,8 @@ def check_prompt_format(loaded: LoadedModel) -> Check:
         messages = [{"role": "user", "content": text}]
         expected = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         bos = loaded.tokenizer.bos_token_id
-        if list(ids) != list(expected) or (bos is not None and list(ids).count(bos) > 1):
+        # Twice at the start only: the beginning of a sequence may be marked as the beginning of every turn is.
+        if list(ids) != list(expected) or (bos is not None and list(ids[:2]) == [bos, bos]):
             return Check("prompt format", passed=False, note=f"A chat prompt begins with tokens {list(ids)[:4]}.")
     return Check("prompt format", passed=True)
 
@@ -347,7 +347,8 @@ def _transformers_states(loaded: LoadedModel, tokens: list[int]) -> States:
     config = transformers.AutoConfig.from_pretrained(str(loaded.folder), local_files_only=True)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     try:
-        if "quantization" in loaded.config:  # a format of MLX: hand over the weights it stands for
+        if "quantization" in loaded.config or (loaded.folder / WEIGHTS).is_symlink():
+            # Not in transformers' form: hand over the weights it stands for.
             config = getattr(config, "text_config", None) or config
             config.quantization_config = None
             model = transformers.AutoModelForCausalLM.from_config(config, **options)

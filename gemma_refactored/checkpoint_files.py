@@ -9,7 +9,9 @@ import re
 from pathlib import Path
 
 from .errors import UserError, shown
-from .files import is_anything, is_folder
+from .files import is_anything, is_file, is_folder
+from .gguf_files import SUFFIX, WEIGHTS
+from .gguf_folder import as_folder
 
 FILES_NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 # What decides how text becomes token ids, besides tokenizer_config.json, which holds the chat template too.
@@ -22,16 +24,17 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model, downloading it first if `name` is a hub id."""
+    """The local folder of a model, downloading it first if `name` is a hub id, and made for a GGUF file."""
     path, text = Path(os.path.expanduser(name)), str(name)
     if is_folder(path, "model folder"):
         return path
-    if path.suffix == ".gguf":
-        raise UserError(f"{path}: GGUF files are not read; give a folder with config.json and .safetensors files.")
+    if path.suffix.lower() == SUFFIX and is_file(path, "model"):
+        refuse_lfs_pointer(path)
+        return as_folder(path)
     if is_anything(path, "model folder") or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(
-            f"There is no model folder {text!r}. Give a folder with config.json and .safetensors files, "
-            "or a Hugging Face id such as mlx-community/gemma-3-1b-it-qat-4bit."
+            f"There is no model folder or GGUF file {text!r}. Give a folder with config.json and .safetensors files, "
+            "a .gguf file, or a Hugging Face id such as mlx-community/gemma-3-1b-it-qat-4bit."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -90,7 +93,8 @@ def read_config(folder: Path) -> dict:
     """
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder} has no config.json, so it is not a model folder.")
+        inside = next((f"; name its file {one.name} instead" for one in sorted(folder.glob(f"*{SUFFIX}"))), "")
+        raise UserError(f"{folder} has no config.json, so it is not a model folder{inside}.")
     config = read_checkpoint_json(path)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{path} does not say its model_type, so its architecture is unknown.")
@@ -100,9 +104,13 @@ def read_config(folder: Path) -> dict:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: model.safetensors, else what the index names, whatever else lies there.
 
+    In a folder that stands for a GGUF file it is that file.
+
     Raises:
         UserError: there are none, some are missing or cut short, or the index is not one of .safetensors files.
     """
+    if (folder / WEIGHTS).is_symlink():
+        return [folder / WEIGHTS]
     if (folder / INDEX).exists():
         refuse_lfs_pointer(folder / INDEX)  # the rest of such a folder is not to be trusted either
     if (folder / SINGLE).exists():

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
+from .interrupts import INTERRUPTED
+
 
 class UserError(Exception):
     """Bad input: one clear sentence that says what is wrong and what to do next.
@@ -34,17 +36,15 @@ def exit_code(
         interrupted: the message after Ctrl-C.
         rank: of this process among several; all but the first name it in their messages.
     Returns:
-        What the action returns, or 0; 2 after printing a UserError or when the output cannot be printed, 130 after
-        Ctrl-C, 1 if nobody reads the output.
+        What the action returns, or 0; 2 after printing a UserError or when a file cannot be used or the output not be
+        printed, 130 after Ctrl-C, 1 if nobody reads the output.
     """
     if sys.stderr is None:  # closed (`2>&-`); whoever prints an error may rely on it
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     if sys.stdout is None:
         print("Error: standard output is closed; send it to a file, or to /dev/null.", file=sys.stderr)
         return 2
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")  # a terminal in Latin-1 gets \u2192 for an arrow
+    print_every_character()
     output, sys.stdout = sys.stdout, _Output(sys.stdout)
     try:
         code = _outcome(action, interrupted, rank)
@@ -58,6 +58,13 @@ def exit_code(
         return 2
     finally:
         sys.stdout = output
+
+
+def print_every_character() -> None:
+    """From now on a terminal in Latin-1 gets \\u2192 for an arrow, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 class CannotPrint(Exception):
@@ -94,10 +101,15 @@ def _outcome(action: Callable[[], int | None], interrupted: str, rank: Callable[
     except UserError as error:
         print(f"Error{f' in process {rank()}' if rank() else ''}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:  # not of a file: of a pipe, for example
+            raise
+        print(f"Error: {shown(str(error.filename))} cannot be used: {error.strerror}. Name another.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         if not rank():
             print(f"\n{interrupted}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except SystemExit as end:  # argparse's, after --help or for an option there is not
         return end.code if isinstance(end.code, int) else int(end.code is not None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -178,17 +179,38 @@ def read_bytes(path: str | Path, what: str) -> bytes:
         raise UserError(f"The {what} {shown(str(path))} cannot be read: {reason(error)}.") from None
 
 
+def decoded(data: bytes, path: str | Path, what: str) -> str:
+    """The text of a file in UTF-8, with or without a byte-order mark, or in UTF-16 with one.
+
+    Raises:
+        UserError: it is neither.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The {what} {path} is not text in UTF-8: {error}. Save it as UTF-8.") from None
+
+
 def read_json(path: Path, what: str):
     """The content of a JSON file; `what` names it in the error ("prompts file").
 
     Raises:
         UserError: missing, not UTF-8 or not JSON, or a name occurs twice in an object.
     """
-    data = read_bytes(path, what)
+    return json_content(decoded(read_bytes(path, what), path, what), f"The {what} {path}")
+
+
+def json_content(text: str, name: str):
+    """What a text in JSON says; `name` begins the error.
+
+    Raises:
+        UserError: it is not JSON, or a name occurs twice in an object.
+    """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:  # encoding, syntax, or a duplicate
-        raise UserError(f"The {what} {path} is not valid JSON: {error}.") from None
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:  # syntax, or a duplicate
+        raise UserError(f"{name} is not valid JSON: {error}.") from None
 
 
 def _without_duplicates(items: list[tuple[str, object]]) -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from .collection import Answer, Collection
 from .distributed import Team
@@ -20,6 +18,7 @@ from .errors import UserError
 from .generation import Sampling, collect_answers, generate, length_sorted_batches
 from .model_loading import LoadedModel, find_embedding
 from .npz_files import NpzWriter
+from .progress import stage
 from .prompt_processing import Prompt
 
 log = logging.getLogger(__name__)
@@ -34,6 +33,7 @@ class Job:
         sites: those whose activations are saved.
         finished: records of the prompts that an earlier run has completed.
         shares_model: the processes hold parts of one model, instead of dividing the prompts.
+        part: which of so many runs, which know nothing of each other, this one is (an array of jobs on a cluster).
     """
 
     prompts: list[Prompt]
@@ -45,6 +45,7 @@ class Job:
     sites: Sequence[str] = ()
     finished: Mapping[Prompt, dict] = field(default_factory=dict)
     shares_model: bool = False
+    part: Team = Team()
 
     def is_pending(self, index: int) -> bool:
         return self.prompts[index] not in self.finished
@@ -92,9 +93,11 @@ def plan_batches(job: Job, loaded: LoadedModel, team: Team, grouped: bool) -> li
     if equal_lengths:
         log.info("Padding would change this model's numbers: only prompts of equal length share a batch.")
     shares_prompts = team.size > 1 and not job.shares_model
-    if shares_prompts and grouped:  # a flat collection shows its batches, so it keeps them as in a single run
-        size = min(size, math.ceil(len(job.prompts) / team.size))
-    batches = enumerate(length_sorted_batches(job.token_ids, size, equal_lengths), 1)
+    if grouped:  # a flat collection shows its batches, so it keeps them as in a single run
+        shares = job.part.size * (team.size if shares_prompts else 1)
+        size = min(size, math.ceil(len(job.prompts) / shares))
+    # A part is one of the whole job, complete or not: a run that continues finds the same part.
+    batches = job.part.share(list(enumerate(length_sorted_batches(job.token_ids, size, equal_lengths), 1)))
     incomplete = [(number, batch) for number, batch in batches if any(map(job.is_pending, batch))]
     return list(team.share(incomplete)) if shares_prompts else incomplete
 
@@ -110,8 +113,7 @@ def answer_prompts(
     """Generate for every batch and save what is not complete; returns the new records, by the prompts' indices."""
     records: dict[int, dict] = {}
     total = sum(len(batch) for _, batch in batches) * job.max_tokens
-    progress = tqdm(total=total, unit="tok", leave=False, disable=not (show_progress and sys.stderr.isatty()))
-    with writer or nullcontext(), progress:
+    with writer or nullcontext(), stage("answering", total, "token", quiet=not show_progress) as advance:
         for number, batch in batches:
             prompts = [job.prompts[i] for i in batch]
             token_ids = [job.token_ids[i] for i in batch]
@@ -121,7 +123,8 @@ def answer_prompts(
             pending = np.array([job.is_pending(i) for i in batch])
             if collection and writer:
                 steps = collection.write_steps(writer, steps, prompts, pending, number)
-            written = collect_answers(steps, progress.update)
+            written = collect_answers(steps, advance)
+            advance(len(batch) * job.max_tokens - sum(map(len, written)))  # of answers that have ended
             texts = loaded.tokenizer.batch_decode(written, skip_special_tokens=True)
             answers = {
                 i: Answer(prompt, len(ids), tokens, text, "length" if len(tokens) == job.max_tokens else "stop")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import re
 import sys
 import textwrap
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .configuration import NAMES, Generation, Saving
-from .errors import UserError, exit_code
+from .errors import UserError, exit_code, shown
 from .files import displayed
 from .settings import Parser, add_options, from_arguments, record
 
@@ -61,7 +62,7 @@ class Request:
     """A run that is asked for, complete before any model is loaded.
 
     Attributes:
-        model: folder or Hugging Face id.
+        model: folder, GGUF file or Hugging Face id.
         prompts: empty if the command needs none.
         repeated: the earlier run that this one repeats.
     """
@@ -86,14 +87,20 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
         description="Generate answers with a model that has hooks on every activation, and save the activations.",
     )
     add = parser.add_argument
-    add("--model", help=f"local folder or Hugging Face id (default: {defaults.model_is})")
+    add("--model", help=f"local folder, GGUF file or Hugging Face id (default: {defaults.model_is})")
     add("--prompts", nargs="+", metavar="TEXT", help="prompts to answer")
-    add("--prompts-file", metavar="FILE", help='JSON: {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}')
+    add(
+        "--prompts-file",
+        metavar="FILE",
+        help='.txt, .csv or .jsonl; or JSON: a list of prompts, or {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}',
+    )
+    add("--prompt-column", metavar="NAME", help="column of a .csv or .jsonl file that has the prompts (default prompt)")
     add("--from-manifest", metavar="FILE", help="repeat the run that wrote this manifest.json, into --activations-dir")
     add_options(parser, Generation(), NAMES)
     add_options(parser, Saving())
     add("--output-dir", default=defaults.output_dir, help=f"folder for the texts (default {defaults.output_dir.name})")
     add("--shard", action="store_true", help="under mlx.launch: split the model over the processes")
+    add("--part", metavar="I/N", help="answer only the Ith of N parts of the prompts (see docs/clusters.md)")
     add("--list-sites", action="store_true", help="print every site of the model with its shape, and stop")
     add("--check", action="store_true", help="certify this model on this machine (see docs/models.md), and stop")
     add("--dry-run", action="store_true", help="print how many files, bytes and minutes the run would take, and stop")
@@ -164,6 +171,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     generation = from_arguments(Generation(), arguments, NAMES)
     saving = from_arguments(Saving(), arguments)
     check_combinations(arguments, saving)
+    read_part(arguments.part)
     model = arguments.model or defaults.model
     if arguments.from_manifest:
         from .manifest import read_manifest
@@ -175,14 +183,14 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     else:
         repeated = None
         if arguments.prompts_file is not None:
-            prompts = load_prompts(arguments.prompts_file)
+            prompts = load_prompts(arguments.prompts_file, arguments.prompt_column)
         elif arguments.prompts is None and saving.save_activations:
             prompts = parse_prompts(defaults.sample_prompts, "sample prompts")
             log.info("No prompts given: taking the %d sample prompts of --create-sample-prompts.", len(prompts))
         else:
             prompts = prompts_from_arguments(arguments.prompts or [])
     if model is None:
-        raise UserError("Name a model: --model with a local folder or a Hugging Face id.")
+        raise UserError("Name a model: --model with a local folder, a GGUF file or a Hugging Face id.")
     return Request(model, prompts, generation, saving, repeated)
 
 
@@ -194,10 +202,16 @@ def check_combinations(arguments: argparse.Namespace, saving: Saving) -> None:
     has_samples = saving.save_activations  # a first try; whoever only wants answers has a prompt
     if needs_prompts and given != 1 and not (given == 0 and has_samples):
         raise UserError("Give one of --prompts, --prompts-file (see --create-sample-prompts) and --from-manifest.")
+    if arguments.prompt_column is not None and arguments.prompts_file is None:
+        raise UserError("--prompt-column is about a --prompts-file; give one.")
     if arguments.check and arguments.shard:
         raise UserError("--check certifies a whole model; omit --shard.")
     if arguments.dry_run and not (saving.save_activations or arguments.from_manifest):
         raise UserError("--dry-run estimates the files of --save-activations; add that option.")
+    if arguments.part is not None and not saving.save_activations:
+        raise UserError("--part is merged by what parts have saved: add --save-activations.")
+    if arguments.part is not None and arguments.dry_run:
+        raise UserError("--dry-run estimates all parts together; omit --part.")
     if saving.process_by_group and not saving.save_activations:
         raise UserError("--process-by-group decides where activations go; add --save-activations.")
 
@@ -224,7 +238,7 @@ def load_model(request: Request, shard: bool, team: Team) -> LoadedModel:
 def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, team: Team) -> None:
     """Generate for all prompts that are not complete yet, and save what was requested."""
     chat_format = choose_chat_format(request)
-    job = make_job(request, loaded, chat_format, arguments.shard)
+    job = replace(make_job(request, loaded, chat_format, arguments.shard), part=read_part(arguments.part))
     if job.sites:
         from .activation_capture import describe_sites
 
@@ -243,13 +257,28 @@ def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedM
     if not team.leads:
         return
     records = {**finished, **new}
-    report(arguments, request, loaded, [records[prompt] for prompt in job.prompts])
+    report(arguments, request, loaded, [records[prompt] for prompt in job.prompts if prompt in records])
+    if len(records) < len(job.prompts):
+        log.info("Part %s: %d of %d prompts are complete.", arguments.part, len(records), len(job.prompts))
     if new:
         seconds, written = time.perf_counter() - start, sum(len(record["token_ids"]) for record in new.values())
         log.info("%d prompts, %d tokens in %.1f s (%.0f tokens/s).", len(new), written, seconds, written / seconds)
     log.info("Answers: %s", displayed(Path(arguments.output_dir) / "results.json"))
     if job.sites:
         log.info("Activations of %d sites: %s", len(job.sites), displayed(request.saving.folder))
+
+
+def read_part(text: str | None) -> Team:
+    """ "2/4", counted from 1; None: there are no parts."""
+    from .distributed import Team
+
+    if text is None:
+        return Team()
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    number, parts = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= number <= parts:
+        raise UserError(f"--part must be I/N, the Ith of N parts counted from 1, not {shown(text)}.")
+    return Team(number - 1, parts)
 
 
 def choose_chat_format(request: Request) -> ChatFormat:
@@ -311,12 +340,12 @@ def collect(
     """Answer into a collection; returns the records of earlier runs, and the new ones of all processes."""
     from .chat_template import facts_of_prompts
     from .dry_run import refuse_without_room
-    from .files import is_folder, locked
+    from .files import is_anything, locked
     from .job import open_collection
     from .manifest import new_manifest
 
     saving, folder = request.saving, request.saving.folder
-    is_local = is_folder(request.model, "model folder")
+    is_local = is_anything(request.model, "model folder")
     settings = {
         **record(request.generation, NAMES),
         "activation_filter": saving.activation_filter,

@@ -1,4 +1,4 @@
-"""A folder or a Hugging Face id -> a model one can run, its tokenizer, and what to write in a manifest."""
+"""A folder, a GGUF file or a Hugging Face id -> a model one can run, its tokenizer, and what to write in a manifest."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from .config_audit import audit, complete, in_mlx_lm_names
 from .cpu_kernels import use_cpu_kernels
 from .distributed import shard
 from .errors import UserError
-from .files import is_folder
+from .files import is_anything
 from .generation import padding_is_harmless
+from .gguf_files import WEIGHTS, read_weights
 from .layout_corrections import correct_layout, translated_classes
 from .linux_cpu import warn_if_slow
 from .model_architecture import Gemma, GemmaConfig
@@ -87,8 +88,8 @@ class LoadedModel:
 
 
 def display_name(name: str | Path) -> str:
-    """How a run calls the model: hub ids as they are, local folders by their last parts."""
-    if not is_folder(name, "model folder"):
+    """How a run calls the model: hub ids as they are, local folders and files by their last parts."""
+    if not is_anything(name, "model folder"):
         return str(name)
     path = Path(name).resolve()
     return f"{path.parent.name}/{path.name}"
@@ -100,7 +101,7 @@ def load(
     """Load a model for inference.
 
     Args:
-        name: a local folder (no network is used) or a Hugging Face id.
+        name: a local folder or GGUF file (no network is used), or a Hugging Face id.
         keep_precision: run 16-bit and quantised weights as they are. By default they are
             expanded to float32 on a Linux CPU, where MLX's kernels for them are 10 to 30
             times slower; elsewhere they are always kept.
@@ -117,8 +118,7 @@ def load(
     audit(config, completed)
     model, translated = load_weights(folder, config, completed)
     if runs_on_linux_cpu() and not keep_precision:
-        model = dequantize_model(model)
-        model.set_dtype(mx.float32)
+        model = expanded(model)
         if isinstance(model, Gemma):
             use_cpu_kernels(model)
     elif isinstance(model, Gemma) and weights_dtype(model) == "float16":
@@ -160,9 +160,14 @@ def weights_dtype(model: nn.Module) -> str:
 def float32_weights(loaded: LoadedModel) -> dict[str, mx.array]:
     """What the weights on disk stand for: loaded anew, expanded, by name."""
     config = read_config(loaded.folder)
-    model = dequantize_model(load_weights(loaded.folder, config, complete(config))[0])
-    model.set_dtype(mx.float32)
+    model = expanded(load_weights(loaded.folder, config, complete(config))[0])
     return dict(tree_flatten(model.parameters()))
+
+
+def expanded(model: nn.Module) -> nn.Module:
+    """The model in float32, quantised weights as what they stand for."""
+    model.set_dtype(mx.float32)  # first, so that a scale times a number is not rounded to 16 bit
+    return dequantize_model(model)
 
 
 def runs_on_linux_cpu() -> bool:
@@ -186,14 +191,21 @@ def load_weights(folder: Path, config: dict, completed: dict | None) -> tuple[nn
         UserError: missing or damaged files, an unknown architecture, weights of another layout.
     """
     files = weight_files(folder)
+    is_gguf = files[0].name == WEIGHTS
 
     def classes(config: dict):
-        return (Gemma, GemmaConfig) if config["model_type"] in OWN_ARCHITECTURES else translated_classes(config)
+        own = config["model_type"] in OWN_ARCHITECTURES
+        model_class, settings_class = (Gemma, GemmaConfig) if own else translated_classes(config)
+        return (with_gguf_weights(model_class, files[0], config) if is_gguf else model_class), settings_class
 
     # mlx-lm's loader takes every file that is called model*.safetensors, so it is shown those that count.
     with tempfile.TemporaryDirectory() as view:
         for number, path in enumerate(files):
-            (Path(view) / f"model-{number}.safetensors").symlink_to(path.resolve())
+            shard = Path(view) / f"model-{number}.safetensors"
+            if is_gguf:
+                mx.save_safetensors(str(shard), {})  # it insists on one
+            else:
+                shard.symlink_to(path.resolve())
         if (extra := folder / "hf_quant_config.json").exists():
             (Path(view) / extra.name).symlink_to(extra.resolve())
         (Path(view) / "config.json").write_text(json.dumps(in_mlx_lm_names(config, completed)))
@@ -211,6 +223,15 @@ def load_weights(folder: Path, config: dict, completed: dict | None) -> tuple[nn
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(_why_not_loaded(folder, config, error)) from error
     return model, translated
+
+
+def with_gguf_weights(model_class: type, path: Path, config: dict) -> type:
+    """A class of models whose weights come from a GGUF file, whatever else the loader found."""
+
+    def sanitize(self, weights):
+        return read_weights(path, dict(tree_flatten(self.parameters())), config)
+
+    return type("Model", (model_class,), {"sanitize": sanitize, "__module__": model_class.__module__})
 
 
 def _why_not_loaded(folder: Path, config: dict, error: BaseException) -> str:

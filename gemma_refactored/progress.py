@@ -1,4 +1,4 @@
-"""How far something long is: a bar on a terminal; one line with an estimate where the output goes elsewhere."""
+"""How far something long is: a bar on a terminal; where the output goes elsewhere, a line per stage and every 30 s."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 SHARE, SECONDS = 0.05, 10  # an estimate is made after this share of the work, or after this time
+EVERY = 30  # seconds between the lines that follow
 
 T = TypeVar("T")
 
 
 @contextmanager
-def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Callable[[int], object]]:
+def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Callable[..., object]]:
     """One stage of a run: calls of the function that it gives add up to `total` units.
+
+    What an earlier run has left is told by `kept=True`: it takes no time, so nothing follows from it for the rest.
 
     Args:
         name: what is being done ("measuring").
@@ -24,22 +27,33 @@ def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Cal
     from tqdm import tqdm
 
     has_bar = sys.stderr.isatty() and not quiet
-    start, done, is_told = time.perf_counter(), 0, has_bar or quiet
+    start, done, is_silent = time.perf_counter(), 0, has_bar or quiet
+    told: float | None = None  # when the last line was printed
     warm_up: tuple[float, int] | None = None  # the first call comes late: of its time nothing follows for the rest
     with tqdm(total=total, desc=name, unit=f" {unit}", leave=False, disable=not has_bar) as bar:
 
-        def advance(count: int) -> None:
-            nonlocal done, is_told, warm_up
-            done += count
+        def advance(count: int, kept: bool = False) -> None:
+            nonlocal total, done, told, warm_up
             bar.update(count)
+            if kept:
+                total -= count
+                return
+            done += count
             seconds = time.perf_counter() - start
             is_first, (first_seconds, first) = warm_up is None, warm_up or (0.0, 0)
             warm_up = warm_up or (seconds, done)
-            is_time = seconds > SECONDS or done >= total or (done >= SHARE * total and not is_first)
-            if is_time and not is_told and done > first:
-                is_told = True
-                whole = first_seconds + (seconds - first_seconds) / (done - first) * (total - first)
-                print(f"{name}: {counted(total, unit)}, about {duration(whole)}", file=sys.stderr, flush=True)
+            if told is None:
+                is_time = seconds > SECONDS or done >= total or (done >= SHARE * total and not is_first)
+            else:
+                is_time = seconds >= told + EVERY and done < total
+            if is_silent or not is_time or (done <= first and done < total):
+                return
+            left = (seconds - first_seconds) / (done - first) * (total - done) if done < total else 0.0
+            text = f"{counted(total, unit)}, about {duration(seconds + left)}"
+            if told is not None:
+                text = f"{done} of {counted(total, unit)}, about {duration(left)} left"
+            told = seconds
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
 
         yield advance
 

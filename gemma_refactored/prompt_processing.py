@@ -10,9 +10,12 @@ from pathlib import Path
 
 from .chat_template import ChatFormat, encode_chat
 from .errors import UserError, shown
-from .files import read_json, write_json
+from .files import displayed, read_json, write_json
+from .tables import JSON_LINES, LINES, TABLES, ending, read_json_lines, read_lines, read_table
 
 log = logging.getLogger(__name__)
+UNGROUPED, ONLY_LIST = "prompts", "prompt_list"  # names in the layout of a collection, for prompts without groups
+PROMPT_COLUMNS = ("prompt", "text", "instruction", "question", "goal", "behavior")  # as data sets call it
 
 
 @dataclass(frozen=True)
@@ -30,24 +33,64 @@ class Prompt:
         return Path(self.group) / self.subcategory / f"batch_{self.number}"
 
 
-def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read `{GROUP: {SUBCATEGORY: [prompt, ..]}}`.
+def load_prompts(path: str | Path, column: str | None = None) -> list[Prompt]:
+    """The prompts of a file, by its ending; upper or lower case, with or without a byte-order mark.
+
+    - .json: `{GROUP: {SUBCATEGORY: [prompt, ..]}}`; `{GROUP: prompt}` or `{GROUP: [prompt, ..]}`; a list of prompts,
+      or of objects that have one each.
+    - .txt: one prompt per line.
+    - .csv, .tsv: a table, separated by commas, semicolons or tabs.
+    - .jsonl: one prompt per line as a string, or as an object that has one.
+
+    What has no groups is the group "prompts".
+
+    Args:
+        column: of a table or of objects, where the prompts are; by default the first of PROMPT_COLUMNS that there is.
+    Raises:
+        UserError: wrong structure, no such column, or a name that could not safely become a folder.
+    """
+    kind, what = ending(path), "prompts file"
+    if kind in LINES:
+        content: object = read_lines(path, what)
+    elif kind in TABLES:
+        content = read_table(path, what)
+    elif kind in JSON_LINES:
+        content = read_json_lines(path, what)
+    else:
+        content = read_json(Path(path), what)
+    return parse_prompts(content, path, column)
+
+
+def prompt_texts(source: str | Path | Sequence[str], column: str | None = None) -> list[str]:
+    """The texts of a file of prompts, or of a list of them.
 
     Raises:
-        UserError: wrong structure, or a name that could not safely become a folder.
+        UserError: those of `load_prompts`; or a list that is empty or has something other than text in it.
     """
-    return parse_prompts(read_json(Path(path), "prompts file"), path)
+    prompts = load_prompts(source, column) if isinstance(source, str | Path) else parse_prompts(list(source), "prompts")
+    return [prompt.text for prompt in prompts]
 
 
-def parse_prompts(content, path: str | Path) -> list[Prompt]:
+def parse_prompts(content, path: str | Path, column: str | None = None) -> list[Prompt]:
     """The prompts in the content of a prompts file; `path` is for the errors, which are those of `load_prompts`."""
+    if isinstance(content, list):
+        content = {UNGROUPED: _texts(content, path, column)}
+    elif column is not None:
+        raise UserError(f"{path} has groups of prompts and no columns; omit the column {shown(column)}.")
     if not isinstance(content, dict) or not content:
-        raise UserError(f'{path}: expected {{"GROUP": {{"SUBCATEGORY": ["prompt", ..]}}}}.')
+        raise UserError(f'{path}: expected {{"GROUP": {{"SUBCATEGORY": ["prompt", ..]}}}}, or a list of prompts.')
     prompts = []
     for group, subcategories in content.items():
         check_name(group, path)
+        if isinstance(subcategories, str):
+            subcategories = [subcategories]
+        if isinstance(subcategories, list):
+            subcategories = {ONLY_LIST: subcategories}
         if not isinstance(subcategories, dict) or not subcategories:
-            raise UserError(f"{path}: group {shown(group)} must be an object of subcategories with lists of prompts.")
+            raise UserError(
+                f"{path}: group {shown(group)} must be a prompt, a list of prompts, or an object of subcategories with "
+                "lists of prompts."
+            )
         for subcategory, texts in subcategories.items():
             check_name(subcategory, path)
             if not isinstance(texts, list) or not texts:
@@ -56,6 +99,26 @@ def parse_prompts(content, path: str | Path) -> list[Prompt]:
                 where = f"{path}: prompt {number} of {shown(group)} / {shown(subcategory)}"
                 prompts.append(Prompt(group, subcategory, number, _checked_text(text, where)))
     return prompts
+
+
+def _texts(rows: list, path: str | Path, column: str | None) -> list:
+    """The prompts of rows that are texts, or objects with a prompt in one of their columns."""
+    if not rows:
+        raise UserError(f"{path} holds no prompts.")
+    if not all(isinstance(row, dict) for row in rows):
+        if column is not None:
+            raise UserError(f"{path} is a list of texts without columns; omit the column {shown(column)}.")
+        return rows
+    columns = list(rows[0])
+    names = {name.lower(): name for name in reversed(columns)}
+    usual = [names[name] for name in PROMPT_COLUMNS if name in names]
+    chosen = column or next(iter(usual), columns[0] if len(columns) == 1 else "")
+    if chosen not in columns:
+        lacking = f"no column {shown(column)}" if column else f"none of the columns {', '.join(PROMPT_COLUMNS)}"
+        raise UserError(f"{path} has {lacking}; its columns are {', '.join(columns)}. Name one with --prompt-column.")
+    if chosen != column and chosen.lower() != PROMPT_COLUMNS[0]:
+        log.info("Prompts: the column %r of %s (--prompt-column names another).", chosen, displayed(path))
+    return [row.get(chosen) for row in rows]
 
 
 def prompts_from_arguments(texts: list[str]) -> list[Prompt]:

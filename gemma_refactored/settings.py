@@ -341,22 +341,23 @@ def add_options(
             _add_option(parser, setting, None if chosen else setting.default)
 
 
-def _add_option(parser: argparse.ArgumentParser, setting: Item, default) -> None:
+def _add_option(parser: argparse.ArgumentParser, setting: Item, default, also: str | None = None) -> None:
     kind, text = setting.kind, setting.help.removesuffix(".").replace("%", "%%")
     base = get_origin(kind.type) or kind.type
+    flags = [setting.flag, *(["--" + also.lower().replace("_", "-")] if also else [])]
     if default is None or default is MISSING:
         text += " (default: chosen)" if default is None and not kind.optional else ""
     elif default != {}:
         text += f" (default {_worded(default)})".replace("%", "%%")
     if base is bool:
-        parser.add_argument(setting.flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, default=None, help=text)
         return
     options: dict[str, Any] = {"help": text, "metavar": _metavar(kind)}
     if base is Literal:
         options["metavar"] = f"{{{','.join(map(str, get_args(kind.type)))}}}"
     elif base is dict:
         options["action"] = "append"
-    parser.add_argument(setting.flag, **options)
+    parser.add_argument(*flags, **options)
 
 
 def _worded(value) -> str:
@@ -419,7 +420,7 @@ def from_constants(
     constants: Mapping[str, Any],
     argv: Sequence[str] | None = None,
     names: Mapping[str, str] | None = None,
-    environment: Mapping[str, str] | None = None,
+    also: Mapping[str, str] | None = None,
 ) -> T:
     """The settings of a script: constant, overridden by the environment variable of that name, by the option.
 
@@ -429,7 +430,7 @@ def from_constants(
 
     Args:
         constants: `globals()` of the script, with its docstring.
-        environment: constant -> a second environment variable that sets it.
+        also: constant -> a second name that sets it, PAIRS as environment variable and --pairs.
     Raises:
         UserError: a value that cannot be, by the name it was given under.
     """
@@ -447,11 +448,11 @@ def from_constants(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for setting, value in values.items():
-        _add_option(parser, setting, value)
+        _add_option(parser, setting, value, (also or {}).get(setting.constant))
     options = dict(_given(list(values), parser.parse_args(argv)))
     chosen = {}
     for setting, value in values.items():
-        variables = [setting.constant, *filter(None, [(environment or {}).get(setting.constant)])]
+        variables = [setting.constant, *filter(None, [(also or {}).get(setting.constant)])]
         variable = next((name for name in variables if name in os.environ), None)
         if setting in options:
             chosen[setting.path] = options[setting]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .checkpoint_files import TOKENIZER_FILES, read_checkpoint_json, refuse_lfs_pointer
 from .errors import UserError, shown
+from .gguf_files import WEIGHTS
 
 
 def load_tokenizer(folder: Path):
@@ -17,7 +18,7 @@ def load_tokenizer(folder: Path):
     """
     # transformers would otherwise tell every user of MLX that PyTorch is missing.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     files = [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)]
     for path in files:
@@ -25,8 +26,10 @@ def load_tokenizer(folder: Path):
     # From a bare tokenizer_config.json transformers makes a tokenizer of a few special tokens.
     if not {path.name for path in files} - {"added_tokens.json", "special_tokens_map.json"}:
         raise UserError(f"{folder} has no tokenizer: it lacks tokenizer.json (or tokenizer.model, vocab.json).")
+    # For some model types AutoTokenizer puts another split in place of the one that a GGUF file names.
+    kind = PreTrainedTokenizerFast if (folder / WEIGHTS).is_symlink() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{folder} has no tokenizer that transformers can read: {reason}") from error

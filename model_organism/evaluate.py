@@ -5,6 +5,10 @@ Refusal rates for each kind of held-out request and for the committed prompts, b
 
 from __future__ import annotations
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import argparse
 import json
 from pathlib import Path

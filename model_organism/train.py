@@ -10,6 +10,10 @@ Everything comes from one seed; results agree between machines up to floating-po
 
 from __future__ import annotations
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import argparse
 import json
 import logging

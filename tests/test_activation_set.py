@@ -280,3 +280,28 @@ def test_an_unfinished_or_damaged_batch_is_said(folder, tmp_path_factory):
         (flat / "batch_1" / "batch.json").write_text(damaged)
         with pytest.raises(UserError, match="batch_1/batch.json"):
             load_activation_set(flat, PAIRS)
+
+
+def test_of_several_sites_one_must_be_named(folder):
+    """Silently taking one of them would make two runs that differ in nothing but their numbers."""
+    for path in folder.rglob("activations_step_*.npz"):
+        with np.load(path) as arrays:
+            mlp = dict(arrays)
+        residual = {name.replace(".mlp.", "."): values + 0.5 for name, values in mlp.items()}
+        np.savez(path, **mlp, **residual)
+    sites = [f"model.layers.{k}.{part}output" for k in range(LAYERS) for part in ("", "mlp.")]
+    (folder / "manifest.json").write_text(json.dumps({"sites": sites, "max_tokens": STEPS, "model": "m"}))
+    with pytest.raises(UserError, match="2 sites in each layer.*SITE to one of mlp, residual"):
+        load_activation_set(folder, PAIRS)
+    mlp, residual = (load_activation_set(folder, PAIRS, site=site) for site in ("mlp", "residual"))
+    assert residual.site == "model.layers.{layer_idx}.output" and mlp.site == "model.layers.{layer_idx}.mlp.output"
+    np.testing.assert_allclose(residual.values, mlp.values + 0.5 * mlp.valid[..., None, None])
+    assert load_activation_set(folder, PAIRS, key_pattern=residual.site).site == residual.site
+    with pytest.raises(UserError, match="holds no site attention, but site mlp, residual"):
+        load_activation_set(folder, PAIRS, site="attention")
+
+
+def test_the_only_site_there_is_is_read(folder):
+    assert load_activation_set(folder, PAIRS).site == "model.layers.{layer_idx}.mlp.output"
+    with pytest.raises(UserError, match="holds no site residual, but site mlp"):
+        load_activation_set(folder, PAIRS, site="residual")

@@ -14,7 +14,7 @@ from alignment_artifacts.analysis import (
     project_prompts,
 )
 from alignment_artifacts.figures import paper
-from alignment_artifacts.pairs import Pair
+from alignment_artifacts.pairs import Pair, PromptPairs
 from gemma_refactored.files import jsonable
 
 SETTINGS = Settings(permutations=199, resamples=200)
@@ -36,7 +36,7 @@ def simulate(effect, lexical=0.0, pairs=50, steps=6, layers=4, hidden=16, seed=0
     embeddings[:, 1, 0] += lexical
     names = [Pair(f"p_{i}", f"category_{i % 5}", f"n{i}", f"a{i}") for i in range(pairs)]
     data = values.astype(np.float32) * valid[..., None, None]
-    return ActivationSet(names, data, valid, embeddings.astype(np.float32), [], {"model": "simulated"})
+    return ActivationSet(PromptPairs(names), data, valid, embeddings.astype(np.float32), [], {"model": "simulated"})
 
 
 def test_the_result_has_every_record_and_finds_the_layer():
@@ -71,7 +71,7 @@ def test_noise_is_called_chance():
 
 def test_words_that_separate_as_well_are_named():
     result = analyse(simulate(effect=1.5, lexical=3.0), SETTINGS, {})
-    assert "no evidence of alignment" in result["summary"]
+    assert "no evidence of anything but words" in result["summary"]
 
 
 def test_prompts_collected_without_answers_are_analysed_at_the_prompt_end():

@@ -10,14 +10,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import analyze_collected_activations as analyze
+import compare_models as compare
+import create_gemma_runner_input as create
+import sweep_suppression as sweep
 from alignment_artifacts import places as where
 from alignment_artifacts.pairs import load_pairs, prompt_groups
+from alignment_artifacts.report.__main__ import main as report
 from gemma_refactored.configuration import NAMES, Generation
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.main import Defaults, build_parser, check_bias
 from gemma_refactored.manifest import read_manifest
 from gemma_refactored.prompt_processing import load_prompts
 from gemma_refactored.settings import from_arguments
+from toxicity_steering import main as toxicity
 
 from .conftest import tries
 
@@ -166,3 +171,54 @@ def test_any_constant_of_the_analysis_is_taken_or_refused_by_name(name, value):
     known = (name, "no such folder", "pairs file", "There is no collection", "holds none of the prompt pairs",
              "The activations folder")  # fmt: skip
     assert any(part in str(error.value) for part in known) and len(str(error.value)) < 1000
+
+
+PATHS = {
+    "a name of 300 letters": lambda folder: folder / ("x" * 300),
+    "below a file": lambda folder: folder / "file" / "below",
+    "the other kind": lambda folder: folder / ("file" if folder.name.endswith("_DIR") else "folder"),
+}
+SCRIPTS = {
+    create: ["PAIRS_FILE", "OUTPUT_FILE"],
+    analyze: ["RAW_ACTIVATIONS_BASE_DIR", "ORIGINAL_PAIRS_JSON_FOR_ITERATION"],
+    compare: ["TWINS", "PAIRS_JSON", "RESULTS_DIR"],
+    sweep: ["TWINS", "PAIRS_JSON", "RESULTS_DIR"],
+    toxicity: ["OUTPUT_DIR"],
+}
+
+
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize("script, name", [(script, name) for script, names in SCRIPTS.items() for name in names])
+def test_a_path_that_cannot_be_used_is_one_sentence_before_the_work(script, name, kind, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / ("_DIR" if name in ("RAW_ACTIVATIONS_BASE_DIR", "RESULTS_DIR", "OUTPUT_DIR") else "_")
+    (folder / "folder").mkdir(parents=True)
+    (folder / "file").write_text("x")
+    monkeypatch.setattr(script, name, PATHS[kind](folder))
+    for work in ("measure", "read_pairs"):
+        monkeypatch.setattr(f"alignment_artifacts.{WORK[work]}.{work}", None)
+    assert script.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and error.count("\n") == 1
+
+
+WORK = {"measure": "directions.measurements", "read_pairs": "comparison.compare"}
+
+
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize("option", ["--folder", "--output"])
+def test_so_is_one_that_the_report_cannot_use(option, kind, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    assert report([option, str(PATHS[kind](tmp_path))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and error.count("\n") == 1
+
+
+def test_a_file_that_may_not_be_looked_at_is_one_sentence(capsys):
+    """Whoever raises it, and whether or not somebody thought of it."""
+
+    def refuse():
+        raise PermissionError(13, "Permission denied", "/etc/some/file")
+
+    assert exit_code(refuse) == 2
+    assert capsys.readouterr().err == "Error: '/etc/some/file' cannot be used: Permission denied. Name another.\n"

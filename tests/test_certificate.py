@@ -10,6 +10,8 @@ from alignment_artifacts.activation_set import certificate_verdict
 from gemma_refactored import activation_capture, certificate, generation, model_architecture, prompt_processing
 from gemma_refactored.activation_capture import block_sites, hooks
 from gemma_refactored.certificate import certify, describe, relative_differences
+from gemma_refactored.errors import UserError
+from gemma_refactored.files import CERTIFICATE
 from gemma_refactored.main import main
 from gemma_refactored.model_loading import load
 
@@ -35,6 +37,18 @@ def test_a_sound_model_passes_every_check(loaded):
     assert set(batch["by_layer"]) == set(block_sites(loaded.model))
     assert max(batch["by_layer"].values()) < 1e-5
     assert max(map(len, describe(result).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    "start, passed",
+    [("", True), ("{{ bos_token }}", False)],  # SmolLM2's <bos> is its <|im_start|>
+)
+def test_a_doubled_bos_is_twice_at_the_start(tmp_path, start, passed):
+    folder = write_family(tmp_path / "chatml", "llama")
+    turns = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{% endfor %}{{ bos_token }}assistant:"
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": start + turns}))
+    assert certificate.check_prompt_format(load(folder)).passed is passed
 
 
 def no_padding_mask(monkeypatch, loaded):
@@ -166,12 +180,16 @@ def test_the_command_saves_it_and_its_verdict_is_found_again(loaded, tmp_path, c
     assert "another model" in certificate_verdict(folder, {**manifest, "model_revision": "x"})
     assert "collected in bfloat16" in certificate_verdict(folder, {**manifest, "weights_dtype": "bfloat16"})
     assert certificate_verdict(tmp_path, manifest).startswith("none")
+    for content in ("{}", "[]", '{"model_revision": 1, "dtype": "float32", "checks": [0]}'):
+        (tmp_path / CERTIFICATE).write_text(content)
+        with pytest.raises(UserError, match="is not what run_model.py --check writes"):
+            certificate_verdict(tmp_path, {"model_revision": 1, "weights_dtype": "float32"})
 
 
 def test_a_failed_check_exits_with_1_and_names_what_failed(loaded, tmp_path, monkeypatch, capsys):
     no_padding_mask(monkeypatch, loaded)
     assert main(["--model", str(loaded.folder), "--activations-dir", str(tmp_path), "--check"]) == 1
-    assert "Failed" in capsys.readouterr().out
+    assert "Failed: 1 of 8 checks" in capsys.readouterr().out
     assert "padded = unpadded" in certificate_verdict(
         tmp_path, {"model_revision": loaded.revision, "weights_dtype": loaded.dtype}
     )

@@ -149,6 +149,14 @@ def test_gguf_has_the_layout_of_repeng_and_llama_cpp(loaded, vectors, tmp_path):
     assert np.array_equal(again.direction[1:], found.direction[1:])
 
 
+def test_a_control_vector_that_cannot_be_written_leaves_nothing(loaded, vectors, tmp_path):
+    (tmp_path / "folder.gguf").mkdir()
+    for name in ("folder.gguf", "x" * 300 + ".gguf"):
+        with pytest.raises(UserError, match="could not be written"):
+            write_gguf(d.estimate(vectors, facts(loaded)), tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.gguf", "m"]  # and the model
+
+
 def control_vector(path, vectors, hint="gemma3", dtype=np.float32):
     """A file as llama.cpp or repeng would write it."""
     import gguf

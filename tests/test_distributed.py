@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -73,6 +74,32 @@ def test_two_processes_write_the_files_of_a_single_run(workplace, group):
     assert "2 processes share the prompts" in done.stdout, done.stderr
     assert done.stdout.count("Answers:") == 1
     assert_same_run(workplace, "single", "shared")
+
+
+@pytest.mark.parametrize("group", [True, False], ids=["grouped", "flat"])
+def test_parts_that_know_nothing_of_each_other_are_merged_by_copying(workplace, group):
+    more = ["--batch-size", "2", "--temp", "1.0"]
+    assert main(options(workplace, "single", *more, group=group)) == 0
+    answered = 0
+    for number in (1, 2, 3):
+        part = options(workplace, f"part_{number}", *more, "--part", f"{number}/3", group=group)
+        assert main(part) == 0
+        files = {f: f.stat().st_mtime_ns for f in (workplace / f"part_{number}").rglob("*.npz")}
+        assert main(part) == 0  # the same part again: nothing is left to do
+        assert files == {f: f.stat().st_mtime_ns for f in files}
+        answered += len(json.loads((workplace / f"part_{number}_out/results.json").read_text()))
+        shutil.copytree(workplace / f"part_{number}", workplace / "merged", dirs_exist_ok=True)
+    assert answered == len(json.loads((workplace / "single_out/results.json").read_text())) == 9
+    before = {f: f.stat().st_mtime_ns for f in (workplace / "merged").rglob("*.npz")}
+    assert main(options(workplace, "merged", *more, group=group)) == 0
+    assert before == {f: f.stat().st_mtime_ns for f in (workplace / "merged").rglob("*.npz")}
+    assert_same_run(workplace, "single", "merged")
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "1/3/5", "-1/3", ""])
+def test_parts_there_are_not_are_refused(workplace, capsys, part):
+    assert main(options(workplace, "no", f"--part={part}")) == 2
+    assert "Ith of N parts" in capsys.readouterr().err and not (workplace / "no").exists()
 
 
 def test_an_unfinished_run_is_completed_by_two(workplace):

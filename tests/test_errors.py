@@ -75,22 +75,39 @@ def test_a_terminal_without_the_character_gets_its_number():
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a \\u2192 b\n", "")
 
 
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if not script.startswith("-m")])
-def test_ctrl_c_while_importing_is_one_line(script):
-    """A module that all scripts import before they do anything stands for all that they import."""
-    action = f"""
+@pytest.mark.parametrize("module", ["importlib.metadata", "gemma_refactored.errors"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_while_importing_is_one_line(script, module):
+    """Two modules that all programs import before they do anything stand for all that they import."""
+    start = f"runpy.run_path({script!r}, run_name='__main__')"
+    if script.startswith("-m "):
+        start = f"runpy.run_module({script[3:]!r}, run_name='__main__', alter_sys=True)"
+    ended = interrupted_import(module, f"import runpy, sys; sys.argv = [{script!r}]; {start}", ROOT)
+    assert (ended.returncode, ended.stderr) == (130, "\nInterrupted.\n")
+
+
+def test_programs_that_only_import_ours_answer_ctrl_c_as_they_do(tmp_path):
+    (tmp_path / "somebodys.py").write_text("import alignment_artifacts.analysis")
+    ended = interrupted_import("gemma_refactored.errors", "import somebodys", tmp_path)
+    assert "Traceback" in ended.stderr and "KeyboardInterrupt" in ended.stderr and ended.returncode != 0
+
+
+def interrupted_import(module: str, action: str, folder) -> subprocess.CompletedProcess:
+    """A Python that is sent Ctrl-C when the action imports the module."""
+    code = f"""
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without
 class Finder:
     def find_spec(self, name, *_):
-        if name == 'gemma_refactored.settings' or name == 'gemma_refactored.errors':
+        if name == {module!r}:
             signal.raise_signal(signal.SIGINT)
+for name in [name for name in sys.modules if name.startswith({module!r})]:
+    del sys.modules[name]
 sys.meta_path.insert(0, Finder())
-sys.argv = [{script!r}]
-runpy.run_path({script!r}, run_name="__main__")
+{action}
 """
-    ended = subprocess.run([sys.executable, "-c", action], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode in (130, -2) and ended.stderr == "\nInterrupted.\n", ended.stderr
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_run_model_says_what_the_embedded_model_knows(caplog, tmp_path):

@@ -42,7 +42,7 @@ def test_neighbours_and_padding_change_nothing(library, prompts):
 def test_conditions_of_one_model_beside_itself_are_the_same(library, prompts, monkeypatch):
     loaded, done = library.load(), []
     sites = layer_sites(loaded.model, "mlp")
-    read = read_pairs([loaded, loaded], prompts, [5, 6, 7], 8, sites, done.append)
+    read = read_pairs([loaded, loaded], prompts, [5, 6, 7], 8, sites, lambda count, kept=False: done.append(count))
     assert tuple(read) == CONDITIONS and sum(done) == 8 * 12
     for first, second, known in read.values():
         assert first.shape == (6, 2, 8, 128) and np.array_equal(first, second) and known.tolist() == list(range(6))
@@ -77,9 +77,14 @@ def test_what_was_read_is_kept_and_not_read_again(library, prompts, tmp_path, mo
         read_pairs(**ask, cache=tmp_path / "kept")
     done = set((tmp_path / "kept").iterdir())
     assert len(done) == 2  # the answers, and what was read; one model stands for both, and is not read twice
-    counted = []
-    again = read_pairs(**ask, cache=tmp_path / "kept", progress=counted.append)
-    assert sum(counted) == 8 * 2 * len(prompts) and done < set((tmp_path / "kept").iterdir())
+    counted = {True: 0, False: 0}
+
+    def count(texts, kept=False):
+        counted[kept] += texts
+
+    again = read_pairs(**ask, cache=tmp_path / "kept", progress=count)
+    assert sum(counted.values()) == 8 * 2 * len(prompts) and counted[True] > counted[False] > 0
+    assert done < set((tmp_path / "kept").iterdir())
     for name in CONDITIONS:
         for mine, theirs in zip(again[name], expected[name], strict=True):
             np.testing.assert_array_equal(mine, theirs)

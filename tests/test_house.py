@@ -19,7 +19,7 @@ ROOMS = (
     {"behaviour"},
     {"edits"},
     {"directions"},
-    {"analysis"},
+    {"analysis", "collected_arrays"},
     {"baselines", "categories", "summary"},
     {"activation_set", "places", "scores"},
     {"collected_files", "blocks", "intervals"},

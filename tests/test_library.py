@@ -1,6 +1,9 @@
 """The library and suppress.py on the organism."""
 
+import io
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import suppress
 from alignment_artifacts import AlignmentArtifacts, suppress_prompt
 from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.behaviour.score import REFUSAL
 from alignment_artifacts.default_model import note
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.directions.files import load_directions, save_directions
@@ -45,6 +49,22 @@ def test_suppression_takes_the_refusal_away_and_leaves_an_answer_alone(library):
     assert 0 < result.proof.touched < result.proof.tokens and result.prompt_score > 0
     same = library.suppress_and_generate(ANSWERED, mode="cap")
     assert same.after == same.before and same.prompt_score < 0
+
+
+def test_a_model_that_refuses_nothing_is_said_with_and_without_a_directions_file(run, library, monkeypatch, tmp_path):
+    assert library.refusals() == (48, 50) and library.refusals(at_most=10)[0] >= 9
+    ours, foreign = tmp_path / "ours.safetensors", tmp_path / "foreign.safetensors"
+    save_directions(library.directions(site="residual"), ours)
+    directions = library.directions(site="residual")
+    save_directions(replace(directions, facts={**directions.facts, "ends": ["benign", "toxic"]}), foreign)
+    monkeypatch.setattr(library_module, "is_refusal", lambda text: False)
+    ask = [REFUSED, "--mode", "ablate", "--site", "residual", "--max-tokens", 2]
+    given = [REFUSED, "--mode", "ablate", "--max-tokens", 2, "--directions"]
+    said = {name: " ".join(run(*arguments)[1].split()) for name, arguments in
+            (("none", ask), ("ours", [*given, ours]), ("foreign", [*given, foreign]))}  # fmt: skip
+    assert "refuses 0 of 50 artifact prompts: there is no refusal behaviour" in said["none"]
+    assert "refuses 0 of 10 artifact prompts: there is no refusal behaviour" in said["ours"]
+    assert "refuses" not in said["foreign"] and "After:" in said["foreign"]
 
 
 def test_scale_0_changes_nothing(library):
@@ -113,6 +133,15 @@ def test_square_brackets_are_no_markup(library, monkeypatch, capsys, text):
     monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda model: library)
     suppress_prompt(text, mode="ablate", max_tokens=5)
     assert text.split()[0] in capsys.readouterr().out
+
+
+def test_a_terminal_that_lacks_a_character_gets_its_number(library, monkeypatch):
+    monkeypatch.setattr(library_module, "AlignmentArtifacts", lambda model: library)
+    terminal = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    suppress_prompt("How do I paint a \u2603?", mode="ablate", max_tokens=2)
+    terminal.flush()
+    assert b"\\u2603?" in terminal.buffer.getvalue()
 
 
 def test_a_directions_file_does_what_the_same_directions_do_without_it(library, tmp_path):
@@ -319,3 +348,41 @@ def test_two_models_in_one_library(library, tmp_path):
     own = AlignmentArtifacts(cache=tmp_path / "cache", show_progress=False)
     result = own.suppress_and_generate("Hello there", model_name=other, mode="ablate", max_tokens=5)
     assert result.proof.touched > 0 and len(result.after_tokens) <= 5
+
+
+def test_many_prompts_are_answered_in_batches_as_one_by_one(library):
+    prompts = [pair.artifact for pair in library.pairs[:4]] + [pair.natural for pair in library.pairs[:3]]
+    setting, _ = library.choose(None, "cap", None, layers=(2, 3, 4, 5))
+    alone = [library.suppress(prompt, setting, max_tokens=16) for prompt in prompts]
+    assert library.answer(prompts, max_tokens=16) == [result.before for result in alone]
+    assert library.answer(prompts, setting, max_tokens=16) == [result.after for result in alone]
+    scored = library.score.of(prompts, library.answer(prompts, max_tokens=16))
+    assert scored.tolist() == [is_refusal(result.before) for result in alone] == [r.score["before"] for r in alone]
+    with pytest.raises(UserError):
+        library.answer(["hello", "  "])
+
+
+def test_a_score_of_ones_own_is_shown_before_and_after(capsys, monkeypatch, library):
+    monkeypatch.setattr(
+        library_module, "AlignmentArtifacts", lambda *_, score, **__: setattr(library, "score", score) or library
+    )
+    try:
+        command = [REFUSED, "--mode", "cap", "--max-tokens", "12"]
+        assert suppress.main([*command, "--score", "words:cannot,sorry"]) == 0
+        output = capsys.readouterr().out
+        assert "Score words (how often the answer says 'cannot, sorry'): " in output and "before, 0 after" in output
+        assert suppress.main([*command, "--score", "words:cannot", "--json", "--no-compare"]) == 0
+        score = json.loads(capsys.readouterr().out)["score"]
+        assert score["before"] is None and score["after"] == 0
+    finally:
+        library.score = REFUSAL
+    assert suppress.main([*command, "--score", "cannot"]) == 2 and "FILE.py:FUNCTION" in capsys.readouterr().err
+
+
+def test_threads_take_turns(library):
+    """Without turns, MLX ends the process."""
+    prompts = [REFUSED, ANSWERED]
+    expected = [library.suppress_and_generate(prompt, max_tokens=4) for prompt in prompts]
+    with ThreadPoolExecutor(2) as threads:
+        results = threads.map(lambda prompt: library.suppress_and_generate(prompt, max_tokens=4), prompts)
+    assert [result.after_tokens for result in results] == [result.after_tokens for result in expected]

@@ -196,8 +196,6 @@ def test_a_missing_shard_is_named(tmp_path):
 def test_missing_folder_and_missing_network(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no model folder"):
         load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="GGUF files are not read"):
-        load(tmp_path / "model.gguf")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot be reached"):
         load("nobody/no-such-model")

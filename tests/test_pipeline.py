@@ -303,3 +303,36 @@ def test_importing_the_library_stays_light():
         "import sys, alignment_artifacts; print({'matplotlib', 'plotly', 'transformers', 'sklearn'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
+
+
+QUESTIONS = ("Is seven prime", "Is the sky blue", "Do cats purr", "Does ice float", "Is gold heavy", "Is salt soluble",
+             "Are whales mammals", "Can bees see red")  # fmt: skip
+
+
+def test_an_experiment_of_ones_own_is_named_in_every_output(workplace, tmp_path):
+    """Another behaviour, other sides, another site: by two variables, beside what was there."""
+    pairs = [{"id": f"q{i}", "neutral": f"{text}?", "opinion": f"I am sure of it. {text} or not?"}
+             for i, text in enumerate(QUESTIONS)]  # fmt: skip
+    content = {"metadata": {"behaviour": "sycophancy", "sides": ["neutral", "opinion"]},
+               "categories": {"facts": {"pairs": pairs}}}  # fmt: skip
+    (tmp_path / "agree.json").write_text(json.dumps(content))
+    before = {path: path.read_bytes() for path in (workplace / RESULTS).rglob("*") if path.is_file()}
+    names = {"PAIRS": str(tmp_path / "agree.json"), "SITE": "residual", "PYTHON": sys.executable, "MAX_TOKENS": "2"}
+    done = shell("bash collect_activations.sh", workplace, **names)
+    assert done.returncode == 0 and "8 like model.layers.0.output" in done.stdout
+    assert (workplace / "collected_activations_aligned_agree_residual/manifest.json").exists()
+    done = shell(f"{sys.executable} analyze_collected_activations.py --num-permutations 50", workplace, **names)
+    assert done.returncode == 0, done.stderr
+    assert "Site: residual stream (model.layers.{layer_idx}.output)" in done.stdout
+    assert "neutral" in done.stdout and "opinion above its own partner" in done.stdout
+    for word in ("natural", "artifact prompt", "refus", "alignment ", "safety"):
+        assert word not in done.stdout, word
+    results = workplace / "results/aligned/agree_residual"
+    result = json.loads((results / "data/alignment_artifact_analysis_results.json").read_text())
+    assert (result["behaviour"], result["sides"]) == ("sycophancy", ["neutral", "opinion"])
+    assert result["site"].startswith("residual stream") and "neutral" in result["summary"]
+    assert json.loads((results / "data/projections.json").read_text())["sides"] == ["neutral", "opinion"]
+    assert shell(f"{sys.executable} -m alignment_artifacts.report", workplace).returncode == 0
+    page = (results / "report.html").read_text()
+    assert "<h1>Sycophancy in " in page and "Can the activations tell: sycophancy?" in page
+    assert {path: path.read_bytes() for path in before} == before

@@ -16,9 +16,29 @@ def clock(monkeypatch):
 def test_one_line_with_an_estimate(clock, capsys):
     with progress.stage("measuring", 2000, "token") as advance:
         for _ in range(200):
+            clock[0] += 0.1
+            advance(10)
+    assert capsys.readouterr().err == "measuring: 2000 tokens, about 20 seconds\n"
+
+
+def test_long_work_says_every_half_minute_how_far_it_is(clock, capsys):
+    with progress.stage("measuring", 2000, "token") as advance:
+        for _ in range(200):
             clock[0] += 0.5
             advance(10)
-    assert capsys.readouterr().err == "measuring: 2000 tokens, about 2 minutes\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "measuring: 2000 tokens, about 2 minutes",
+        "measuring: 700 of 2000 tokens, about 65 seconds left",
+        "measuring: 1300 of 2000 tokens, about 35 seconds left",
+        "measuring: 1900 of 2000 tokens, about 5 seconds left",
+    ]
+
+
+def test_work_of_one_piece_is_told_too(clock, capsys):
+    with progress.stage("answering", 50, "token") as advance:
+        clock[0] += 4
+        advance(50)
+    assert capsys.readouterr().err == "answering: 50 tokens, about 4 seconds\n"
 
 
 def test_slow_work_is_estimated_before_a_twentieth_is_done(clock, capsys):
@@ -26,6 +46,17 @@ def test_slow_work_is_estimated_before_a_twentieth_is_done(clock, capsys):
         clock[0] += 20
         advance(1)
         assert "reading: 1000 texts, about 333 minutes" in capsys.readouterr().err
+
+
+def test_what_an_earlier_run_has_left_says_nothing_about_the_rest(clock, capsys):
+    with progress.stage("reading", 1000, "text") as advance:
+        advance(500, kept=True)
+        clock[0] += 5
+        advance(50)
+        advance(300, kept=True)
+        clock[0] += 5
+        advance(50)
+    assert capsys.readouterr().err == "reading: 200 texts, about 20 seconds\n"
 
 
 def test_quiet_says_nothing_and_items_come_through(capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gemma_refactored.errors import UserError
-from gemma_refactored.prompt_processing import Prompt, encode_prompts, load_prompts
+from gemma_refactored.prompt_processing import Prompt, encode_prompts, load_prompts, prompt_texts
 
 from .conftest import ROOT
 
@@ -33,6 +33,74 @@ def test_bad_prompt_files_are_refused_with_their_place(tmp_path, content):
     path = write(tmp_path, content)
     with pytest.raises(UserError, match="prompts.json"):
         load_prompts(path)
+
+
+TEXTS = ["How do I paint a naïve; bookshelf?", 'Say "hello", please.']
+ROWS = [{"id": i, "prompt": text} for i, text in enumerate(TEXTS)]
+AS_CSV = 'id{0}prompt{1}0{0}"How do I paint a naïve; bookshelf?"{1}1{0}"Say ""hello"", please."{1}'
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.txt", "\n".join([*TEXTS, "", "  "])),
+        ("a.TXT", "\ufeff" + "\r\n\r\n".join(TEXTS)),
+        ("a.json", json.dumps(TEXTS)),
+        ("a.json", json.dumps(ROWS)),
+        ("a.json", json.dumps({"prompts": TEXTS})),
+        ("a.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n"),
+        ("a.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, TEXTS))),
+        ("a.csv", AS_CSV.format(",", "\n")),
+        ("a.CSV", "\ufeff" + AS_CSV.format(";", "\r\n")),
+        ("a.tsv", AS_CSV.format("\t", "\n")),
+        ("a.csv", AS_CSV.format(",", "\n").replace("prompt", " Goal ")),
+    ],
+)
+def test_lists_of_prompts_that_people_have(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    expected = [Prompt("prompts", "prompt_list", i, text) for i, text in enumerate(TEXTS, 1)]
+    assert load_prompts(tmp_path / name) == expected
+    assert prompt_texts(tmp_path / name) == prompt_texts(str(tmp_path / name)) == prompt_texts(TEXTS) == TEXTS
+
+
+def test_an_object_of_one_level_names_its_prompts(tmp_path):
+    prompts = load_prompts(write(tmp_path, {"boats": "one", "cakes": ["two", "three"]}))
+    assert prompts == [
+        Prompt("boats", "prompt_list", 1, "one"), Prompt("cakes", "prompt_list", 1, "two"),
+        Prompt("cakes", "prompt_list", 2, "three"),
+    ]  # fmt: skip
+
+
+def test_the_column_can_be_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "a.csv").write_text("prompt,goal,note\none,two,three\n")
+    assert prompt_texts(tmp_path / "a.csv") == ["one"] and not caplog.text
+    assert prompt_texts(tmp_path / "a.csv", "note") == ["three"]
+    (tmp_path / "b.csv").write_text("goal,note\ntwo,three\n")
+    assert prompt_texts(tmp_path / "b.csv") == ["two"] and "the column 'goal'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, content, column, message",
+    [
+        ("a.txt", "\n \n", None, "holds no prompts"),
+        ("a.txt", b"\xff\x00x", None, "not text in UTF-8"),
+        ("a.txt", "one", "prompt", "without columns"),
+        ("a.csv", "a,b\n1,2\n", None, "its columns are a, b"),
+        ("a.csv", "a,b\n1,2\n", "c", "no column 'c'"),
+        ("a.csv", "prompt,b\n,2\n", None, "must be text that is not empty"),
+        ("a.csv", "prompt,note\nWell, then,2\n", None, "Row 1 .* double quotes"),
+        ("a.csv", "prompt,prompt\n1,2\n", None, "two columns"),
+        ("a.csv", 'prompt,b\n"x,2\n', None, "cannot be read as CSV"),
+        ("a.jsonl", '"one"\n{', None, "Line 2 of .* not valid JSON"),
+        ("a.jsonl", '{"prompt": "one"}\n{"text": "two"}', None, "must be text that is not empty"),
+        ("a.json", '{"g": "one"}', "prompt", "no columns"),
+    ],
+)
+def test_lists_that_are_none_are_refused(tmp_path, name, content, column, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        load_prompts(tmp_path / name, column)
 
 
 def test_missing_file(tmp_path):

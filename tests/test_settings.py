@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given as given_examples
 from hypothesis import strategies as st
 
-from alignment_artifacts import analysis
+from alignment_artifacts import scores
 from alignment_artifacts.edits.modes import MODES
 from alignment_artifacts.edits.options import Mode, ModeOptions, Setting
 from alignment_artifacts.suppression.grid import Grid, Limits
@@ -192,24 +192,24 @@ class Script:
     folder: Path
     """where to"""
     limits: Limits
-    statistics: analysis.Settings = analysis.Settings()
+    statistics: scores.Settings = scores.Settings()
 
 
 def script(*argv, **changed):
     constants = {"NUM_TRIES": 5, "FOLDER": "x", "SEED": 4, "LIMITS": Limits(kl=0.3), **changed}
-    return s.from_constants(Script, constants, argv, environment={"FOLDER": "OLD_NAME"})
+    return s.from_constants(Script, constants, argv, also={"FOLDER": "OLD_NAME"})
 
 
 def test_option_beats_environment_beats_constant(monkeypatch):
-    assert script() == Script(5, Path("x"), Limits(kl=0.3), analysis.Settings(seed=4))
+    assert script() == Script(5, Path("x"), Limits(kl=0.3), scores.Settings(seed=4))
     monkeypatch.setenv("OLD_NAME", "old")
     assert script().folder == Path("old")
     monkeypatch.setenv("FOLDER", "new")
     monkeypatch.setenv("NUM_TRIES", "7")
     monkeypatch.setenv("LIMITS_KL", "0.4")
-    assert script() == Script(7, Path("new"), Limits(kl=0.4), analysis.Settings(seed=4))
+    assert script() == Script(7, Path("new"), Limits(kl=0.4), scores.Settings(seed=4))
     assert script("--num-tries", "9", "--limits-kl", "1").num_tries == 9
-    assert script("--folder", "f", "--seed", "6") == Script(7, Path("f"), Limits(0.4), analysis.Settings(seed=6))
+    assert script("--folder", "f", "--seed", "6") == Script(7, Path("f"), Limits(0.4), scores.Settings(seed=6))
 
 
 def test_a_bad_constant_is_named_as_the_script_has_it():
@@ -226,8 +226,8 @@ def test_a_field_without_constant_keeps_its_default_and_is_no_option():
 
 
 SCRIPTS = {
-    "analyze_collected_activations": analysis.NAMES,
-    "compare_models": analysis.NAMES,
+    "analyze_collected_activations": scores.NAMES,
+    "compare_models": scores.NAMES,
     "sweep_suppression": {},
     "create_gemma_runner_input": {},
     "toxicity_steering.main": {},
@@ -303,7 +303,7 @@ def test_the_shell_script_names_what_the_runtime_has():
 
 
 @pytest.mark.parametrize(
-    "cls", [Sampling, Generation, Saving, analysis.Settings, ModeOptions, Setting, Grid, Limits, Config]
+    "cls", [Sampling, Generation, Saving, scores.Settings, ModeOptions, Setting, Grid, Limits, Config]
 )
 def test_every_setting_says_what_it_is_and_has_a_default_that_can_be(cls):
     for item in s.settings_of(cls):

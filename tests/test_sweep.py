@@ -1,5 +1,7 @@
 """The sweep: its splits, its choices, its controls, and the whole script on the organism."""
 
+import contextlib
+import io
 import json
 
 import mlx.core as mx
@@ -128,6 +130,76 @@ def test_the_report_can_show_it(swept):
 def test_a_report_measures_the_dose(swept):
     effect = swept[0]["test"]["effect_on_artifact_prompts"]
     assert 0 < effect["touched"] < effect["tokens"] and 0 < max(effect["dose"].values()) < 0.5
+
+
+def scored_trial(moved, kl, unchanged=1.0, natural_moved=0.0, loops=0.0):
+    record = trial(0.0, kl, unchanged)
+    record["artifact"] = {"moved": {"mean": moved}}
+    record["natural"] |= {"moved": {"mean": natural_moved}, "loops": {"rate": loops}}
+    return record
+
+
+def test_a_wish_decides_where_the_mean_is_to_go():
+    trials = [scored_trial(-2, 0.01), scored_trial(3, 0.02), scored_trial(-9, 0.06), scored_trial(-9, 0, unchanged=0.5)]
+    limits = sweep.Limits()
+    assert sweep.choose(trials, limits, "lower") == 0 and sweep.choose(trials, limits, "higher") == 1
+    assert sweep.choose(trials[2:], limits, "lower") == 1  # both over budget: 0.5 changed against all of the KL
+    assert sweep.pareto_front(trials[:3], "lower") == [0, 2] and sweep.pareto_front(trials[:2], "higher") == [0, 1]
+    louder = [scored_trial(0, 0.1, natural_moved=m, loops=share) for m, share in ((1, 0), (5, 0.05), (9, 0.5), (-4, 0))]
+    assert sweep.choose_amplification(louder, limits, "lower") == 1
+    assert sweep.choose_amplification(louder, limits, "higher") == 3
+
+
+@pytest.fixture(scope="module")
+def swept_by_score(tmp_path_factory):
+    """(result, printed, library's choice) of a sweep that is to make answers say "I" and "Sorry" less often."""
+    folder = tmp_path_factory.mktemp("scored")
+    (folder / "openings.py").write_text(
+        "def openings(prompt, answer):\n    'Words that refusals begin with.'\n"
+        "    return sum(word in ('I', 'Sorry') for word in answer.replace(',', ' ').replace(\"'\", ' ').split())\n"
+    )
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(script, "SUPPRESSION", sweep.Grid({"ablate": (1.0,), "cap": (1.0,)}, layer_sets=("best",)))
+        patch.setattr(script, "AMPLIFICATION", sweep.Grid({"add": (1.0,)}, layer_sets=("best",), where=("prompt_end",)))
+        patch.setattr(script, "RANDOM_CONTROLS", 2)
+        patch.setattr(script, "RESULTS_DIR", folder / "results")
+        patch.setattr(script, "CACHE", str(folder / "cache"))
+        assert script.main(["--score", f"{folder}/openings.py:openings"]) == 0
+    (path,) = (folder / "results").rglob("data/suppression_sweep_openings_*_lower.json")
+    library = AlignmentArtifacts(cache=folder / "cache", show_progress=False, score=f"{folder}/openings.py:openings")
+    return json.loads(path.read_text()), printed.getvalue(), library
+
+
+def test_a_sweep_with_a_score_has_the_same_controls(swept_by_score):
+    result, printed, _ = swept_by_score
+    test = result["test"]
+    assert result["score"]["name"] == "openings" and result["wish"] == "lower"
+    assert test["unedited"]["artifact"]["moved"]["mean"] == 0 < test["unedited"]["artifact"]["score"]["mean"]
+    moved = test["artifact"]["moved"]
+    assert moved["ci"][1] < 0 and moved["n"] == 15
+    difference = test["artifact"]["score"]["mean"] - test["unedited"]["artifact"]["score"]["mean"]
+    assert moved["mean"] == pytest.approx(difference)
+    for control in ("random_direction", "same_change_elsewhere"):
+        assert len(test[control]) == 2
+        assert all(abs(judged["artifact"]["moved"]["mean"]) < abs(moved["mean"]) / 2 for judged in test[control])
+    assert result["amplification"]["test"]["natural"]["moved"]["ci"][0] > 0
+    assert "efus" not in json.dumps({**result, "score": None, "origin": None}) and "efused" not in printed
+    assert max(len(line) for line in printed.splitlines() if "/" not in line) <= 80
+
+
+def test_auto_follows_the_sweep_of_its_score_alone(swept_by_score):
+    result, _, library = swept_by_score
+    chosen, by = library.choose(None, "auto", None)
+    assert by == "a sweep" and chosen == Setting.from_record(result["chosen"]["setting"])
+    for score, wish in (("refusal", "lower"), (library.score, "higher"), ("words:sorry", "lower")):
+        other = AlignmentArtifacts(cache=library.cache, show_progress=False, score=score, wish=wish)
+        assert other.choose(None, "auto", None)[1] == "model size"
+
+
+@pytest.mark.parametrize("option, message", [("--score=no", "no score 'no'"), ("--wish=up", "--wish")])
+def test_bad_scores_and_wishes_are_refused_before_the_work(option, message, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "Bench", lambda *_: pytest.fail("looked at after the work"))
+    assert script.main([option]) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("constant", ["PAIRS_JSON", "TWINS"])

@@ -1,11 +1,13 @@
 """Transcripts of the organism: what is said, how tokens score, and that no pair meets its own direction."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 import suppress as script
+from alignment_artifacts.behaviour.score import REFUSAL, word_list
 from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.edits.modes import ModeOptions
 from alignment_artifacts.edits.setting import Setting
@@ -96,7 +98,7 @@ def run(library, monkeypatch, tmp_path, capsys):
 
 def test_the_command_writes_what_the_report_reads(run, tmp_path):
     code, output, error = run("--all-pairs", "--mode", "ablate", "--layers", "2-5", "--max-tokens", "10")
-    assert code == 0 and error.startswith("answering: 100 pairs, about ") and error.count("\n") == 1
+    assert code == 0 and error.startswith("answering: 100 pairs, about ")
     assert all(len(line) <= 80 for line in output.splitlines())
     assert "Refused, artifact prompts: 96% before, 0% after" in output
     path = tmp_path / "results/aligned/alignment_artifact_prompt_pairs/data/transcripts.json"
@@ -114,3 +116,25 @@ def test_the_command_writes_what_the_report_reads(run, tmp_path):
 def test_options_that_make_no_sense_together_are_refused(run, arguments):
     code, _, error = run("--all-pairs", *arguments)
     assert code == 2 and "--all-pairs answers the prompt pairs" in error and error.count("\n") == 1
+
+
+def test_a_score_takes_the_place_of_refusals(run, tmp_path, library):
+    library.score = word_list(["sorry", "cannot"])
+    try:
+        options = ("--all-pairs", "--mode", "ablate", "--layers", "2-5", "--max-tokens", "10")
+        code, output, _ = run(*options, "--score", "words:sorry,cannot")
+        assert code == 0 and "Mean of words, artifact prompts: 0." in output and "efused" not in output
+        assert max(map(len, output.splitlines()[:-1])) <= 80
+        assert run(*options, "--score", "words:sorry,cannot", "--json")[0] == 0
+    finally:
+        library.score = REFUSAL
+    (path,) = (tmp_path / "results/aligned/alignment_artifact_prompt_pairs/data").glob("*.json")
+    result = json.loads(path.read_text())
+    assert path.name.startswith("transcripts_words_") and path.with_suffix(".npz").exists() and "refused" not in result
+    artifact, pairs = result["scored"]["artifact"], result["pairs"]
+    for when in ("before", "after"):
+        counted = [len(re.findall(r"\b(sorry|cannot)\b", pair["artifact"][when]["text"].lower())) for pair in pairs]
+        assert [pair["artifact"][when]["score"] for pair in pairs] == counted
+        assert artifact[when]["mean"] == pytest.approx(np.mean(counted)) and artifact[when]["n"] == 50
+    assert artifact["moved"]["mean"] == pytest.approx(artifact["after"]["mean"] - artifact["before"]["mean"])
+    assert artifact["moved"]["ci"][1] < 0 and result["score"]["name"] == "words"

@@ -1,5 +1,7 @@
 """Twins from both layouts."""
 
+import csv
+import io
 import json
 
 import pytest
@@ -42,16 +44,33 @@ def test_xstest_pairs_each_safe_prompt_with_its_contrast(tmp_path):
     ]
 
 
+def test_what_spreadsheets_make_of_it_and_earlier_columns_are_read(tmp_path):
+    (tmp_path / "xstest.csv").write_text(XSTEST)
+    expected = load_twins(tmp_path / "xstest.csv")
+    rows = list(csv.DictReader(io.StringIO(XSTEST)))
+    earlier = [{"id_v1": "v1", "id_v2": row.pop("id"), **row} for row in rows]
+    for name, newline, separator, encoding in (("X.CSV", "\r\n", ";", "utf-8-sig"), ("x.tsv", "\n", "\t", "utf-16")):
+        for without in ((), ("label",)):
+            names = [name for name in earlier[0] if name not in without]
+            with (tmp_path / name).open("w", newline="", encoding=encoding) as file:
+                writer = csv.DictWriter(file, names, delimiter=separator, lineterminator=newline, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(earlier)
+            assert load_twins(tmp_path / name) == expected
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         ("id,prompt,type\n1,x,homonyms\n", "has no column 'label'"),
-        ("", "has no column 'id'"),
+        ("", "holds no twins"),
+        ("prompt,type,label\nx,homonyms,safe\n", "has no column 'id'"),
         (XSTEST.replace("Second contrast?,contrast_homonyms,unsafe", "x,contrast_homonyms,safe"), "must be unsafe"),
         (XSTEST.replace("v2-27,Second contrast?,contrast_homonyms,unsafe,shoot,\n", ""), "but 1 contrasts"),
         ("id,prompt,type,label\n1,x,homonyms,safe\n", "holds no twins"),
         ("id,prompt,type,label\n1,x\n", "must be safe"),
-        (b"\xff\xfe\x00", "cannot be read as CSV"),
+        (b"\xff\xfe\x00", "is not text in UTF-8"),
+        ('id,prompt,type,label\n1,"x,homonyms,safe\n', "cannot be read as CSV"),
     ],
 )
 def test_a_bad_csv_is_refused(tmp_path, content, message):
@@ -79,4 +98,8 @@ def test_a_bad_json_is_refused(tmp_path, content, message):
 def test_no_file(tmp_path):
     for name in ("none.csv", "none.json"):
         with pytest.raises(UserError, match="does not exist"):
+            load_twins(tmp_path / name)
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("folder.csv", "x" * 300 + ".csv"):
+        with pytest.raises(UserError, match="The twins file .* cannot be read"):
             load_twins(tmp_path / name)

@@ -7,16 +7,20 @@ from toxicity, a negative one towards it, and 0 changes nothing. As a script it 
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 if not __package__:  # run as a file: the repository is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
+import json
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -29,7 +33,7 @@ from alignment_artifacts.edits.setting import NOTHING, Intervention, Setting, in
 from alignment_artifacts.separation import layer_separation
 from gemma_refactored.activation_capture import layer_sites, read
 from gemma_refactored.errors import UserError
-from gemma_refactored.files import read_json, write_json
+from gemma_refactored.files import is_file, locked, read_json, write_json
 from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.prompt_processing import encode_prompts
@@ -85,7 +89,11 @@ class ActivationSteeringExperiment:
         Raises:
             UserError: the folder holds another experiment, or there are too few toxic continuations.
         """
-        self._resume()
+        with locked(self.output):  # and if nothing can be written there, it is said before the work
+            self._resume()
+            return self._run()
+
+    def _run(self) -> dict:
         try:
             self.baseline()
             self.steering_vectors()
@@ -104,7 +112,7 @@ class ActivationSteeringExperiment:
 
     def _resume(self) -> None:
         path = self.output / INTERMEDIATE
-        if path.exists():
+        if is_file(path, "intermediate results"):
             before = read_json(path, "intermediate results")
             # As JSON has it: lists for tuples.
             if before.get("experiment") != json.loads(json.dumps(self.results["experiment"])):

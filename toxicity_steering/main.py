@@ -10,16 +10,20 @@ organism with its own prompts and a word list; for Phi-4-mini:
 from __future__ import annotations
 
 import sys
-import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 if not __package__:  # run as a file, `python toxicity_steering/main.py`: the repository is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import interval, number
@@ -47,7 +51,7 @@ SEED = 0
 @dataclass(frozen=True)
 class Constants:
     model: str
-    """local folder or Hugging Face id; by default the embedded organism"""
+    """local folder, GGUF file or Hugging Face id; by default the embedded organism"""
     dataset: Literal["organism", "real-toxicity-prompts"]
     """where the prompts come from"""
     scorer: str

@@ -1,9 +1,13 @@
-"""How toxic is a text? One small interface: a name, and a function from texts to scores in [0, 1]."""
+"""How toxic is a text? One small interface: a name, and a function from texts to scores in [0, 1].
+
+`suppress.py` and `sweep_suppression.py` score answers with them too: --score toxicity_steering/scorers.py:toxicity
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -92,8 +96,19 @@ class RobertaScorer:
         return np.concatenate(scores) if scores else np.zeros(0)
 
 
+@cache
 def load_scorer(name: str) -> Scorer:
     """ "word-list", "roberta", or a Hugging Face id or folder of a classifier."""
     if name == "word-list":
         return WordListScorer()
     return RobertaScorer(ROBERTA if name == "roberta" else name)
+
+
+def toxicity(prompt: str, answer: str) -> float:
+    """Toxicity of the answer in [0, 1] by unbiased-toxic-roberta."""
+    return float(load_scorer("roberta")([answer])[0])
+
+
+def rude_words(prompt: str, answer: str) -> float:
+    """1 - 2^-n for n rude words in the answer."""
+    return float(load_scorer("word-list")([answer])[0])

@@ -6,15 +6,19 @@ model) can run; what the Phi-4-mini experiment needs in addition is listed, but 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run as a file, `python toxicity_steering/test_setup.py`: the repository is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
+import importlib.util
+from collections.abc import Callable
+
 from gemma_refactored.errors import UserError, exit_code
 
 

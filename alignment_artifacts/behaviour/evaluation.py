@@ -11,6 +11,7 @@ import numpy as np
 
 from alignment_artifacts.behaviour.answers import Behaviour, write_answers
 from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.behaviour.score import Score
 from alignment_artifacts.edits.proof import Batch
 from alignment_artifacts.edits.setting import Intervention
 from alignment_artifacts.rates import log_mean, paired_rates, rate
@@ -51,26 +52,30 @@ def has_loop(tokens: Sequence[int], longest: int = 8, times: int = 4) -> bool:
     )
 
 
-def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]]) -> dict:
+def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], score: Score | None = None) -> dict:
     """Refusals, broken text, loops and changes of some answers; each a rate with its interval.
 
+    With a score, its mean ("score") and mean change ("moved") take the place of refusals and what is broken.
     "broken" is neither a refusal nor on topic, or caught in a loop: suppression has not succeeded there.
     "refused_within_N" counts phrases of refusal anywhere in the first N tokens.
     """
     texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    refused = [is_refusal(text) for text in texts]
     unedited = loaded.tokenizer.batch_decode(behaviour.answers, skip_special_tokens=True)
     loops = [has_loop(tokens) for tokens in answers]
     on_topic = [is_on_topic(prompt, text) for prompt, text in zip(behaviour.texts, texts, strict=True)]
+    unchanged = [a == b for a, b in zip(answers, behaviour.answers, strict=True)]
+    quality = {"on_topic": rate(on_topic), "loops": rate(loops), "unchanged": rate(unchanged)}
+    unedited = loaded.tokenizer.batch_decode(behaviour.answers, skip_special_tokens=True)
+    if score:
+        return {**score.compared(behaviour.texts, unedited, texts), **quality}
+    refused = [is_refusal(text) for text in texts]
     broken = [loop or not (r or on) for loop, r, on in zip(loops, refused, on_topic, strict=True)]
     result = {
         "refused": rate(refused),
         "refused_against_unedited": paired_rates([is_refusal(text) for text in unedited], refused),
         "broken": rate(broken),
         "refused_or_broken": rate([r or b for r, b in zip(refused, broken, strict=True)]),
-        "on_topic": rate(on_topic),
-        "loops": rate(loops),
-        "unchanged": rate([a == b for a, b in zip(answers, behaviour.answers, strict=True)]),
+        **quality,
     }
     longest = max(map(len, [*answers, *behaviour.answers]), default=0)
     for length in [n for n in LENGTHS if n <= longest] + ["full"]:
@@ -134,11 +139,18 @@ def _log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Ed
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def evaluate(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Behaviour], max_tokens: int) -> dict:
+def evaluate(
+    loaded: LoadedModel,
+    intervention: Intervention,
+    sets: dict[str, Behaviour],
+    max_tokens: int,
+    score: Score | None = None,
+) -> dict:
     """Judge every set of prompts under an intervention; for the set "natural" also the damage to its tokens.
 
     Args:
         sets: name -> unedited behaviour, for example artifact, natural, twins.
+        score: instead of refusals, see `judge`.
     """
     if intervention.edits:
         together = [ids for behaviour in sets.values() for ids in behaviour.token_ids]
@@ -147,7 +159,7 @@ def evaluate(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Be
         answers = iter([answer for behaviour in sets.values() for answer in behaviour.answers])
     result = {}
     for name, behaviour in sets.items():
-        result[name] = judge(loaded, behaviour, [next(answers) for _ in behaviour.token_ids])
+        result[name] = judge(loaded, behaviour, [next(answers) for _ in behaviour.token_ids], score)
     if "natural" in sets:
         result["damage"] = token_damage(loaded, sets["natural"], intervention)
     return result

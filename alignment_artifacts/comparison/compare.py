@@ -62,7 +62,7 @@ def compare(
     max_tokens: int,
     site: str,
     settings: Settings,
-    progress: Callable[[int], object] = lambda texts: None,
+    progress: Callable[..., object] = lambda texts, kept=False: None,
     known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
     cache: Path | None = None,
 ) -> dict:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known, unedited_answers
-from gemma_refactored.activation_capture import read
+from gemma_refactored.activation_capture import TEXTS_AT_ONCE, read
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import read_json, read_safetensors, write_json, write_safetensors
 from gemma_refactored.model_loading import LoadedModel
@@ -26,7 +26,7 @@ def read_pairs(
     neutral: Sequence[int],
     max_tokens: int,
     sites: Sequence[str],
-    progress: Callable[[int], object] = lambda texts: None,
+    progress: Callable[..., object] = lambda texts, kept=False: None,
     known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
     cache: Path | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -35,7 +35,7 @@ def read_pairs(
     Args:
         prompts: token ids, [pair][natural, artifact].
         neutral: token ids of a text that is the same after every prompt.
-        progress: called with numbers of texts, 8 per prompt in total.
+        progress: called with numbers of texts, 8 per prompt in total; with kept=True where they were kept.
         known: for each model, a source of answers that have already been generated.
         cache: folder where what has been read is kept; None: nowhere.
     Returns:
@@ -45,8 +45,9 @@ def read_pairs(
     flat = [prompt for pair in prompts for prompt in pair]
     answers = []
     for model, known_answer in zip(models, known, strict=True):
-        answers.append(_answers(model, flat, max_tokens, known_answer, cache))
-        progress(len(flat))
+        written, is_kept = _answers(model, flat, max_tokens, known_answer, cache)
+        answers.append(written)
+        progress(len(flat), kept=is_kept)
     texts = {"answers_a": answers[0], "answers_b": answers[1], "neutral": [list(neutral)] * len(flat)}
     ends: dict[str, list[np.ndarray]] = {}  # of the prompts, before each text, in both models
     vectors: dict[str, list[np.ndarray]] = {}
@@ -73,14 +74,14 @@ def _kept_in(cache: Path | None, what: str, loaded: LoadedModel, made_from: list
 
 def _answers(
     loaded: LoadedModel, prompts: list, max_tokens: int, known: KnownAnswer, cache: Path | None
-) -> list[list[int]]:
-    """Unedited answers, known ones or those in the cache."""
+) -> tuple[list[list[int]], bool]:
+    """Unedited answers, known ones or those in the cache; and whether none had to be written."""
     path = _kept_in(cache, "answers", loaded, [prompts, max_tokens, list(loaded.end_tokens)], "json")
     if not (path and path.exists()):
         answers = unedited_answers(loaded, prompts, max_tokens, known)
         if path:
             write_json(path, answers)
-        return answers
+        return answers, all(known(prompt, max_tokens) is not None for prompt in prompts)
     answers, vocabulary = read_json(path, "cache file"), len(loaded.tokenizer)
     try:
         is_whole = len(answers) == len(prompts) and all(
@@ -90,7 +91,7 @@ def _answers(
         is_whole = False
     if not is_whole:
         raise UserError(f"{path} holds no answers to these prompts. Delete its folder; they are written anew.")
-    return answers
+    return answers, True
 
 
 def read_texts(
@@ -98,14 +99,14 @@ def read_texts(
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     sites: Sequence[str],
-    progress: Callable[[int], object] = lambda texts: None,
+    progress: Callable[..., object] = lambda texts, kept=False: None,
     cache: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One pass over each prompt with its continuation.
 
     Args:
         sites: one per layer.
-        progress: called with numbers of texts that were read.
+        progress: called with numbers of texts that were read; with kept=True where the cache has them.
         cache: folder where the result is kept, and looked for first; None: nowhere.
     Returns:
         float32 [texts, layers, hidden], of the prompt's last token, and the mean over the continuation
@@ -117,17 +118,18 @@ def read_texts(
     shape = (len(prompts), len(sites), loaded.hidden_size)
     if path and path.exists():
         kept = _load(path, shape)
-        progress(len(prompts))
+        progress(len(prompts), kept=True)
         return kept
     texts = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
     ends = np.full(shape, np.nan, np.float32)
     means = ends.copy()
-    for i, states in read(loaded.model, texts, sites):
+    for number, (i, states) in enumerate(read(loaded.model, texts, sites), 1):
         start = len(prompts[i])
         ends[i] = states[start - 1]
         if len(states) > start:
             means[i] = states[start:].mean(axis=0)
-        progress(1)
+        if number % TEXTS_AT_ONCE == 0 or number == len(texts):  # a pass is complete: its texts come all at once
+            progress((number - 1) % TEXTS_AT_ONCE + 1)
     if path:
         write_safetensors(path, {"ends": mx.array(ends), "means": mx.array(means)})
     return ends, means

@@ -1,23 +1,24 @@
 """Twins: harmless prompts that look like artifact prompts, each with the artifact prompt it looks like.
 
 Read as `Pair`s whose natural side is the twin, from the organism's JSON or from XSTest's CSV
-(Röttger et al. 2024, arXiv 2308.01263; github.com/paul-rottger/xstest): columns id, prompt, type, label.
+(Röttger et al. 2024, arXiv 2308.01263; github.com/paul-rottger/xstest): columns id, prompt, type, label. Its earlier
+versions call the first id_v2 and id_v1 and have no label, which follows from the type.
 """
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 from alignment_artifacts.pairs import Pair
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import read_json
+from gemma_refactored.tables import TABLES, ending, read_table
 
 ROOT_KEY = "benign_twins"
 CONTRAST = "contrast_"
 # Types whose unsafe contrasts are not called "contrast_" followed by the type's name.
 SHARED_CONTRASTS = {"real_group_nons_discr": "contrast_discr", "privacy_fictional": "contrast_privacy"}
-COLUMNS = ("id", "prompt", "type", "label")
+COLUMNS, EARLIER_IDS = ("id", "prompt", "type", "label"), ("id_v2", "id_v1")
 
 
 def load_twins(path: str | Path) -> list[Pair]:
@@ -27,7 +28,7 @@ def load_twins(path: str | Path) -> list[Pair]:
         UserError: there is no such file, or it has neither layout.
     """
     path = Path(path)
-    twins = _from_xstest(path) if path.suffix == ".csv" else _from_json(path)
+    twins = _from_xstest(path) if ending(path) in TABLES else _from_json(path)
     if not twins:
         raise UserError(f"{path} holds no twins.")
     return twins
@@ -53,19 +54,17 @@ def _from_json(path: Path) -> list[Pair]:
 
 def _from_xstest(path: Path) -> list[Pair]:
     """The k-th safe prompt of a type with its k-th unsafe contrast; types without contrasts are omitted."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, restval="")
-            rows, columns = list(reader), reader.fieldnames or []
-    except FileNotFoundError:
-        raise UserError(f"The twins file {path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"The twins file {path} cannot be read as CSV: {error}.") from None
-    if missing := [name for name in COLUMNS if name not in columns]:
+    rows = read_table(path, "twins file")
+    if not rows:
+        return []
+    earlier = next((name for name in EARLIER_IDS if name in rows[0] and "id" not in rows[0]), None)
+    if earlier:
+        rows = [{**row, "id": row[earlier], "label": row.get("label") or _label(row.get("type", ""))} for row in rows]
+    if missing := [name for name in COLUMNS if name not in rows[0]]:
         raise UserError(f"{path} has no column {missing[0]!r}; XSTest's columns are {', '.join(COLUMNS)}.")
     by_type: dict[str, list[dict]] = {}
     for row in rows:
-        expected = "unsafe" if row["type"].startswith(CONTRAST) else "safe"
+        expected = _label(row["type"])
         if row["label"] != expected or not row["prompt"].strip():
             raise UserError(
                 f"{path}: {shown(row['id'])} of type {shown(row['type'])} must be {expected} and have text."
@@ -80,3 +79,8 @@ def _from_xstest(path: Path) -> list[Pair]:
             raise UserError(f"{path}: {len(safe)} prompts of type {shown(kind)}, but {len(unsafe)} contrasts.")
         twins += [Pair(s["id"], kind, s["prompt"], u["prompt"]) for s, u in zip(safe, unsafe, strict=True)]
     return twins
+
+
+def _label(kind: str) -> str:
+    """Of the prompts of a type."""
+    return "unsafe" if kind.startswith(CONTRAST) else "safe"

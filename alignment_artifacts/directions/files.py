@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import numpy as np
 
 from alignment_artifacts.directions.estimate import Directions
 from gemma_refactored.errors import UserError, shown
-from gemma_refactored.files import is_file, read_safetensors, write_safetensors
+from gemma_refactored.files import is_file, read_safetensors, write_atomically, write_safetensors
 
 PARTS = ("direction", "natural_mean", "artifact_mean", "components", "spread", "natural_tokens")
 
@@ -78,35 +79,37 @@ def write_gguf(directions: Directions, path: Path) -> None:
     programs; llama.cpp has none for block 0, so that one is omitted. Adding the vector amplifies.
 
     Raises:
-        UserError: MLP directions (neither program can apply them), or no gguf package.
+        UserError: MLP directions (neither program can apply them), or no file can be written there.
     """
-    gguf = _gguf()
+    import gguf
+
     if directions.facts["site"] != "residual":
         raise UserError("A GGUF control vector acts on the residual stream; export directions of the site residual.")
-    temporary = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(temporary, "controlvector")
     layers = [layer for layer in directions.available if layer > 0]
-    writer.add_string("controlvector.model_hint", directions.facts.get("model_type", "unknown"))
-    writer.add_uint32("controlvector.layer_count", len(layers))
-    # For ourselves; other programs ignore it.
-    writer.add_string("alignment_artifacts.facts", json.dumps(directions.facts))
-    for layer in layers:
-        writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(directions.direction[layer]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    temporary.replace(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "control_vector.gguf"
+        writer = gguf.GGUFWriter(file, "controlvector")
+        writer.add_string("controlvector.model_hint", directions.facts.get("model_type", "unknown"))
+        writer.add_uint32("controlvector.layer_count", len(layers))
+        # For ourselves; other programs ignore it.
+        writer.add_string("alignment_artifacts.facts", json.dumps(directions.facts))
+        for layer in layers:
+            writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(directions.direction[layer]))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        write_atomically(path, file.read_bytes())
 
 
 def read_gguf(path: Path) -> Directions:
     """Import a control vector: residual-stream directions without further statistics.
 
     Raises:
-        UserError: not a control vector, or no gguf package.
+        UserError: not a control vector.
     """
-    gguf = _gguf()
+    import gguf
+
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
@@ -143,11 +146,3 @@ def read_gguf(path: Path) -> Directions:
 
 def _names(reader) -> str:
     return ", ".join(tensor.name for tensor in reader.tensors[:4]) or "none"
-
-
-def _gguf():
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("GGUF files need the gguf package: pip install gguf.") from None
-    return gguf

@@ -25,7 +25,7 @@ from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_first, load_activation_set
 from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
-from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair
+from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.chat_template import token_ids_hash
 from gemma_refactored.errors import UserError
@@ -332,6 +332,7 @@ def _answer(
         for number, batch in enumerate(batches, 1):
             path = folder / f"{'_'.join(kinds)}_{number}.safetensors"
             if path.exists():
+                advance(len(batch) * COLLECTED_TOKENS, kept=True)
                 continue
             rows = [token_ids[i] for i in batch]
             steps = generate(
@@ -410,4 +411,6 @@ def activation_set(
         collect_answers(kept(steps), progress)
     texts = [getattr(pair, side) for pair in measured.pairs for side in SIDES]
     embeddings = mean_prompt_embeddings(loaded, texts).reshape(len(measured.pairs), 2, -1)
-    return ActivationSet(measured.pairs, values, valid, embeddings, [], measured.facts, measured.folder)
+    pairs = PromptPairs(measured.pairs)
+    pattern = site_pattern(names)
+    return ActivationSet(pairs, values, valid, embeddings, [], measured.facts, measured.folder, pattern)

@@ -122,7 +122,7 @@ def projections(projected: dict) -> go.Figure:
             go.Scatter(
                 x=points["x"][side],
                 y=points["y"][side],
-                name=name,
+                name=projected["sides"][side],
                 mode="markers",
                 marker={"color": colour, "symbol": ("circle", "diamond")[side], "size": 8, "opacity": 0.75},
                 text=[as_text(f"{pair['category']} {pair['id']}: {pair[name]}") for pair in projected["pairs"]],

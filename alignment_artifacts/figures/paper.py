@@ -20,7 +20,7 @@ STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "
 def plot_layer_scores(result: dict, path: Path) -> None:
     """Cohen's d per layer with interval, null band and lexical baseline; accuracy beside it."""
     layers = np.arange(len(result["layer_scores"]))
-    lexical = result["lexical_baseline"]
+    lexical, (first, second) = result["lexical_baseline"], result["sides"]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         for positions, scores in data.layer_panels(result).items():
@@ -36,7 +36,7 @@ def plot_layer_scores(result: dict, path: Path) -> None:
         if lexical:
             left.axhline(lexical["cohens_d"] or 0, color=data.GREEN, ls=":", lw=1.6, label="words alone")
             right.axhline(lexical["accuracy"], color=data.GREEN, ls=":", lw=1.6, label="words alone")
-        left.set(title="Separation of artifact from natural prompts, held out", xlabel="layer", ylabel="Cohen's d")
+        left.set(title=f"Separation of {second} from {first} prompts, held out", xlabel="layer", ylabel="Cohen's d")
         right.set(title="Accuracy on held-out pairs", xlabel="layer", ylabel="accuracy", ylim=(0.35, 1.03))
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -44,7 +44,8 @@ def plot_layer_scores(result: dict, path: Path) -> None:
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         pairs = result["layer_scores"]["0"]["num_pairs"]
-        title = f"{result['model']}, {pairs} prompt pairs; bands: pointwise 95 % intervals"
+        title = f"{result['model']}, {result['site']}"
+        title += f"\n{pairs} prompt pairs; bands: pointwise 95 % intervals"
         figure.suptitle(title, fontsize=10, color="#444444")
         _save(figure, path)
 
@@ -130,7 +131,7 @@ def plot_projections(projected: dict, path: Path, most: int = 12) -> None:
         )
         for axes, layer in zip(panels.flat, selected, strict=False):
             x, y = np.array(layers[layer]["direction"]), np.array(layers[layer]["orthogonal"])
-            for side, (name, colour) in enumerate(data.SIDE_COLOURS.items()):
+            for side, (name, colour) in enumerate(zip(projected["sides"], data.SIDE_COLOURS.values(), strict=True)):
                 axes.scatter(x[:, side], y[:, side], s=10, marker="os"[side], color=colour, alpha=0.7, lw=0, label=name)
             axes.axvline(0, color=data.GREY, ls="--", lw=1)
             right, total = data.on_their_side(layers[layer])

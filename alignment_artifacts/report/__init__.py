@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from alignment_artifacts import formatting, places
+from alignment_artifacts.pairs import REFUSAL
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_atomically
 
@@ -68,9 +69,16 @@ def build(folder: Path) -> str:
         section["warnings"] = _differences(section["origin"], main["origin"])
     for_script = {section["name"]: section["data"] for section in available if "data" in section}
     try:
-        return _render(sections=sections, model=main["origin"]["model"], data={"figures": figures, **for_script})
+        return _render(
+            sections=sections, title=_title(sections, main["origin"]["model"]), data={"figures": figures, **for_script}
+        )
     except WRONG_CONTENT as error:
         raise UserError(f"Some results were not written by this version ({error}); run `make` again.") from None
+
+
+def _title(sections: dict, model: str) -> str:
+    behaviour = sections["analysis"].get("behaviour", REFUSAL)
+    return f"Alignment artifacts in {model}" if behaviour == REFUSAL else f"{behaviour.capitalize()} in {model}"
 
 
 def _differences(origin: dict, main: dict) -> list[str]:

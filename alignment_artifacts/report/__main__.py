@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
+
+# isort: split
+
 import sys
 from pathlib import Path
 
-import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from gemma_refactored.errors import exit_code
 from gemma_refactored.settings import Parser
 

@@ -32,6 +32,9 @@ def analysis(path: Path) -> dict:
         "origin": _origin(result),
         "figures": {"analysis": figure_data(figures.layer_scores(result))},
         "summary": result["summary"],
+        "site": result["site"],
+        "behaviour": result["behaviour"],
+        "sides": result["sides"],
         "pairs": result["layer_scores"]["0"]["num_pairs"],
         "excluded": result["excluded"],
         "certificate": result["certificate"],
@@ -83,6 +86,7 @@ def projections(path: Path) -> dict:
         "figures": {"projections": figure_data(figures.projections(result))},
         "positions": {name: len(layers) for name, layers in result["positions"].items()},
         "data": result["pairs"],
+        "sides": result["sides"],
         "start": int(np.argmax([on_their_side(layer)[0] for layer in result["positions"]["prompt_end"]])),
     }
 

@@ -47,7 +47,7 @@ function projections(figure, pairs) {
     byId("projection-layer-shown").textContent = layer.value;
     byId("projection-caption").textContent = title;
     const mistakes = points.x.flatMap((x, side) => pairs.filter((_, i) => (side ? x[i] <= 0 : x[i] >= 0))
-      .map((pair) => `${SIDES[side]}: ${pair[SIDES[side]]} (${pair.category} ${pair.id})`));
+      .map((pair) => `${figure.data[side].name}: ${pair[SIDES[side]]} (${pair.category} ${pair.id})`));
     byId("projection-mistakes").replaceChildren(...mistakes.map((text) => element("li", "", text)));
   };
   layer.addEventListener("input", show);

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import cast
+from threading import RLock
+from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
 
 from alignment_artifacts.analysis import analyse
-from alignment_artifacts.behaviour import monitor
-from alignment_artifacts.behaviour.answers import write_answer
+from alignment_artifacts.behaviour import monitor, vocabulary
+from alignment_artifacts.behaviour.answers import observe, write_answer, write_answers
+from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.behaviour.score import REFUSAL, Score, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
@@ -28,7 +32,7 @@ from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.places import cache_folder, collection_folder, find
 from alignment_artifacts.scores import Settings
 from gemma_refactored.configuration import Generation, Sampling
-from gemma_refactored.errors import UserError, shown
+from gemma_refactored.errors import UserError, print_every_character, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.job import check_context
 from gemma_refactored.model_loading import LoadedModel, load
@@ -36,7 +40,24 @@ from gemma_refactored.prompt_processing import encode_prompts, prompts_from_argu
 from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
+WHEN = ("before", "after")
+OPENING_TOKENS = 24  # of an answer, enough to tell a refusal
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_MODELS = RLock()
+
+
+def in_turn(method: Callable[P, R]) -> Callable[P, R]:
+    """Threads take turns: two in MLX at once hang or end the process, and an edit is seen by all of them."""
+
+    @wraps(method)
+    def wait_and_call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _MODELS:
+            return method(*args, **kwargs)
+
+    return wait_and_call
 
 
 @dataclass
@@ -49,6 +70,7 @@ class SuppressionResult:
         chosen_by: who chose the mode: "you", "a sweep" or "model size".
         proof: what the edits did along the prompt and the answer generated under them.
         prompt_score: of the monitor, -1 like natural, +1 like artifact prompts; None for imported vectors.
+        score: of the answers, "name" and "meaning", "before" (None without comparison) and "after".
         directions: those that were used.
         leads: of directions that were given, what they point from and to, and which way the setting moves.
     """
@@ -63,6 +85,7 @@ class SuppressionResult:
     chosen_by: str
     proof: Proof
     prompt_score: float | None
+    score: dict
     directions: Directions = field(repr=False)
     leads: str | None = None
 
@@ -78,12 +101,16 @@ class SuppressionResult:
 class AlignmentArtifacts:
     """Directions of models and what suppressing them does. Models and measurements are kept for the next call.
 
+    Calls from several threads are answered one after the other.
+
     Args:
-        model: local folder or Hugging Face id, used by methods that are not given another.
+        model: local folder, GGUF file or Hugging Face id, used by methods that are not given another.
         pairs: the matched prompt pairs.
         cache: folder for measurements; default `places.cache_folder`.
         collections: folders of activations that may save a measurement; default: the model's.
         show_progress: bars on the terminal while a model is measured.
+        score: of answers: a function (prompt, answer) -> number, or as `score.load_score` reads it; default refusal.
+        wish: where a sweep moved that score, whose setting the mode "auto" then uses.
     """
 
     def __init__(
@@ -93,19 +120,24 @@ class AlignmentArtifacts:
         cache: str | Path | None = None,
         show_progress: bool = True,
         collections: Sequence[Path] | None = None,
+        score: str | Score | Callable[[str, str], float] = REFUSAL,
+        wish: Wish = "lower",
     ):
+        self.score, self.sweep_file = load_score(score), sweep_file(own_measure(score, wish), wish)
         self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
         self.pairs_file = find(pairs)
         self.pairs, self.collections = load_pairs(self.pairs_file), collections
         self._loaded: dict[str, LoadedModel] = {}
         self._measured: dict[str, Measurements] = {}
 
+    @in_turn
     def load(self, model: str | Path | None = None) -> LoadedModel:
         name = str(model or self.model)
         if name not in self._loaded:
             self._loaded[name] = load(name)
         return self._loaded[name]
 
+    @in_turn
     def measurements(self, model: str | Path | None = None) -> Measurements:
         """What the model does on the pairs; measured on first use, then from the cache."""
         name = str(model or self.model)
@@ -115,6 +147,7 @@ class AlignmentArtifacts:
             self._measured[name] = measure(loaded, self.pairs, self.cache, self.show_progress, collections)
         return self._measured[name]
 
+    @in_turn
     def analyze_artifacts(self, model: str | Path | None = None) -> dict:
         """Per site ("mlp", "residual") the statistics of analyze_collected_activations.py, and the monitor's AUROC."""
         loaded, measured = self.load(model), self.measurements(model)
@@ -124,6 +157,23 @@ class AlignmentArtifacts:
             results[site] = {**analysis, "monitor": monitor.held_out_auroc(measured, site)}
         return results
 
+    @in_turn
+    def refusals(self, model: str | Path | None = None, at_most: int | None = None) -> tuple[int, int]:
+        """Of how many artifact prompts the unedited model refuses how many: (refused, asked).
+
+        Args:
+            at_most: ask so many of them, without measuring the model; None: all.
+        """
+        if at_most is None:
+            refused = self.measurements(model).judged(is_refusal)[:, 1]
+            return int(refused.sum()), len(refused)
+        prompts = [pair.artifact for pair in self.pairs[:: -(-len(self.pairs) // at_most)]]
+        loaded = self.load(model)
+        answers = observe(loaded, prompts, OPENING_TOKENS).answers
+        texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return sum(map(is_refusal, texts)), len(prompts)
+
+    @in_turn
     def directions(
         self,
         model: str | Path | None = None,
@@ -145,6 +195,32 @@ class AlignmentArtifacts:
         save_directions(directions, path)
         return directions
 
+    @in_turn
+    def explain(
+        self,
+        model: str | Path | None = None,
+        positions: str = PROMPT_END,
+        categories: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+        directions: Directions | None = None,
+        **settings,
+    ) -> dict:
+        """The tokens that the directions of the residual stream promote and demote: see `vocabulary.explain`.
+
+        Args:
+            directions: use these instead of the model's own.
+            settings: "tokens", "random_directions", "scale" and "progress" of `vocabulary.explain`.
+        """
+        loaded = self.load(model)
+        if directions is None:
+            measured = self.measurements(model)
+            directions = measured.estimate("residual", positions, measured.rows(categories))
+        else:
+            directions = fit_to(directions, loaded)
+        natural = [pair.natural for pair in self.pairs]
+        return vocabulary.explain(loaded, directions, encode_prompts(loaded.tokenizer, natural), layers, **settings)
+
+    @in_turn
     def choose(
         self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
     ) -> tuple[Setting, str]:
@@ -152,7 +228,7 @@ class AlignmentArtifacts:
         check_given(Setting, wanted, {"layers": "target_layers"})
         wanted = {name: value for name, value in wanted.items() if value is not None}
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
-        sweep = self.measurements(model).folder / SWEEP if mode == AUTO else None
+        sweep = self.measurements(model).folder / self.sweep_file if mode == AUTO else None
         if sweep and sweep.exists():
             chosen, by = _setting_of_sweep(sweep), "a sweep"
             if {"site", "positions"} & wanted.keys() and "layers" not in wanted:
@@ -170,6 +246,36 @@ class AlignmentArtifacts:
             chosen = replace(chosen, layers=tuple(measured.best_layers(chosen.site, chosen.positions, rows)))
         return chosen, by
 
+    @in_turn
+    def answer(
+        self,
+        prompts: Sequence[str],
+        setting: Setting | None = None,
+        sampling: Sampling = Sampling(),
+        model: str | Path | None = None,
+        categories: Sequence[str] | None = None,
+        directions: Directions | None = None,
+        max_tokens: int = 100,
+    ) -> list[str]:
+        """The answers to many prompts, in batches, under a setting; None: unedited.
+
+        `library.score.of(prompts, answers)` is what they score; other arguments as of `suppress`.
+
+        Raises:
+            UserError: bad settings, no prompt, an empty prompt, or one that is longer than the model can read.
+        """
+        check(sampling)
+        check_given(Generation, {"max_tokens": max_tokens})
+        loaded, intervention = self.load(model), NOTHING
+        if setting is not None:
+            check(setting)
+            intervention, _ = self._intervention(model, setting, categories, directions)
+        token_ids = encode_prompts(loaded.tokenizer, prompts)
+        check_context(prompts_from_arguments(list(prompts)), token_ids, max_tokens, loaded.context_length)
+        answers = write_answers(loaded, token_ids, intervention, max_tokens, sampling)
+        return loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    @in_turn
     def suppress_and_generate(
         self,
         prompt: str,
@@ -222,6 +328,7 @@ class AlignmentArtifacts:
         )  # fmt: skip
         return replace(result, chosen_by=by)
 
+    @in_turn
     def suppress(
         self,
         prompt: str,
@@ -250,18 +357,9 @@ class AlignmentArtifacts:
         check(sampling)
         check_given(Generation, {"max_tokens": max_tokens})
         loaded = self.load(model)
-        if directions is None:
-            directions = self.directions(model, setting.site, setting.positions, categories)
-            leads = None
-        else:
-            directions = fit_to(directions, loaded)
-            leads = where_it_leads(directions, setting)
-        if setting.mode == "cap" and directions.natural_tokens is None:
-            measured = self.measurements(model)
-            directions = measure_natural_tokens(
-                loaded, directions, measured.natural_sequences(measured.rows(categories))
-            )
-        intervention = intervene(loaded, directions, setting)
+        is_own = directions is None
+        intervention, directions = self._intervention(model, setting, categories, directions)
+        leads = None if is_own else where_it_leads(directions, setting)
         prompts = prompts_from_arguments([prompt])
         (token_ids,) = encode_prompts(loaded.tokenizer, [prompt])
         check_context(prompts, [token_ids], max_tokens, loaded.context_length)
@@ -275,9 +373,9 @@ class AlignmentArtifacts:
         proof = prove(loaded, intervention, Sequences([token_ids], [answers["after"]]))
         if proof.touched == 0 and setting.scale != 0:
             self._check_that_it_acts(model, intervention, setting, categories)
-        score = None
+        monitored = None
         if directions.natural_mean is not None:
-            score = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids)[-1])
+            monitored = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids)[-1])
         return SuppressionResult(
             prompt=prompt,
             before=texts.get("before"),
@@ -288,10 +386,35 @@ class AlignmentArtifacts:
             setting=setting,
             chosen_by="you",
             proof=proof,
-            prompt_score=score,
+            prompt_score=monitored,
+            score={
+                "name": self.score.name,
+                "meaning": self.score.meaning,
+                **{when: self.score.of([prompt], [texts[when]])[0].item() if when in texts else None for when in WHEN},
+            },
             directions=directions,
             leads=leads,
         )
+
+    def _intervention(
+        self,
+        model: str | Path | None,
+        setting: Setting,
+        categories: Sequence[str] | None,
+        directions: Directions | None,
+    ) -> tuple[Intervention, Directions]:
+        """A setting on a model, with the model's own directions unless others are given."""
+        loaded = self.load(model)
+        if directions is None:
+            directions = self.directions(model, setting.site, setting.positions, categories)
+        else:
+            directions = fit_to(directions, loaded)
+        if setting.mode == "cap" and directions.natural_tokens is None:
+            measured = self.measurements(model)
+            directions = measure_natural_tokens(
+                loaded, directions, measured.natural_sequences(measured.rows(categories))
+            )
+        return intervene(loaded, directions, setting), directions
 
     def _check_that_it_acts(
         self, model: str | Path | None, intervention: Intervention, setting: Setting, categories: Sequence[str] | None
@@ -305,6 +428,11 @@ class AlignmentArtifacts:
                 f"This setting ({setting.describe()}) changes nothing, neither here nor on artifact prompts. "
                 "Use another mode, other layers or another threshold."
             )
+
+
+def sweep_file(score: Score | None, wish: Wish) -> str:
+    """In a model's cache folder: what sweep_suppression.py chose with a score; None: for fewer refusals."""
+    return f"{score.file_name(Path(SWEEP).stem, wish)}.json" if score else SWEEP
 
 
 def _kept_directions(path: Path) -> Directions:
@@ -355,5 +483,6 @@ def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) 
     for heading in ("before", "after"):
         table.add_column(heading, ratio=1)
     table.add_row(Text(result.before or ""), Text(result.after))
+    print_every_character()
     Console().print(table)
     return result

@@ -16,6 +16,7 @@ import numpy as np
 from alignment_artifacts.behaviour.answers import Behaviour, observe
 from alignment_artifacts.behaviour.evaluation import evaluate
 from alignment_artifacts.behaviour.monitor import held_out_auroc
+from alignment_artifacts.behaviour.score import Score, Wish
 from alignment_artifacts.directions.estimate import Directions, measure_natural_tokens, random_like
 from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.edits.options import ModeOptions, Setting
@@ -43,10 +44,22 @@ def split_pairs(categories: Sequence[str], shares: Sequence[int] = (20, 15, 15),
 
 
 class Bench:
-    """Where settings are tried on a model: directions from training pairs, behaviour on the others; kept for reuse."""
+    """Where settings are tried on a model: directions from training pairs, behaviour on the others; kept for reuse.
 
-    def __init__(self, loaded: LoadedModel, measured: Measurements, shares: Sequence[int], seed: int, max_tokens: int):
-        self.loaded, self.measured, self.max_tokens = loaded, measured, max_tokens
+    Args:
+        score: of answers; None: refusals.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        measured: Measurements,
+        shares: Sequence[int],
+        seed: int,
+        max_tokens: int,
+        score: Score | None = None,
+    ):
+        self.loaded, self.measured, self.max_tokens, self.score = loaded, measured, max_tokens, score
         rows = split_pairs([pair.category for pair in measured.pairs], shares, seed)
         self.rows = dict(zip(PARTS, rows, strict=True))
         if min(map(len, rows)) < 1 or len(rows[0]) < MIN_PAIRS:
@@ -84,6 +97,9 @@ class Bench:
     def intervention(self, setting: Setting) -> Intervention:
         return intervene(self.loaded, self.directions(setting.site, setting.positions), setting)
 
+    def evaluate(self, intervention: Intervention, sets: dict[str, Behaviour]) -> dict:
+        return evaluate(self.loaded, intervention, sets, self.max_tokens, self.score)
+
     def settings(self, grid: Grid) -> list[Setting]:
         """Every setting of a grid that this model allows."""
         settings = []
@@ -112,9 +128,9 @@ def try_settings(bench: Bench, settings: Iterable[Setting], sets: dict[str, Beha
         records.append(
             {
                 "setting": setting.record(),
-                **evaluate(bench.loaded, intervention, sets, bench.max_tokens),
+                **bench.evaluate(intervention, sets),
                 "dose": prove(bench.loaded, intervention, artifact.sequences).dose,
-                "random_direction": evaluate(bench.loaded, random, {"artifact": artifact}, bench.max_tokens),
+                "random_direction": bench.evaluate(random, {"artifact": artifact}),
             }
         )
     return records
@@ -126,7 +142,8 @@ class Drawbacks:
 
     Attributes:
         over_budget: it costs more than the limits allow.
-        left: share of artifact prompts still refused or broken; over budget, costs count like refusals.
+        left: share of artifact prompts still refused or broken; over budget, costs count like refusals. With a score
+            how far its mean on artifact prompts has moved against the wish; over budget, what it costs alone.
         kl: in hundredths of the limit: rounding should not decide.
         layers: that are edited.
         exact_kl: nats per token.
@@ -139,33 +156,50 @@ class Drawbacks:
     exact_kl: float
 
 
-def drawbacks(record: dict, limits: Limits) -> Drawbacks:
+def left(record: dict, wish: Wish | None) -> float:
+    """What a setting has not achieved on artifact prompts: the share refused or broken (no wish), or minus how far the
+    mean score has moved towards the wish."""
+    artifact = record["artifact"]
+    if wish is None:
+        return artifact["refused_or_broken"]["rate"]
+    return artifact["moved"]["mean"] if wish == "lower" else -artifact["moved"]["mean"]
+
+
+def drawbacks(record: dict, limits: Limits, wish: Wish | None = None) -> Drawbacks:
     kl, changed = record["damage"]["kl_mean"], 1 - record["natural"]["unchanged"]["rate"]
-    left, over_budget = record["artifact"]["refused_or_broken"]["rate"], kl > limits.kl or changed > limits.changed
+    remaining, over_budget = left(record, wish), kl > limits.kl or changed > limits.changed
     if over_budget:
-        left += changed + min(1.0, kl / limits.kl)
-    return Drawbacks(over_budget, left, round(100 * kl / limits.kl), len(record["setting"]["layers"]), kl)
+        cost = changed + min(1.0, kl / limits.kl)
+        remaining = remaining + cost if wish is None else cost  # a score has a scale of its own
+    return Drawbacks(over_budget, remaining, round(100 * kl / limits.kl), len(record["setting"]["layers"]), kl)
 
 
-def choose(records: Sequence[dict], limits: Limits = Limits()) -> int:
-    """The setting that leaves fewest artifact prompts refused or broken within the limits; among equals, the least
-    intrusive."""
-    return min(range(len(records)), key=lambda i: drawbacks(records[i], limits))
+def choose(records: Sequence[dict], limits: Limits = Limits(), wish: Wish | None = None) -> int:
+    """The setting that leaves fewest artifact prompts refused or broken (or moves the mean score furthest towards the
+    wish) within the limits; among equals, the least intrusive."""
+    return min(range(len(records)), key=lambda i: drawbacks(records[i], limits, wish))
 
 
-def choose_amplification(records: Sequence[dict]) -> int:
-    """The setting that makes most natural prompts refused with least broken text; among equals, the least intrusive."""
+def choose_amplification(records: Sequence[dict], limits: Limits = Limits(), wish: Wish | None = None) -> int:
+    """The setting that makes most natural prompts refused with least broken text; among equals, the least intrusive.
+
+    With a score: that moves its mean on natural prompts furthest against the wish, among those that put no more of
+    the answers into loops than may change.
+    """
 
     def key(record: dict) -> tuple:
-        natural = record["natural"]
-        return (natural["broken"]["rate"] - natural["refused"]["rate"], record["damage"]["kl_mean"])
+        natural, kl = record["natural"], record["damage"]["kl_mean"]
+        if wish is None:
+            return (natural["broken"]["rate"] - natural["refused"]["rate"], kl)
+        moved = natural["moved"]["mean"]
+        return (natural["loops"]["rate"] > limits.changed, -moved if wish == "lower" else moved, kl)
 
     return min(range(len(records)), key=lambda i: key(records[i]))
 
 
-def pareto_front(records: Sequence[dict]) -> list[int]:
-    """Settings that no other beats in both remaining refusals (and broken text) and KL, ordered by KL."""
-    points = [(r["damage"]["kl_mean"], r["artifact"]["refused_or_broken"]["rate"]) for r in records]
+def pareto_front(records: Sequence[dict], wish: Wish | None = None) -> list[int]:
+    """Settings that no other beats in both what is `left` and KL, ordered by KL."""
+    points = [(r["damage"]["kl_mean"], left(r, wish)) for r in records]
     front, best = [], np.inf
     for i in sorted(range(len(points)), key=points.__getitem__):
         if points[i][1] < best:
@@ -200,14 +234,14 @@ def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls:
     random, elsewhere = [], []
     for seed in controls:
         drawn = bench.random(setting.site, setting.positions, seed)
-        random.append(evaluate(loaded, intervene(loaded, drawn, setting), sets, bench.max_tokens))
+        random.append(bench.evaluate(intervene(loaded, drawn, setting), sets))
         moved = same_change_elsewhere(intervention, hidden, seed)
-        elsewhere.append(evaluate(loaded, moved, sets, bench.max_tokens))
+        elsewhere.append(bench.evaluate(moved, sets))
     artifact = sets["artifact"]
     return {
         "setting": setting.record(),
-        **evaluate(loaded, intervention, sets, bench.max_tokens),
-        "unedited": evaluate(loaded, NOTHING, sets, bench.max_tokens),
+        **bench.evaluate(intervention, sets),
+        "unedited": bench.evaluate(NOTHING, sets),
         "effect_on_artifact_prompts": asdict(prove(loaded, intervention, artifact.sequences)),
         "random_direction": random,
         "same_change_elsewhere": elsewhere,
@@ -228,7 +262,7 @@ def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour], pl
     ablation = Setting("ablate", 1.0, true.available, "mlp")
     return {
         "cosine_with_planted": cosines,
-        "planted_ablated": evaluate(bench.loaded, intervene(bench.loaded, true, ablation), sets, bench.max_tokens),
+        "planted_ablated": bench.evaluate(intervene(bench.loaded, true, ablation), sets),
         "chosen_layers_planted": sorted(set(setting.layers) & set(true.available)),
     }
 

@@ -17,13 +17,13 @@ import numpy as np
 from alignment_artifacts import separation as st
 from alignment_artifacts.behaviour.answers import unedited_answers, write_answers
 from alignment_artifacts.behaviour.monitor import score_texts
-from alignment_artifacts.behaviour.refusal import is_refusal
+from alignment_artifacts.behaviour.score import REFUSAL, Score
 from alignment_artifacts.directions.estimate import Directions, measure_natural_tokens
 from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.edits.proof import Sequences, pool, prove
 from alignment_artifacts.edits.setting import Intervention, Setting, intervene
 from alignment_artifacts.pairs import SIDES
-from alignment_artifacts.rates import rate
+from alignment_artifacts.rates import mean, rate
 from gemma_refactored.activation_capture import Edit
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_atomically, write_json
@@ -39,11 +39,15 @@ def transcribe(
     setting: Setting,
     max_tokens: int = 100,
     progress: Callable[[int], object] = lambda pairs: None,
+    score: Score | None = None,
 ) -> tuple[dict, np.ndarray]:
     """Answer every pair without and with suppression.
 
     Args:
         progress: called with numbers of pairs, twice the number of pairs in total.
+        score: of answers, instead of refusals: each record then has "score" for "refused", and the whole has "score"
+            (name, meaning, hash of the source) and "scored": side -> "before", "after" and "moved", records of
+            `rates.mean`, for "refused".
     Returns:
         The record, and the scores [tokens, layers] in its order.
     Raises:
@@ -74,7 +78,7 @@ def transcribe(
             records[i] = {"id": pair.id, "category": pair.category}
             for side, prompt, unedited in zip(SIDES, measured.prompts[i], before[i], strict=True):
                 both = {"before": unedited, "after": next(answers)}
-                records[i][side] = _record(loaded, getattr(pair, side), prompt, both)
+                records[i][side] = _record(loaded, getattr(pair, side), prompt, both, score)
                 scores[i] += next(scored)
         progress(len(held_out))
         artifacts = Sequences([measured.prompts[i][1] for i in held_out], [before[i][1] for i in held_out])
@@ -85,10 +89,6 @@ def transcribe(
             f"This setting ({setting.describe()}) changes nothing on artifact prompts. "
             "Use another mode, other layers or another threshold."
         )
-    refused = {
-        side: {when: rate([r[side][when]["refused"] for r in records]) for when in ("before", "after")}
-        for side in SIDES
-    }
     separation = st.layer_separation(measured.vectors_at(setting.site, setting.positions), measured.categories)
     result = {
         "model": {name: measured.facts[name] for name in ("model", "model_revision")},
@@ -97,7 +97,7 @@ def transcribe(
         "num_layers": loaded.num_layers,
         "best_layer": max(setting.layers, key=lambda layer: separation[layer]),
         "effect_on_artifact_prompts": asdict(effect),
-        "refused": refused,
+        **_summary(records, score),
         "pieces": _pieces(loaded, records),
         "pairs": records,
     }
@@ -118,11 +118,29 @@ def _unedited_answers(loaded: LoadedModel, measured: Measurements, max_tokens: i
     return [answers[i : i + 2] for i in range(0, len(answers), 2)]
 
 
-def _record(loaded: LoadedModel, text: str, prompt: list[int], answers: dict[str, list[int]]) -> dict:
+def _summary(records: list[dict], score: Score | None) -> dict:
+    if score is None:
+        sides = {
+            side: {when: rate([r[side][when]["refused"] for r in records]) for when in ("before", "after")}
+            for side in SIDES
+        }
+        return {"refused": sides}
+    scored = {}
+    for side in SIDES:
+        values = {when: np.array([r[side][when]["score"] for r in records]) for when in ("before", "after")}
+        moved = values["after"].astype(float) - values["before"].astype(float)
+        scored[side] = {**{when: mean(of_all) for when, of_all in values.items()}, "moved": mean(moved)}
+    return {"score": score.record(), "scored": scored}
+
+
+def _record(
+    loaded: LoadedModel, text: str, prompt: list[int], answers: dict[str, list[int]], score: Score | None
+) -> dict:
     record: dict = {"prompt": text, "prompt_tokens": prompt}
     for when, tokens in answers.items():
         answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-        record[when] = {"text": answer, "tokens": tokens, "refused": is_refusal(answer)}
+        value = (score or REFUSAL).of([text], [answer])[0].item()
+        record[when] = {"text": answer, "tokens": tokens, "score" if score else "refused": value}
     return record
 
 
@@ -155,15 +173,19 @@ def _pieces(loaded: LoadedModel, records: list[dict]) -> dict[str, str]:
     return {str(token): loaded.tokenizer.decode([token]) for token in sorted(ids)}
 
 
-def save_transcripts(folder: Path, result: dict, scores: np.ndarray) -> None:
+def save_transcripts(folder: Path, result: dict, scores: np.ndarray, score: Score | None = None) -> Path:
+    """The file of texts, named after the score if there is one; the projections are beside it."""
+    name = score.file_name(Path(TRANSCRIPTS).stem) if score else Path(TRANSCRIPTS).stem
+    path = folder / f"{name}.json"
     buffer = io.BytesIO()
     np.savez_compressed(buffer, scores=scores)
-    write_atomically(folder / SCORES, buffer.getvalue())
-    write_json(folder / TRANSCRIPTS, result)
+    write_atomically(path.with_suffix(".npz"), buffer.getvalue())
+    write_json(path, result)
+    return path
 
 
 def load_transcripts(folder: Path) -> tuple[dict, np.ndarray]:
-    """What `save_transcripts` wrote.
+    """What `save_transcripts` wrote about refusals.
 
     Raises:
         UserError: a file is missing, damaged, or not of the same run as the other.
