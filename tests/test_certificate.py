@@ -127,6 +127,24 @@ def test_every_known_fault_fails_the_check_made_for_it(loaded, monkeypatch, faul
         assert outcome(result)["= transformers"] is False
 
 
+@pytest.mark.parametrize(
+    ("template", "passed"),
+    [
+        ("{% for m in messages %}{{ bos_token }}{{ m['content'] }}{{ bos_token }}{% endfor %}", True),  # SmolLM's way
+        (
+            "{{ bos_token }}{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}",
+            True,
+        ),
+        ("{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}", False),
+    ],
+)
+def test_only_a_doubled_bos_at_the_beginning_is_wrong(tmp_path, template, passed):
+    folder = write_checkpoint(tmp_path / "m", random_gemma())
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    assert certificate.check_prompt_format(load(folder)).passed is passed
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_architectures_of_mlx_lm_pass_or_say_what_does_not_apply(tmp_path, model_type):
     result = certify(load(write_family(tmp_path / model_type, model_type)))
