@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .activation_capture import block_sites, capture, edit, hooks, modules_by_site, site_shapes
+from .chat_template import ChatFormat, render, wants_parts
 from .checkpoint_files import read_config
 from .config_audit import complete
 from .errors import UserError
@@ -199,15 +200,15 @@ def _compare_rows(name: str, model: nn.Module, together: Sequence[Sequence[int]]
 
 
 def check_prompt_format(loaded: LoadedModel) -> Check:
-    """Exactly the chat template's tokens, so never two <bos>."""
-    if not loaded.tokenizer.chat_template:
+    """Exactly the chat template's tokens, never with two <bos> at the beginning."""
+    tokenizer, chat_format = loaded.tokenizer, ChatFormat()
+    if not tokenizer.chat_template:
         return Check("prompt format", note="The tokenizer has no chat template: prompts are sent as plain text.")
+    options = {"in_parts": wants_parts(tokenizer, chat_format), "tokenize": True, "return_dict": False}
     for text, ids in zip(PROMPTS, _prompt_ids(loaded), strict=True):
-        messages = [{"role": "user", "content": text}]
-        expected = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        bos = loaded.tokenizer.bos_token_id
-        # Twice at the start only: the beginning of a sequence may be marked as the beginning of every turn is.
-        if list(ids) != list(expected) or (bos is not None and list(ids[:2]) == [bos, bos]):
+        expected = render(tokenizer, [("user", text)], chat_format, **options)
+        # Only there: SmolLM's <bos> is also what each turn begins with.
+        if list(ids) != list(expected) or (len(set(ids[:2])) == 1 and ids[0] == tokenizer.bos_token_id):
             return Check("prompt format", passed=False, note=f"A chat prompt begins with tokens {list(ids)[:4]}.")
     return Check("prompt format", passed=True)
 

@@ -42,7 +42,7 @@ def encode_chat(tokenizer, texts: Sequence[str], chat_format: ChatFormat) -> lis
     Raises:
         UserError: the template fails, or does not contain the prompt.
     """
-    in_parts = _wants_parts(tokenizer, chat_format)
+    in_parts = wants_parts(tokenizer, chat_format)
     encoded, quoted = [], []
     for prompt in texts:
         rendered = render(tokenizer, [("user", prompt)], chat_format, in_parts)
@@ -151,7 +151,7 @@ def _chosen_template(tokenizer, name: str | None) -> str:
     return templates[name]
 
 
-def _wants_parts(tokenizer, chat_format: ChatFormat) -> bool:
+def wants_parts(tokenizer, chat_format: ChatFormat) -> bool:
     """Whether the template finds the prompt only in a list of parts.
 
     Raises:

@@ -2,13 +2,16 @@
 
     pip install torch==2.13.0 transformers==5.24.0 "mlx[cpu]==0.32.4" mlx-lm==0.32.2
     python -m tests.make_layout_logits [MODEL_TYPE ..]
+    python -m tests.make_layout_logits --pairs 40 [MODEL_TYPE ..]   # only says how two changes at once compare
 
 Writes tests/golden/layouts.json: configs as transformers saves them, names and shapes of the weights (their
 values come from a seed, see layouts.py), and some of the logits in float32.
 """
 
+import itertools
 import json
 import pathlib
+import random
 import sys
 import tempfile
 import warnings
@@ -25,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gemma_refactored.checkpoint_files import read_config
-from gemma_refactored.config_audit import NEVER_NUMBERS, complete
+from gemma_refactored.config_audit import NEVER_NUMBERS, audit, complete
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load_weights
 
@@ -209,11 +212,14 @@ def model_types() -> list[str]:
     return sorted(t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if MODEL_REMAPPING.get(t, t) in known)
 
 
-def ours(folder: pathlib.Path) -> np.ndarray | str:
-    """Our logits, or why there are none. What is compared is the loader without its audit, which this is for."""
+def ours(folder: pathlib.Path, audited: bool = False) -> np.ndarray | str:
+    """Our logits, or why there are none. The sweep is of the loader without its audit, which it is for."""
     config = read_config(folder)
     try:
-        model, _ = load_weights(folder, config, complete(config))
+        completed = complete(config)
+        if audited:
+            audit(config, completed)
+        model, _ = load_weights(folder, config, completed)
         return np.array(model(mx.array([TOKENS]))[0].astype(mx.float32))
     except (UserError, ValueError) as error:
         return str(error).replace(str(folder), "FOLDER")
@@ -265,10 +271,35 @@ def sweep(model_type: str) -> dict:
     return {"base": {"config": base[0], "shapes": base[1]}, "cases": cases}
 
 
-def attempt(model_type: str, change: dict):
+def sweep_pairs(model_type: str, count: int) -> None:
+    """Print how many of so many pairs of changes, as users meet them, agree, are refused, or are wrong unnoticed."""
+    config = CONFIG_MAPPING[model_type]
+    settings = config(**{**small(config()), **special(model_type)})
+    changes = [change for change in variants(settings) if not is_size(change)]
+    pairs = [(a, b) for a, b in itertools.combinations(changes, 2) if not a.keys() & b.keys()]
+    outcomes: dict[str, list] = {"agree": [], "refused": [], "wrong": []}
+    for one, other in random.Random(0).sample(pairs, min(count, len(pairs))):
+        try:
+            _, _, logits, result = attempt(model_type, {**one, **other}, audited=True)
+        except Exception:  # noqa: BLE001  (transformers does not take these values)
+            continue
+        if np.isfinite(logits).all():
+            agrees = isinstance(result, str) or difference(result, logits) <= TOLERANCE
+            outcome = "wrong" if not agrees else "refused" if isinstance(result, str) else "agree"
+            outcomes[outcome].append((one, other))
+    print(model_type, {name: len(items) for name, items in outcomes.items()}, outcomes["wrong"], flush=True)
+
+
+def is_size(change: dict) -> bool:
+    """What moves the shapes of weights, and is told by them."""
+    (value, *more) = change.values()
+    return not more and isinstance(value, int) and not isinstance(value, bool) and "sliding_window" not in change
+
+
+def attempt(model_type: str, change: dict, audited: bool = False):
     with tempfile.TemporaryDirectory() as folder:
         content, shapes, logits = build(model_type, change, pathlib.Path(folder))
-        result = ours(pathlib.Path(folder))
+        result = ours(pathlib.Path(folder), audited)
         if not isinstance(result, str) and difference(result, logits) > TOLERANCE:
             # Some random networks amplify rounding: then the arbiter is transformers in float64.
             with suppress(RuntimeError):  # not every layout runs in float64
@@ -350,6 +381,10 @@ def main() -> None:
     table = json.loads(KEYS.read_text()) if KEYS.exists() else {}
     if sys.argv[1:] == ["--table"]:  # anew from the file of logits
         save(records, {name: summary(record) for name, record in records.items()})
+        return
+    if sys.argv[1:2] == ["--pairs"]:
+        for model_type in sys.argv[3:] or [name for name, record in table.items() if record["agrees"]]:
+            sweep_pairs(model_type, int(sys.argv[2]))
         return
     for model_type in sys.argv[1:] or model_types():
         records[model_type] = record = sweep(model_type)

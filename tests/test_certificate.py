@@ -39,18 +39,6 @@ def test_a_sound_model_passes_every_check(loaded):
     assert max(map(len, describe(result).splitlines())) <= 80
 
 
-@pytest.mark.parametrize(
-    "start, passed",
-    [("", True), ("{{ bos_token }}", False)],  # SmolLM2's <bos> is its <|im_start|>
-)
-def test_a_doubled_bos_is_twice_at_the_start(tmp_path, start, passed):
-    folder = write_family(tmp_path / "chatml", "llama")
-    turns = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{% endfor %}{{ bos_token }}assistant:"
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": start + turns}))
-    assert certificate.check_prompt_format(load(folder)).passed is passed
-
-
 def no_padding_mask(monkeypatch, loaded):
     plain = generation.make_prompt_cache
     monkeypatch.setattr(generation, "make_batch_cache", lambda model, padding, *_, **__: plain(model))
@@ -139,6 +127,24 @@ def test_every_known_fault_fails_the_check_made_for_it(loaded, monkeypatch, faul
     in_the_pass_itself = (missing_embedding_scale, missing_sliding_mask, no_global_layer, post_norm_for_residual)
     if fault in in_the_pass_itself and not NOT_RUN_WITHOUT_TORCH:
         assert outcome(result)["= transformers"] is False
+
+
+@pytest.mark.parametrize(
+    ("template", "passed"),
+    [
+        ("{% for m in messages %}{{ bos_token }}{{ m['content'] }}{{ bos_token }}{% endfor %}", True),  # SmolLM's way
+        (
+            "{{ bos_token }}{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}",
+            True,
+        ),
+        ("{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}", False),
+    ],
+)
+def test_only_a_doubled_bos_at_the_beginning_is_wrong(tmp_path, template, passed):
+    folder = write_checkpoint(tmp_path / "m", random_gemma())
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    assert certificate.check_prompt_format(load(folder)).passed is passed
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
