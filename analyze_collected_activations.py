@@ -214,8 +214,9 @@ def print_table(result: dict) -> None:
 
 
 def _print_row(name: str, record: dict) -> None:
+    between = "-" if record["cohens_d_ci"][0] is None else interval(record["cohens_d_ci"])
     print(
-        f"{name:>8}  {number(record['cohens_d']):>7}  {interval(record['cohens_d_ci']):>15}  "
+        f"{name:>8}  {number(record['cohens_d']):>7}  {between:>15}  "
         f"{percent(record['accuracy'], 1):>8}  {percent(record['pair_accuracy']):>5}  {number(record['auroc']):>5}  "
         f"{number(record['p_value'], 3):>6}".rstrip()
     )

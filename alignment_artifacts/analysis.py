@@ -182,6 +182,9 @@ class Run:
     def __post_init__(self):
         check(self.settings)
 
+    def __repr__(self) -> str:
+        return f"Run({self.data.model}, {described(self.data.site)}, {len(self.data.pairs)} pairs)"
+
     @cached_property
     def results(self) -> dict:
         """As in `alignment_artifact_analysis_results.json`."""

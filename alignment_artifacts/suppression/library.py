@@ -162,12 +162,12 @@ class AlignmentArtifacts:
         """Of how many artifact prompts the unedited model refuses how many: (refused, asked).
 
         Args:
-            at_most: ask so many of them, without measuring the model; None: all.
+            at_most: ask so many of them (at least one), without measuring the model; None: all.
         """
         if at_most is None:
             refused = self.measurements(model).judged(is_refusal)[:, 1]
             return int(refused.sum()), len(refused)
-        prompts = [pair.artifact for pair in self.pairs[:: -(-len(self.pairs) // at_most)]]
+        prompts = [pair.artifact for pair in self.pairs[:: max(-(-len(self.pairs) // max(at_most, 1)), 1)]]
         loaded = self.load(model)
         answers = observe(loaded, prompts, OPENING_TOKENS).answers
         texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
