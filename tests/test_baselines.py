@@ -72,4 +72,4 @@ def test_the_strongest_model_of_words_counts():
     # Two words without any spread: d is not defined, and nothing can be stronger.
     strongest = result["lexical_baseline"]
     assert strongest["kind"] == "tf-idf" and strongest["cohens_d"] is None and strongest["accuracy"] == 1
-    assert "no evidence of alignment" in result["summary"]
+    assert "no evidence of anything but words" in result["summary"]

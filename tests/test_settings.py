@@ -291,7 +291,7 @@ def test_the_shell_script_names_what_the_runtime_has():
     text = (ROOT / "collect_activations.sh").read_text()
     constants = set(re.findall(r'^([A-Z_]+)="\$\{\1:-', text, re.M))
     settings = [*s.settings_of(Generation), *s.settings_of(Saving)]
-    assert constants - {item.constant for item in settings} == {"MODEL_NAME", "PROMPTS_FILE", "OUTPUT_DIR"}
+    assert constants - {item.constant for item in settings} == {"MODEL_NAME", "PAIRS", "SITE", "PROMPTS_FILE", "OUTPUT_DIR"}
     passed = dict(re.findall(r'(--[a-z-]+) "\$([A-Z_]+)"', text))
     flags = {item.flag: item.constant for item in settings}
     flags |= {item.flag: item.constant.replace("TEMP", "TEMPERATURE") for item in s.settings_of(Sampling, NAMES)}
