@@ -96,10 +96,16 @@ def _not_compared(loaded: LoadedModel, checks: Sequence[Check]) -> str:
     (reference,) = [check for check in checks if check.name == TRANSFORMERS]
     if reference.passed is None:
         return "None of these numbers was compared with an independent implementation: install PyTorch for that."
-    length = len(_reference_ids(loaded))
+    length, left = len(_reference_ids(loaded)), []
     if length < loaded.context_length:
-        return f"Positions beyond {length} of {loaded.context_length} were not compared with transformers."
-    return ""
+        left.append(f"Positions beyond {length} of {loaded.context_length} were not compared with transformers.")
+    if _is_gguf(loaded):
+        left.append("How the GGUF file is read was not compared: transformers was given the weights as read here.")
+    return " ".join(left)
+
+
+def _is_gguf(loaded: LoadedModel) -> bool:
+    return (loaded.folder / WEIGHTS).is_symlink()
 
 
 def certify_and_save(loaded: LoadedModel, folder: Path) -> bool:
@@ -348,7 +354,7 @@ def _transformers_states(loaded: LoadedModel, tokens: list[int]) -> States:
     config = transformers.AutoConfig.from_pretrained(str(loaded.folder), local_files_only=True)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     try:
-        if "quantization" in loaded.config or (loaded.folder / WEIGHTS).is_symlink():
+        if "quantization" in loaded.config or _is_gguf(loaded):
             # Not in transformers' form: hand over the weights it stands for.
             config = getattr(config, "text_config", None) or config
             config.quantization_config = None

@@ -15,6 +15,7 @@ from gemma_refactored.files import CERTIFICATE
 from gemma_refactored.main import main
 from gemma_refactored.model_loading import load
 
+from .gguf_checkpoints import write_pair
 from .tiny_checkpoints import FAMILIES, quantised, random_gemma, write_checkpoint, write_family
 
 NOT_RUN_WITHOUT_TORCH = set() if find_spec("torch") else {"= transformers"}
@@ -199,3 +200,10 @@ def test_a_failed_check_exits_with_1_and_names_what_failed(loaded, tmp_path, mon
     assert "padded = unpadded" in certificate_verdict(
         tmp_path, {"model_revision": loaded.revision, "weights_dtype": loaded.dtype}
     )
+
+
+def test_how_a_gguf_file_is_read_stays_open(tmp_path):
+    folder, file = write_pair(tmp_path, "llama")
+    checks = [certificate.Check(certificate.TRANSFORMERS, passed=True)]
+    assert "GGUF" in certificate._not_compared(load(file), checks)
+    assert "GGUF" not in certificate._not_compared(load(folder), checks)
