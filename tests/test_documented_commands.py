@@ -26,7 +26,7 @@ from alignment_artifacts.pairs import PAIRS_JSON, ROOT_KEY
 from gemma_refactored.files import read_json, write_json
 
 from .conftest import ROOT
-from .test_pipeline import PACKAGES, SCRIPTS
+from .test_pipeline import copy_checkout
 
 DOCUMENTS = [
     ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "toxicity_steering/README.md",
@@ -81,10 +81,7 @@ def documented() -> list:
 def workplace(tmp_path_factory):
     """A copy of the repository with four pairs in each category."""
     folder = tmp_path_factory.mktemp("documented")
-    for name in SCRIPTS:
-        shutil.copy(ROOT / name, folder)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_checkout(folder)
     pairs = read_json(PAIRS_JSON, "pairs")
     for category in pairs[ROOT_KEY]["categories"].values():
         del category["pairs"][4:]

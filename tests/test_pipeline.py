@@ -38,14 +38,19 @@ def shell(command, folder, **environment):
     )
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A copy of the repository in which both commands have been run."""
-    folder = tmp_path_factory.mktemp("workplace")
+def copy_checkout(folder):
+    """Scripts and packages, as a clone of the repository has them."""
     for name in SCRIPTS:
         shutil.copy(ROOT / name, folder)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A copy of the repository in which both commands have been run."""
+    folder = tmp_path_factory.mktemp("workplace")
+    copy_checkout(folder)
     for command in ("bash collect_activations.sh", f"{sys.executable} analyze_collected_activations.py"):
         done = shell(command, folder, PYTHON=sys.executable)
         assert done.returncode == 0, done.stderr
