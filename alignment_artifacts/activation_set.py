@@ -17,7 +17,7 @@ from alignment_artifacts.pairs import SUBCATEGORY, Pair, PromptPairs
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import CERTIFICATE, PROMPT_EMBEDDING, is_file, read_json, step_file
 from gemma_refactored.npz_files import NpzReader
-from gemma_refactored.site_names import SITE_KINDS, kind_of
+from gemma_refactored.site_names import SITE_KINDS, kind_of, pattern_of
 
 POSITIONS = ("prompt_end", "generated", "all")
 IN_MEMORY = 1 << 29  # bytes; larger arrays are kept in a temporary file
@@ -154,8 +154,7 @@ def find_key_pattern(sites: Iterable[str], folder: Path, site: str | None = None
     Raises:
         UserError: there is none of that kind; or none was named, and there are several.
     """
-    replaced = {re.sub(r"\.\d+\.", ".{layer_idx}.", name, count=1) for name in sites}
-    patterns = sorted(name for name in replaced if "{layer_idx}" in name)
+    patterns = sorted(name for name in set(map(pattern_of, sites)) if "{layer_idx}" in name)
     kinds = [kind for kind in SITE_KINDS if any(kind_of(pattern) == kind for pattern in patterns)]
     if site:
         chosen = [pattern for pattern in patterns if kind_of(pattern) == site]

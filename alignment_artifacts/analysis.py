@@ -98,7 +98,8 @@ def analyse_layers_and_steps(data: ActivationSet, result: dict, settings: Settin
     d = [scores[str(i)]["cohens_d"] for i in range(data.num_layers)]
     significant = significant_layers(scores)
     by_step = [np.flatnonzero(data.valid[:, :, step].all(axis=1)) for step in range(data.values.shape[2])]
-    by_layer = [_d_of_steps(data, layer, by_step, settings) for layer in range(data.num_layers)]
+    folds = _folds_of_steps(data, by_step, settings)
+    by_layer = [_d_of_steps(data, layer, by_step, folds) for layer in range(data.num_layers)]
     steps = [
         {
             "step": "prefill" if step == 0 else step - 1,
@@ -151,17 +152,24 @@ def project_prompts(data: ActivationSet, settings: Settings) -> dict:
     )
 
 
-def _d_of_steps(
-    data: ActivationSet, layer: int, pairs_of_step: list[np.ndarray], settings: Settings
-) -> dict[int, float]:
-    """Held-out d of a layer at each step that enough pairs have reached."""
+def _folds_of_steps(data: ActivationSet, pairs_of_step: list[np.ndarray], settings: Settings) -> dict[int, np.ndarray]:
+    """Divisions into folds of the pairs at each step that enough of them have reached."""
     categories, groups = np.array([pair.category for pair in data.pairs]), independent_groups(data.pairs)
+    return {
+        step: st.assign_divisions(categories[rows], settings.seed, groups[rows])
+        for step, rows in enumerate(pairs_of_step)
+        if len(np.unique(groups[rows])) >= 2 * st.MIN_PAIRS_PER_FOLD
+    }
+
+
+def _d_of_steps(
+    data: ActivationSet, layer: int, pairs_of_step: list[np.ndarray], folds_of_step: dict[int, np.ndarray]
+) -> dict[int, float]:
+    """Held-out d of a layer at each step that has folds."""
     scores = {}
-    for step, own in enumerate(pairs_of_step):
-        if len(np.unique(groups[own])) >= 2 * st.MIN_PAIRS_PER_FOLD:
-            natural, artifact = (data.values[own, side, step, layer] for side in (0, 1))
-            folds = st.assign_divisions(categories[own], settings.seed, groups[own])
-            scores[step] = float(st.held_out_d(st.pair_vectors(natural, artifact), folds))
+    for step, folds in folds_of_step.items():
+        natural, artifact = (data.values[pairs_of_step[step], side, step, layer] for side in (0, 1))
+        scores[step] = float(st.held_out_d(st.pair_vectors(natural, artifact), folds))
     return scores
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 
 from alignment_artifacts.activation_set import ActivationSet
-from alignment_artifacts.intervals import robust_sd
 from alignment_artifacts.scores import LayerScores, Settings, held_out_scores, score_layers
 from alignment_artifacts.separation import HeldOut, each_fold
 
@@ -36,10 +35,9 @@ def score_baselines(
     if data.prompt_embeddings is not None:
         own = score_layers(data.prompt_embeddings[:, :, None], strata, settings, groups=groups)
         extra["mean difference"] = own.layers[0]
-        folds, embeddings = first.folds, data.prompt_embeddings
-        spread = robust_sd(own.null[1:])
-        candidates["mean difference"] = held_out_along(embeddings, folds, mean_difference), spread
-        candidates["lda"] = held_out_along(embeddings, folds, lda_direction), spread
+        (held_out, spread), *_ = own.held_out
+        candidates["mean difference"] = held_out, spread
+        candidates["lda"] = held_out_along(data.prompt_embeddings, first.folds, lda_direction), spread
     records = {
         kind: {
             **held_out_scores(held_out, first.uncertainty, spread),

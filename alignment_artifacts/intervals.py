@@ -8,6 +8,7 @@ larger of the two is taken. How often the intervals cover the truth is in benchm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -39,8 +40,13 @@ class Uncertainty:
 
     def __init__(self, groups: np.ndarray, resamples: int = 1000, seed: int = 0):
         self.groups, self.count = groups, int(groups.max()) + 1
-        # Bayesian bootstrap (Rubin 1981): unlike draws with replacement it leaves no fold without any spread.
-        self.weights = np.random.default_rng(seed).standard_exponential((resamples, self.count))[:, groups]
+        self.resamples, self.seed = resamples, seed
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """[resamples, pairs] of the Bayesian bootstrap (Rubin 1981), which leaves no fold without any spread."""
+        drawn = np.random.default_rng(self.seed).standard_exponential((self.resamples, self.count))
+        return drawn[:, self.groups]
 
     def freedom(self, folds: np.ndarray) -> int:
         return max(self.count - len(np.unique(folds)), 1)

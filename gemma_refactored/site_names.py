@@ -20,6 +20,11 @@ def kind_of(site: str) -> str | None:
     return next((kind for kind, names in MODULE_NAMES.items() if last in [f"{name}.output" for name in names]), None)
 
 
+def pattern_of(site: str) -> str:
+    """ "model.layers.0.mlp.output" -> "model.layers.{layer_idx}.mlp.output"; a site of no layer stays as it is."""
+    return re.sub(r"\.\d+\.", ".{layer_idx}.", site, count=1)
+
+
 def described(pattern: str) -> str:
     """A site of every layer in words: "MLP output (model.layers.{layer_idx}.mlp.output)"."""
     words = {"mlp": "MLP output", "attention": "attention output", "residual": "residual stream"}

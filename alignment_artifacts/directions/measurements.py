@@ -43,6 +43,7 @@ from gemma_refactored.job import check_context, mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.progress import stage
 from gemma_refactored.prompt_processing import Prompt, encode_prompts
+from gemma_refactored.site_names import pattern_of
 from gemma_refactored.versions import library_versions
 
 log = logging.getLogger(__name__)
@@ -370,7 +371,7 @@ def _take_over(collection: Path, pairs: list[Pair], site: str, names: list[str],
     """Sum up a collection on disk, unless it lacks a pair that has answers on both sides."""
     markers = [collection / prompt.folder / PROMPT_MARKER for prompt in _prompts(pairs)]
     answers = [read_json(marker, "prompt marker")["token_ids"] for marker in markers]
-    data = load_activation_set(collection, pairs, key_pattern=site_pattern(names))
+    data = load_activation_set(collection, pairs, key_pattern=pattern_of(names[0]))
     rows = [i for i in range(len(pairs)) if answers[i] and answers[i + len(pairs)]]
     if data.pairs != [pairs[i] for i in rows]:
         return
@@ -381,11 +382,6 @@ def _take_over(collection: Path, pairs: list[Pair], site: str, names: list[str],
         vectors[f"{site}.{positions}"][:, rows] = by_pair.swapaxes(0, 1)
     flat = {name: values.reshape(-1, *values.shape[2:]) for name, values in vectors.items()}
     _write_part(folder / f"{site}_1.safetensors", range(2 * len(pairs)), answers, flat)
-
-
-def site_pattern(names: Sequence[str]) -> str:
-    """["model.layers.0.mlp.output", ..] -> "model.layers.{layer_idx}.mlp.output"."""
-    return re.sub(r"\.\d+\.", ".{layer_idx}.", names[0], count=1)
 
 
 def activation_set(
@@ -412,5 +408,5 @@ def activation_set(
     texts = [getattr(pair, side) for pair in measured.pairs for side in SIDES]
     embeddings = mean_prompt_embeddings(loaded, texts).reshape(len(measured.pairs), 2, -1)
     pairs = PromptPairs(measured.pairs)
-    pattern = site_pattern(names)
+    pattern = pattern_of(names[0])
     return ActivationSet(pairs, values, valid, embeddings, [], measured.facts, measured.folder, pattern)
