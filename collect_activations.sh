@@ -12,6 +12,9 @@ TEMPERATURE="${TEMPERATURE:-0}"
 TOP_P="${TOP_P:-1.0}"
 REPETITION_PENALTY="${REPETITION_PENALTY:-1.0}"
 SEED="${SEED:-0}"
+SYSTEM_PROMPT="${SYSTEM_PROMPT:-}"             # the system message before each prompt
+CHAT_TEMPLATE="${CHAT_TEMPLATE:-}"             # the name of one of several, or a file
+CHAT_TEMPLATE_ARGS="${CHAT_TEMPLATE_ARGS:-}"   # variables of the template as JSON: {"enable_thinking": false}
 SITE="${SITE:-}"     # mlp, attention or residual; the analysis reads it too
 PAIRS="${PAIRS:-}"   # your own prompt pairs; every script reads it
 ACTIVATION_FILTER="${ACTIVATION_FILTER:-${SITE:-mlp.output}}"
@@ -40,4 +43,6 @@ exec "$PYTHON" "$HERE/run_model.py" \
   --save-activations ${ACTIVATIONS_DIR:+--activations-dir "$ACTIVATIONS_DIR"} \
   --activation-filter "$ACTIVATION_FILTER" --activation-dtype "$ACTIVATION_DTYPE" \
   --max-tokens "$MAX_TOKENS" --batch-size "$BATCH_SIZE" --temp "$TEMPERATURE" --top-p "$TOP_P" \
+  ${SYSTEM_PROMPT:+--system-prompt "$SYSTEM_PROMPT"} ${CHAT_TEMPLATE:+--chat-template "$CHAT_TEMPLATE"} \
+  ${CHAT_TEMPLATE_ARGS:+--chat-template-args "$CHAT_TEMPLATE_ARGS"} \
   --repetition-penalty "$REPETITION_PENALTY" --seed "$SEED" --output-dir "$OUTPUT_DIR" "$@"

@@ -21,6 +21,7 @@ from alignment_artifacts import places
 from alignment_artifacts.edits.options import Site
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.scores import NAMES, Settings
+from gemma_refactored.configuration import Chat
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import read_json, write_json
 from gemma_refactored.settings import Between, from_constants
@@ -33,6 +34,9 @@ TWINS = places.HOME / "model_organism/benign_twins.json"  # or XSTest's CSV
 SITE = "mlp"  # or "residual"
 NEUTRAL_TEXT = "Thank you for this question. Here is what comes to mind."
 MAX_TOKENS = 20
+SYSTEM_PROMPT = None  # the system message before each prompt
+CHAT_TEMPLATE = None  # the name of one of several, or a file
+CHAT_TEMPLATE_ARGS = None  # variables of the template as JSON: '{"enable_thinking": false}'
 
 NUM_PERMUTATIONS = 1000
 NUM_BOOTSTRAP_RESAMPLES = 1000
@@ -60,6 +64,7 @@ class Constants:
     results_dir: Path
     """where numbers and figure go"""
     statistics: Settings = Settings()
+    chat: Chat = Chat()
 
 
 def main(argv: Sequence[str] = ()) -> int:
@@ -78,7 +83,7 @@ def run(constants: Constants) -> None:
 
     pairs_file = places.find(constants.pairs_json)
     pairs, twins = load_pairs(pairs_file), load_twins(places.find(constants.twins))
-    models = [load(places.find_model(name)) for name in (constants.model_a, constants.model_b)]
+    models = [load(places.find_model(name), chat=constants.chat) for name in (constants.model_a, constants.model_b)]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     check_comparable(models[0], models[1], pairs, twins)

@@ -26,7 +26,7 @@ from alignment_artifacts.behaviour.score import FORMS, REFUSAL, Wish, load_score
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
 from alignment_artifacts.pairs import PAIRS_JSON, SIDES, load_pairs, texts
-from gemma_refactored.configuration import Sampling
+from gemma_refactored.configuration import Chat, Sampling
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
 
@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_options(parser, Setting, omit=["mode"], chosen=True)
     add_options(parser, Answering(), omit=["top_p", "logit_bias"])
+    add_options(parser, Chat())
     add("--categories", metavar="A,B", help="learn directions from these categories of pairs only")
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
     add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
@@ -102,6 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         show_progress=not silent,
         score=score,
         wish=arguments.wish,
+        chat=from_arguments(Chat(), arguments),
     )
     categories = named_categories(arguments.categories)
     directions = load_directions(arguments.directions) if arguments.directions else None

@@ -21,7 +21,7 @@ from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import described_mean, number, percent, rate
 from alignment_artifacts.suppression.grid import Grid, Limits
-from gemma_refactored.configuration import Seed
+from gemma_refactored.configuration import Chat, Seed
 from gemma_refactored.errors import exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.settings import Between, Must, from_constants
@@ -34,6 +34,9 @@ CACHE = places.cache_folder()
 SHARES = (20, 15, 15)  # of the pairs: training, development, test
 MAX_TOKENS = 48
 SEED = 0
+SYSTEM_PROMPT = None  # the system message before each prompt
+CHAT_TEMPLATE = None  # the name of one of several, or a file
+CHAT_TEMPLATE_ARGS = None  # variables of the template as JSON: '{"enable_thinking": false}'
 SUPPRESSION = Grid(
     scales={
         "always": (0.5, 1.0), "proximity": (0.5, 1.0, 2.0), "adaptive": (1.0, 2.0), "sphere": (1.0, 3.0),
@@ -78,6 +81,7 @@ class Constants:
     suppression: Grid
     amplification: Grid
     limits: Limits
+    chat: Chat
 
 
 def main(argv: Sequence[str] = ()) -> int:
@@ -103,7 +107,7 @@ def run(constants: Constants) -> None:
     twins = [twin.natural for twin in load_twins(places.find(constants.twins))]
     pairs_file = places.find(constants.pairs_json)
     pairs = load_pairs(pairs_file)
-    loaded = load(places.find_model(constants.model_name))
+    loaded = load(places.find_model(constants.model_name), chat=constants.chat)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
     results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused

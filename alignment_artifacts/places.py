@@ -134,7 +134,7 @@ def toxicity_results(revision: str | None) -> Path | None:
 
 
 def _is_default(loaded: LoadedModel) -> bool:
-    return loaded.folder.resolve() == Path(DEFAULT_MODEL).resolve()
+    return loaded.folder.resolve() == Path(DEFAULT_MODEL).resolve() and loaded.is_as_published
 
 
 def _of_model(stem: str, model: str, revision: str, owner: Callable[[Path], str | None]) -> Path:

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .activation_capture import block_sites, capture, edit, hooks, modules_by_site, site_shapes
-from .chat_template import ChatFormat, render, wants_parts
+from .chat_template import render, wants_parts
 from .checkpoint_files import read_config
 from .config_audit import complete
 from .errors import UserError
@@ -31,7 +31,6 @@ from .gguf_files import WEIGHTS
 from .model_architecture import SLIDING
 from .model_loading import LoadedModel, device_description, find_embedding, float32_weights
 from .progress import each
-from .prompt_processing import encode_prompts
 from .versions import library_versions
 
 # Float32 sums in another order differ by 1e-6 to 1e-5; 16-bit numbers have 3 significant digits at best.
@@ -152,7 +151,7 @@ def relative_differences(actual: States, expected: States) -> dict[str, float]:
 
 
 def _prompt_ids(loaded: LoadedModel) -> list[list[int]]:
-    return encode_prompts(loaded.tokenizer, PROMPTS)
+    return loaded.encode(PROMPTS)
 
 
 def _long_ids(loaded: LoadedModel, beyond: int) -> list[int]:
@@ -207,12 +206,12 @@ def _compare_rows(name: str, model: nn.Module, together: Sequence[Sequence[int]]
 
 def check_prompt_format(loaded: LoadedModel) -> Check:
     """Exactly the chat template's tokens, never with two <bos> at the beginning."""
-    tokenizer, chat_format = loaded.tokenizer, ChatFormat()
+    tokenizer, chat_format = loaded.tokenizer, loaded.chat_format
     if not tokenizer.chat_template:
         return Check("prompt format", note="The tokenizer has no chat template: prompts are sent as plain text.")
     options = {"in_parts": wants_parts(tokenizer, chat_format), "tokenize": True, "return_dict": False}
     for text, ids in zip(PROMPTS, _prompt_ids(loaded), strict=True):
-        expected = render(tokenizer, [("user", text)], chat_format, **options)
+        expected = render(tokenizer, chat_format.messages(text), chat_format, **options)
         # Only there: SmolLM's <bos> is also what each turn begins with.
         if list(ids) != list(expected) or (len(set(ids[:2])) == 1 and ids[0] == tokenizer.bos_token_id):
             return Check("prompt format", passed=False, note=f"A chat prompt begins with tokens {list(ids)[:4]}.")

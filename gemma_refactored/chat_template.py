@@ -11,14 +11,22 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from .configuration import Chat
 from .errors import UserError, shown
+from .files import decoded, is_file, read_bytes
 
 log = logging.getLogger(__name__)
 
-PROBE = "zqx7 probe zqx7"  # a text that no template writes by itself
+PROBE, SYSTEM_PROBE = "zqx7 probe zqx7", "qzx9 probe qzx9"  # texts that no template writes by itself
+GENERATION_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a block of transformers, not of jinja
+OWN_VARIABLES = {
+    "messages", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token", "raise_exception",
+    "strftime_now", "range", "namespace", "dict", "loop", "cycler", "joiner", "lipsum",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,80 @@ class ChatFormat:
         template: the name of one of several templates of a checkpoint; None takes its default.
         date: what templates that write the date take for today.
         keeps_control_tokens: a control token typed into a prompt (`<end_of_turn>`) acts as one, instead of being text.
+        system_prompt: the system message before each prompt; None: no such message.
+        arguments: variables of the template, for example {"enable_thinking": False}.
     """
 
     template: str | None = None
     date: datetime.date = field(default_factory=datetime.date.today)
     keeps_control_tokens: bool = False
+    system_prompt: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def messages(self, prompt: str) -> list[tuple[str, str]]:
+        """(role, content) of the conversation that a prompt is the end of."""
+        system = [] if self.system_prompt is None else [("system", self.system_prompt)]
+        return [*system, ("user", prompt)]
+
+
+def take_chat(tokenizer, chat: Chat) -> ChatFormat:
+    """The format that settings ask for; a template from a file becomes the tokenizer's own.
+
+    Raises:
+        UserError: no such file, name or variable, or a template that does not write the system prompt.
+    """
+    template = chat.chat_template
+    names = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if template is not None and template not in names and (is_file(template, "chat template") or "." in template):
+        content = decoded(read_bytes(template, "chat template"), template, "chat template")
+        tokenizer.chat_template, template = content, None
+    arguments = json.loads(chat.chat_template_args) if chat.chat_template_args else {}
+    chat_format = ChatFormat(template, system_prompt=chat.system_prompt, arguments=arguments)
+    if not chat.is_default:
+        check(tokenizer, chat_format)
+    return chat_format
+
+
+def check(tokenizer, chat_format: ChatFormat) -> None:
+    """Does the template use everything that it is given? A system message in the user's turn is told.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("This model's tokenizer has no chat template; give one with --chat-template FILE.")
+    variables = variables_of(_chosen_template(tokenizer, chat_format.template))
+    if unused := sorted(set(chat_format.arguments) - variables):
+        has = f"it has {', '.join(sorted(variables))}" if variables else "it has none"
+        raise UserError(f"The model's chat template has no variable {shown(unused[0])}; {has}.")
+    in_parts = wants_parts(tokenizer, chat_format)
+    if chat_format.system_prompt is None:
+        return
+    both = [("system", SYSTEM_PROBE), ("user", PROBE)]
+    try:
+        rendered = render(tokenizer, both, chat_format, in_parts)
+    except UserError as error:
+        raise UserError(f"This model's chat template takes no system prompt: {error}") from None
+    before, found, after = rendered.partition(SYSTEM_PROBE)
+    if not found:
+        raise UserError("This model's chat template has no system role and leaves the system prompt out.")
+    between = after.partition(PROBE)[0]
+    if not any(token in between for token in tokenizer.get_added_vocab() if token.strip()):
+        log.warning(
+            "This model's chat template has no turn for the system: it writes the system prompt before the prompt."
+        )
+
+
+def variables_of(template: str) -> set[str]:
+    """Names that a template takes from outside, apart from those that the tokenizer sets itself."""
+    from jinja2 import Environment, TemplateSyntaxError, meta, nodes
+
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_MARKS.sub("", template))
+    except TemplateSyntaxError as error:
+        raise UserError(f"The model's chat template cannot be read ({error}).") from None
+    assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    return meta.find_undeclared_variables(tree) - assigned - OWN_VARIABLES
 
 
 def encode_chat(tokenizer, texts: Sequence[str], chat_format: ChatFormat) -> list[list[int]]:
@@ -45,7 +122,8 @@ def encode_chat(tokenizer, texts: Sequence[str], chat_format: ChatFormat) -> lis
     in_parts = wants_parts(tokenizer, chat_format)
     encoded, quoted = [], []
     for prompt in texts:
-        rendered = render(tokenizer, [("user", prompt)], chat_format, in_parts)
+        messages = chat_format.messages(prompt)
+        rendered = render(tokenizer, messages, chat_format, in_parts)
         if prompt.strip() not in rendered:
             raise UserError(
                 f"The model's chat template changes or leaves out the prompt {shown(prompt)}; "
@@ -57,7 +135,7 @@ def encode_chat(tokenizer, texts: Sequence[str], chat_format: ChatFormat) -> lis
         else:
             quoted.append(typed)
             options = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
-            encoded.append(list(render(tokenizer, [("user", prompt)], chat_format, in_parts, **options)))
+            encoded.append(list(render(tokenizer, messages, chat_format, in_parts, **options)))
     if quoted:
         log.warning(
             "Control tokens of the model in %d of the prompts (%s ..) are read as text.", len(quoted), quoted[0]
@@ -108,7 +186,7 @@ def render(tokenizer, messages: Sequence[tuple[str, str]], chat_format: ChatForm
         {"role": role, "content": [{"type": "text", "text": content}] if in_parts else content}
         for role, content in messages
     ]
-    options = {"tokenize": False, "add_generation_prompt": True, **options}
+    options = {"tokenize": False, "add_generation_prompt": True, **chat_format.arguments, **options}
     template = _dated(_chosen_template(tokenizer, chat_format.template), chat_format.date)
     try:
         return tokenizer.apply_chat_template(conversation, chat_template=template, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,6 +42,32 @@ def _is_date(text: str) -> bool:
         return False
 
 
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What is written around a prompt."""
+
+    chat_template: Annotated[str, Written("NAME_OR_FILE")] | None = None
+    """which chat template, of a checkpoint with several; or a file that holds one"""
+    system_prompt: str | None = None
+    """the system message before each prompt"""
+    chat_template_args: (
+        Annotated[str, Must(_is_json_object, 'be a JSON object like {"enable_thinking": false}'), Written("JSON")]
+        | None
+    ) = None
+    """variables of the chat template, as a JSON object"""
+
+    @property
+    def is_default(self) -> bool:
+        return self == Chat()
+
+
 @dataclass(frozen=True)
 class Generation:
     """How answers are generated."""
@@ -55,8 +82,7 @@ class Generation:
     """keep generating after the end of the turn"""
     keep_precision: bool = False
     """Linux CPU: do not expand weights to float32"""
-    chat_template: Annotated[str, Written("NAME")] | None = None
-    """which chat template, of a checkpoint with several"""
+    chat: Chat = Chat()
     date: Annotated[str, Must(_is_date, "look like 2025-01-31"), Written("YYYY-MM-DD")] | None = None
     """what chat templates that write the date take for today"""
     control_tokens: bool = False

@@ -223,7 +223,8 @@ def load_model(request: Request, shard: bool, team: Team) -> LoadedModel:
 
     repeated = request.repeated
     revision = repeated.hub_revision if repeated and request.model == repeated.model else None
-    loaded = load(request.model, request.generation.keep_precision, shard, revision)
+    generation = request.generation
+    loaded = load(request.model, generation.keep_precision, shard, revision, generation.chat)
     if repeated:
         check_same_weights(loaded, repeated.revision)
     processes = f", {team.size} processes share the {'model' if shard else 'prompts'}"
@@ -237,7 +238,7 @@ def load_model(request: Request, shard: bool, team: Team) -> LoadedModel:
 
 def run_prompts(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, team: Team) -> None:
     """Generate for all prompts that are not complete yet, and save what was requested."""
-    chat_format = choose_chat_format(request)
+    chat_format = choose_chat_format(request, loaded)
     job = replace(make_job(request, loaded, chat_format, arguments.shard), part=read_part(arguments.part))
     if job.sites:
         from .activation_capture import describe_sites
@@ -281,9 +282,9 @@ def read_part(text: str | None) -> Team:
     return Team(number - 1, parts)
 
 
-def choose_chat_format(request: Request) -> ChatFormat:
+def choose_chat_format(request: Request, loaded: LoadedModel) -> ChatFormat:
     """Templates may write today's date: a run that continues or repeats another takes that one's."""
-    from .chat_template import ChatFormat, rendering_date
+    from .chat_template import rendering_date
     from .files import MANIFEST, is_file, read_json
 
     generation, saving = request.generation, request.saving
@@ -295,7 +296,7 @@ def choose_chat_format(request: Request) -> ChatFormat:
         path = (saving.activations_dir or Path()) / MANIFEST
         continues = saving.save_activations and not saving.overwrite and is_file(path, "manifest")
         date = rendering_date(read_json(path, "manifest") if continues else None)
-    return ChatFormat(generation.chat_template, date, generation.control_tokens)
+    return replace(loaded.chat_format, date=date, keeps_control_tokens=generation.control_tokens)
 
 
 def make_job(request: Request, loaded: LoadedModel, chat_format: ChatFormat, shares_model: bool) -> Job:

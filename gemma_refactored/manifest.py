@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .chat_template import rendering_date
-from .configuration import NAMES, Generation, Saving
+from .configuration import NAMES, Chat, Generation, Saving
 from .errors import UserError, shown
 from .files import read_json
 from .prompt_processing import Prompt, parse_prompts
-from .settings import check, from_record
+from .settings import check, from_record, record
 from .versions import library_versions
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ NEEDED: dict[str, type | tuple[type, ...]] = {
 
 
 # What runs did whose manifest does not say, because the setting is newer.
-EARLIER = {"chat_template": None, "date": None, "control_tokens": True}
+EARLIER = {"date": None, "control_tokens": True, **record(Chat())}
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
 import platform
 import tempfile
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -20,20 +22,25 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_model
 
+from .chat_template import ChatFormat, take_chat
 from .checkpoint_files import content_hashes, locate, read_config, weight_files, weights_revision
 from .checks import embedding_width, find_embedding, position_rows
 from .config_audit import audit, complete, in_mlx_lm_names
+from .configuration import Chat
 from .cpu_kernels import use_cpu_kernels
 from .distributed import shard
 from .errors import UserError
-from .files import is_anything
+from .files import is_anything, is_file
 from .generation import padding_is_harmless
 from .gguf_files import WEIGHTS, read_weights
 from .layout_corrections import correct_layout, translated_classes
 from .linux_cpu import warn_if_slow
 from .model_architecture import Gemma, GemmaConfig
+from .prompt_processing import encode_prompts
+from .settings import record
 from .tokenizer_loading import end_tokens, load_tokenizer
 
+CHAT = "chat"  # in a model's hashes
 OWN_ARCHITECTURES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
 log = logging.getLogger(__name__)
@@ -56,6 +63,12 @@ class LoadedModel:
     context_length: int
     dtype: str
     hashes: dict[str, str]  # of what besides the weights decides the numbers: `checkpoint_files.content_hashes`
+    chat_format: ChatFormat = field(default_factory=ChatFormat)  # what is written around each prompt
+
+    @property
+    def is_as_published(self) -> bool:
+        """False where something else is written around prompts than the checkpoint does by itself."""
+        return CHAT not in self.hashes
 
     @property
     def is_own(self) -> bool:
@@ -69,6 +82,10 @@ class LoadedModel:
         Our own decoder sees to it (and the tests to that); of others we make sure, once.
         """
         return self.is_own or padding_is_harmless(self.model)
+
+    def encode(self, texts: Sequence[str], chat_mode: bool = True) -> list[list[int]]:
+        """Token ids of prompts in the model's chat format, or as plain text: `prompt_processing.encode_prompts`."""
+        return encode_prompts(self.tokenizer, texts, chat_mode, self.chat_format)
 
     def identity(self) -> dict[str, str]:
         """Everything that decides which numbers a text gets, as short hashes: results with another are not mixed."""
@@ -96,7 +113,11 @@ def display_name(name: str | Path) -> str:
 
 
 def load(
-    name: str | Path, keep_precision: bool = False, split: bool = False, revision: str | None = None
+    name: str | Path,
+    keep_precision: bool = False,
+    split: bool = False,
+    revision: str | None = None,
+    chat: Chat = Chat(),
 ) -> LoadedModel:
     """Load a model for inference.
 
@@ -107,9 +128,10 @@ def load(
             times slower; elsewhere they are always kept.
         split: this process holds its part of the model only, see `distributed.shard`.
         revision: a commit of a model on Hugging Face; default the newest.
+        chat: what is written around each prompt.
     Raises:
         UserError: no such model, missing or damaged files, an unknown architecture, no network,
-            a model that cannot be split.
+            a model that cannot be split, a chat template that does not use what `chat` gives it.
     """
     warn_if_slow()
     folder = locate(name, revision)
@@ -131,10 +153,12 @@ def load(
     model.eval()
     mx.eval(model.parameters())
     tokenizer = load_tokenizer(folder)
+    chat_format = take_chat(tokenizer, chat)
     text = completed or translated
     text = text.get("text_config") or text
+    chat_hashes = chat_hash(chat)
     return LoadedModel(
-        name=display_name(name),
+        name=display_name(name) + "".join(f" (chat {value[:6]})" for value in chat_hashes.values()),
         folder=folder,
         model=model,
         tokenizer=tokenizer,
@@ -146,8 +170,22 @@ def load(
         num_parameters=num_parameters,
         context_length=text.get("max_position_embeddings") or position_rows(model) or 2**31,
         dtype=weights_dtype(model),
-        hashes=content_hashes(folder, tokenizer.chat_template),
+        hashes=content_hashes(folder, tokenizer.chat_template) | chat_hashes,
+        chat_format=chat_format,
     )
+
+
+def chat_hash(chat: Chat) -> dict[str, str]:
+    """A short hash of what is written around prompts, for `LoadedModel.identity`; none where nothing is."""
+    if chat.is_default:
+        return {}
+    # A template from a file counts by its content: it is the tokenizer's by now.
+    said = {
+        name: value
+        for name, value in record(chat).items()
+        if not (value and name == "chat_template" and is_file(value, name))
+    }
+    return {CHAT: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]}
 
 
 def weights_dtype(model: nn.Module) -> str:

@@ -155,15 +155,15 @@ def encode_prompts(
     typed into a prompt is one; in the chat format it is text (see `ChatFormat`).
 
     Raises:
-        UserError: the chat template fails, or leaves a prompt out.
+        UserError: the chat template fails, or leaves a prompt out; plain text with a system prompt.
     """
+    chat_format = chat_format or ChatFormat()
+    if not chat_mode and (chat_format.system_prompt is not None or chat_format.arguments):
+        raise UserError("Plain text has no place for a system prompt or variables of a chat template; omit them.")
     if chat_mode and not tokenizer.chat_template:
         log.warning("This model's tokenizer has no chat template: prompts are sent as plain text.")
         chat_mode = False
-    if chat_mode:
-        encoded = encode_chat(tokenizer, texts, chat_format or ChatFormat())
-    else:
-        encoded = [tokenizer.encode(text) for text in texts]
+    encoded = encode_chat(tokenizer, texts, chat_format) if chat_mode else list(map(tokenizer.encode, texts))
     return [_single_bos(tokenizer, ids) for ids in encoded]
 
 

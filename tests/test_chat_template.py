@@ -6,6 +6,7 @@ import json
 import pytest
 
 from gemma_refactored.chat_template import ChatFormat, rendering_date, uses_date
+from gemma_refactored.configuration import Chat
 from gemma_refactored.errors import UserError
 from gemma_refactored.main import main
 from gemma_refactored.model_loading import load
@@ -146,3 +147,82 @@ def test_a_collection_is_continued_and_repeated_on_its_own_day(folder, tmp_path,
         file.unlink()
     assert main(first) == 0
     assert (tmp_path / "acts" / name).read_bytes() == expected
+
+
+THINKS = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt and not (enable_thinking is defined and not enable_thinking) %}<think>{% endif %}"
+)
+WITHOUT_SYSTEM = "{{ bos_token }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+
+
+def loaded_with(folder, template, **chat):
+    set_template(folder, template)
+    return load(folder, chat=Chat(**chat))
+
+
+def test_system_prompt_and_variables_reach_the_template(folder):
+    model = loaded_with(folder, THINKS, system_prompt="Be brief", chat_template_args='{"enable_thinking": false}')
+    (ids,) = model.encode(["Hello"])
+    assert model.tokenizer.decode(ids) == "<bos><system>Be brief<eos><user>Hello<eos>"
+    (ids,) = load(folder).encode(["Hello"])
+    assert model.tokenizer.decode(ids) == "<bos><user>Hello<eos><think>"
+
+
+def test_what_a_template_does_not_use_is_refused(folder):
+    with pytest.raises(UserError, match=r"no variable 'thinking'; it has enable_thinking"):
+        loaded_with(folder, THINKS, chat_template_args='{"thinking": false}')
+    with pytest.raises(UserError, match="no system role and leaves the system prompt out"):
+        loaded_with(folder, WITHOUT_SYSTEM, system_prompt="Be brief")
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + WITHOUT_SYSTEM
+    with pytest.raises(UserError, match="takes no system prompt.*no system"):
+        loaded_with(folder, refuses, system_prompt="Be brief")
+    with pytest.raises(UserError, match="Plain text has no place"):
+        loaded_with(folder, THINKS, system_prompt="Be brief").encode(["Hello"], chat_mode=False)
+
+
+def test_a_system_prompt_in_the_users_turn_is_told(folder, caplog):
+    merged = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    loaded_with(folder, merged, system_prompt="Be brief")
+    assert caplog.text.count("has no turn for the system") == 1
+    caplog.clear()
+    loaded_with(folder, THINKS, system_prompt="Be brief")
+    assert "no turn" not in caplog.text
+
+
+def test_a_template_from_a_file(folder, tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("Mine: {{ messages[0]['content'] }}")
+    model = load(folder, chat=Chat(chat_template=str(path)))
+    assert model.tokenizer.decode(model.encode(["Hello"])[0]) == "Mine: Hello"
+    assert model.identity() != load(folder).identity()
+    with pytest.raises(UserError, match="chat template .*absent.jinja does not exist"):
+        load(folder, chat=Chat(chat_template=str(tmp_path / "absent.jinja")))
+    path.write_text("{% if %}")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(folder, chat=Chat(chat_template=str(path)))
+
+
+def test_what_is_written_around_prompts_belongs_to_the_model(folder):
+    set_template(folder, THINKS)
+    plain, brief, long = (load(folder, chat=Chat(system_prompt=text)) for text in (None, "Be brief", "Be long"))
+    assert len({model.name for model in (plain, brief, long)}) == 3
+    assert len({str(model.identity()) for model in (plain, brief, long)}) == 3
+    assert "chat" not in plain.identity() and plain.is_as_published and not brief.is_as_published
+
+
+def test_a_collection_is_not_continued_with_another_system_prompt(folder, tmp_path, capsys):
+    set_template(folder, THINKS)
+    run = ["--model", str(folder), "--prompts", "Hello", "--save-activations", "--max-tokens", "1", "-q"]
+    run += ["--activations-dir", str(tmp_path / "acts"), "--output-dir", str(tmp_path / "out")]
+    assert main([*run, "--system-prompt", "Be brief"]) == 0
+    manifest = json.loads((tmp_path / "acts" / "manifest.json").read_text())
+    assert manifest["system_prompt"] == "Be brief" and manifest["chat_template_args"] is None
+    again = ["--from-manifest", str(tmp_path / "acts" / "manifest.json"), "--activations-dir", str(tmp_path / "b")]
+    assert main([*again, "--output-dir", str(tmp_path / "out"), "-q"]) == 0
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["identity"] == manifest["identity"]
+    assert main([*run, "--system-prompt", "Be long"]) == 2
+    assert "system_prompt" in capsys.readouterr().err
+    assert main([*run, "--chat-template-args", "[1]"]) == 2
+    assert "JSON object" in capsys.readouterr().err
+    assert main([*run, "--no-chat-mode", "--system-prompt", "Be brief"]) == 2

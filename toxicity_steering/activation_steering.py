@@ -36,7 +36,6 @@ from gemma_refactored.errors import UserError
 from gemma_refactored.files import is_file, locked, read_json, write_json
 from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
-from gemma_refactored.prompt_processing import encode_prompts
 from gemma_refactored.versions import library_versions
 from toxicity_steering.config import Config
 from toxicity_steering.data import ToxicityData
@@ -248,7 +247,7 @@ class ActivationSteeringExperiment:
         return [flat[i : i + self.config.samples] for i in range(0, len(flat), self.config.samples)]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return encode_prompts(self.loaded.tokenizer, texts, self.data.chat_mode)
+        return self.loaded.encode(texts, self.data.chat_mode)
 
     def _judge(self, completions: list[list[list[int]]]) -> dict:
         flat = [tokens for samples in completions for tokens in samples]

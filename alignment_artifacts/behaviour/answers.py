@@ -9,7 +9,6 @@ from alignment_artifacts.edits.proof import Sequences
 from alignment_artifacts.edits.setting import NOTHING, Intervention
 from gemma_refactored.generation import PREFILL, Sampling, collect_answers, length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
-from gemma_refactored.prompt_processing import encode_prompts
 
 BATCH_SIZE = 128
 
@@ -48,7 +47,7 @@ def observe(
     known: KnownAnswer = nothing_known,
 ) -> Behaviour:
     """Ask the unedited model, except where its answer is known."""
-    token_ids = encode_prompts(loaded.tokenizer, texts, chat_mode)
+    token_ids = loaded.encode(texts, chat_mode)
     return Behaviour(list(texts), token_ids, unedited_answers(loaded, token_ids, max_tokens, known))
 
 

@@ -23,7 +23,6 @@ from gemma_refactored.errors import UserError
 from gemma_refactored.files import jsonable
 from gemma_refactored.job import mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
-from gemma_refactored.prompt_processing import encode_prompts
 
 WORDS = "words alone"
 
@@ -80,10 +79,10 @@ def compare(
     """
     check_comparable(models[0], models[1], pairs, twins)
     # One chat format for both: a model before its training may have none.
-    tokenizer = next((m.tokenizer for m in reversed(models) if m.tokenizer.chat_template), models[1].tokenizer)
+    with_chat = next((model for model in reversed(models) if model.tokenizer.chat_template), models[1])
     sites = layer_sites(models[1].model, site)
-    neutral = tokenizer.encode(neutral_text, add_special_tokens=False)
-    readings = read_pairs(models, _encode(tokenizer, pairs), neutral, max_tokens, sites, progress, known, cache)
+    neutral = with_chat.tokenizer.encode(neutral_text, add_special_tokens=False)
+    readings = read_pairs(models, _encode(with_chat, pairs), neutral, max_tokens, sites, progress, known, cache)
     conditions: dict[str, dict] = {}
     for condition, (first, second, complete) in readings.items():
         if len(complete) < MIN_PAIRS_NESTED:
@@ -96,7 +95,7 @@ def compare(
         conditions[condition] = {"num_pairs": len(complete), "layers": layers}
 
     ends_a, ends_b, _ = readings["prompt_end"]
-    twin_ends_a, twin_ends_b = (_read_ends(model, tokenizer, twins, sites, progress, cache) for model in models)
+    twin_ends_a, twin_ends_b = (_read_ends(model, with_chat, twins, sites, progress, cache) for model in models)
     contrasts = {
         "a": Contrasts(ends_a, twin_ends_a),
         "b": Contrasts(ends_b, twin_ends_b),
@@ -154,15 +153,17 @@ def _categories(pairs: Sequence[Pair]) -> np.ndarray:
     return np.array([pair.category for pair in pairs])
 
 
-def _encode(tokenizer, pairs: Sequence[Pair]) -> list[list[list[int]]]:
+def _encode(loaded: LoadedModel, pairs: Sequence[Pair]) -> list[list[list[int]]]:
     """Token ids, [pair][natural, artifact]."""
-    flat = encode_prompts(tokenizer, texts(pairs))
+    flat = loaded.encode(texts(pairs))
     return [flat[i : i + 2] for i in range(0, len(flat), 2)]
 
 
-def _read_ends(model: LoadedModel, tokenizer, pairs: Sequence[Pair], sites: list[str], progress, cache) -> np.ndarray:
+def _read_ends(
+    model: LoadedModel, with_chat: LoadedModel, pairs: Sequence[Pair], sites: list[str], progress, cache
+) -> np.ndarray:
     """[pairs, 2, layers, hidden] at the prompts' ends."""
-    flat = [ids for two in _encode(tokenizer, pairs) for ids in two]
+    flat = [ids for two in _encode(with_chat, pairs) for ids in two]
     ends, _ = read_texts(model, flat, [[]] * len(flat), sites, progress, cache)
     return ends.reshape(len(pairs), 2, *ends.shape[1:])
 

@@ -42,7 +42,7 @@ from gemma_refactored.generation import collect_answers, collect_means, generate
 from gemma_refactored.job import check_context, mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.progress import stage
-from gemma_refactored.prompt_processing import Prompt, encode_prompts
+from gemma_refactored.prompt_processing import Prompt
 from gemma_refactored.site_names import pattern_of
 from gemma_refactored.versions import library_versions
 
@@ -166,7 +166,7 @@ def measure(
         UserError: a damaged cache, or empty answers to more than MAX_EXCLUDED of the pairs (fewer are left out).
     """
     prompts = _prompts(pairs)
-    token_ids = encode_prompts(loaded.tokenizer, [prompt.text for prompt in prompts])
+    token_ids = loaded.encode([prompt.text for prompt in prompts])
     check_context(prompts, token_ids, COLLECTED_TOKENS, loaded.context_length)
     facts = {
         **loaded.facts(),

@@ -31,12 +31,12 @@ from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.places import cache_folder, collection_folder, find
 from alignment_artifacts.scores import Settings
-from gemma_refactored.configuration import Generation, Sampling
+from gemma_refactored.configuration import Chat, Generation, Sampling
 from gemma_refactored.errors import UserError, print_every_character, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.job import check_context
 from gemma_refactored.model_loading import LoadedModel, load
-from gemma_refactored.prompt_processing import encode_prompts, prompts_from_arguments
+from gemma_refactored.prompt_processing import prompts_from_arguments
 from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
@@ -111,6 +111,7 @@ class AlignmentArtifacts:
         show_progress: bars on the terminal while a model is measured.
         score: of answers: a function (prompt, answer) -> number, or as `score.load_score` reads it; default refusal.
         wish: where a sweep moved that score, whose setting the mode "auto" then uses.
+        chat: what is written around each prompt: system prompt, template and its variables.
     """
 
     def __init__(
@@ -122,10 +123,11 @@ class AlignmentArtifacts:
         collections: Sequence[Path] | None = None,
         score: str | Score | Callable[[str, str], float] = REFUSAL,
         wish: Wish = "lower",
+        chat: Chat = Chat(),
     ):
         self.score, self.sweep_file = load_score(score), sweep_file(own_measure(score, wish), wish)
         self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
-        self.pairs_file = find(pairs)
+        self.pairs_file, self.chat = find(pairs), chat
         self.pairs, self.collections = load_pairs(self.pairs_file), collections
         self._loaded: dict[str, LoadedModel] = {}
         self._measured: dict[str, Measurements] = {}
@@ -134,7 +136,7 @@ class AlignmentArtifacts:
     def load(self, model: str | Path | None = None) -> LoadedModel:
         name = str(model or self.model)
         if name not in self._loaded:
-            self._loaded[name] = load(name)
+            self._loaded[name] = load(name, chat=self.chat)
         return self._loaded[name]
 
     @in_turn
@@ -218,7 +220,7 @@ class AlignmentArtifacts:
         else:
             directions = fit_to(directions, loaded)
         natural = [pair.natural for pair in self.pairs]
-        return vocabulary.explain(loaded, directions, encode_prompts(loaded.tokenizer, natural), layers, **settings)
+        return vocabulary.explain(loaded, directions, loaded.encode(natural), layers, **settings)
 
     @in_turn
     def choose(
@@ -270,7 +272,7 @@ class AlignmentArtifacts:
         if setting is not None:
             check(setting)
             intervention, _ = self._intervention(model, setting, categories, directions)
-        token_ids = encode_prompts(loaded.tokenizer, prompts)
+        token_ids = loaded.encode(prompts)
         check_context(prompts_from_arguments(list(prompts)), token_ids, max_tokens, loaded.context_length)
         answers = write_answers(loaded, token_ids, intervention, max_tokens, sampling)
         return loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -361,7 +363,7 @@ class AlignmentArtifacts:
         intervention, directions = self._intervention(model, setting, categories, directions)
         leads = None if is_own else where_it_leads(directions, setting)
         prompts = prompts_from_arguments([prompt])
-        (token_ids,) = encode_prompts(loaded.tokenizer, [prompt])
+        (token_ids,) = loaded.encode([prompt])
         check_context(prompts, [token_ids], max_tokens, loaded.context_length)
         ends = () if ignore_end_tokens else loaded.end_tokens
 
