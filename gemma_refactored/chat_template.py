@@ -186,6 +186,11 @@ def render(tokenizer, messages: Sequence[tuple[str, str]], chat_format: ChatForm
         {"role": role, "content": [{"type": "text", "text": content}] if in_parts else content}
         for role, content in messages
     ]
+    return render_messages(tokenizer, conversation, chat_format, **options)
+
+
+def render_messages(tokenizer, conversation: list[dict], chat_format: ChatFormat, **options):
+    """The same for messages as templates get them, with whatever fields."""
     options = {"tokenize": False, "add_generation_prompt": True, **chat_format.arguments, **options}
     template = _dated(_chosen_template(tokenizer, chat_format.template), chat_format.date)
     try:
