@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,14 @@ from sklearn.linear_model import LogisticRegression
 
 from alignment_artifacts.behaviour.refusal import VERDICTS, WEIGHTS_FILE, signs
 from alignment_artifacts.rates import wilson
-from gemma_refactored.files import write_json
-from gemma_refactored.versions import library_versions
+from gemma_refactored.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELLED, TABLE = ROOT / "tests" / "labelled_answers.json", ROOT / "benchmarks" / "refusal_judge.md"
-INVERSE_PENALTY = 0.1  # of squared weights; chosen by the ten folds
+INVERSE_PENALTY = 0.2  # of squared weights; chosen by the ten folds
 CUT, LONG = 20, 30  # a longer answer than LONG words is also learnt from its first CUT, as runs of few tokens see it
 FOLDS = 10
+BLIND = ("compliant", "five models")  # sets whose writers had not seen the signs
 
 
 @dataclass(frozen=True)
@@ -93,41 +94,44 @@ def agreement(answers: Sequence[Answer], verdicts: Sequence[str]) -> dict:
     }  # fmt: skip
 
 
-def measure(answers: Sequence[Answer]) -> list[dict]:
+def measure(answers: Sequence[Answer], styles: bool = True) -> list[dict]:
     """Rows of the table; each says what was left out of the fit."""
     training = [answer for answer in answers if answer.set == "training"]
     rows = [{"answers": "all, ten folds", **agreement(answers, held_out(answers))}]
     judge = fit(training)
-    for name in ("compliant", "five models"):
+    for name in BLIND:
         blind = [answer for answer in answers if answer.set == name]
         rows.append({"answers": f"blind: {name}", **agreement(blind, judge(blind))})
     for family in sorted({answer.family for answer in answers if answer.set == "five models"}):
         blind = [answer for answer in answers if answer.set == "five models" and answer.family == family]
         rows.append({"answers": f"blind: {family}", "family": family, **agreement(blind, judge(blind))})
-    for style in sorted({answer.style for answer in training if answer.verdict == "refusal"}):
+    for style in sorted({answer.style for answer in training if styles and answer.verdict == "refusal"}):
         style_of = [answer for answer in training if answer.verdict == "refusal" and answer.style == style]
         rest = fit([answer for answer in answers if answer.verdict != "refusal" or answer.style != style])
         rows.append({"answers": f"style left out: {style}", **agreement(style_of, rest(style_of))})
     return rows
 
 
-def write_weights(judge: Judge, rows: list[dict]) -> None:
+def write_weights(judge: Judge, rows: list[dict], answers: int) -> None:
     """The weights, and the error rates by family of models that rates of refusal are corrected with."""
     order = [list(judge.model.classes_).index(name) for name in VERDICTS]
     names, weights = judge.signs.get_feature_names_out(), judge.model.coef_[order].T
-    blind = next(row for row in rows if row["answers"] == "blind: compliant")
-    write_json(
-        WEIGHTS_FILE,
-        {
-            "made_by": "benchmarks/train_refusal_judge.py",
-            "versions": library_versions(),
-            "verdicts": list(VERDICTS),
-            "recall": {row["family"]: round(row["recall"], 3) for row in rows if "family" in row},
-            "false_alarms": round(blind["false_alarms"] / blind["compliant"], 4),
-            "intercepts": [round(float(value), 3) for value in judge.model.intercept_[order]],
-            "weights": {name: [round(float(w), 3) for w in row] for name, row in zip(names, weights, strict=True)},
-        },
-    )
+    compliant, five = (next(row for row in rows if row["answers"] == f"blind: {name}") for name in BLIND)
+    record = {
+        "made_by": "benchmarks/train_refusal_judge.py",
+        "versions": {name: version(name) for name in ("numpy", "scikit-learn")},
+        "answers": answers,
+        "precision": round(five["precision"], 3),
+        "recall_of_all": round(five["recall"], 3),
+        "recall": {row["family"]: round(row["recall"], 3) for row in rows if "family" in row},
+        "false_alarms": round(compliant["false_alarms"] / compliant["compliant"], 4),
+        "verdicts": list(VERDICTS),
+        "intercepts": [round(float(value), 3) for value in judge.model.intercept_[order]],
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
+    rows_of = [f" {json.dumps(n)}: {[round(float(w), 3) for w in row]}" for n, row in zip(names, weights, strict=True)]
+    text = ",\n".join([*lines, '"weights": {\n' + ",\n".join(rows_of) + "\n}"])
+    write_atomically(WEIGHTS_FILE, f"{{\n{text}\n}}\n".encode())
 
 
 def write_rows(rows: list[dict], answers: int) -> None:
@@ -153,7 +157,7 @@ def write_rows(rows: list[dict], answers: int) -> None:
 def main() -> None:
     answers = labelled()
     rows = measure(answers)
-    write_weights(fit(answers), rows)
+    write_weights(fit(answers), rows, len(answers))
     write_rows(rows, len(answers))
     print(TABLE.read_text(encoding="utf-8"))
 

@@ -427,14 +427,12 @@ def excerpt_toxicity(result: dict) -> dict:
     return {**result["summary"], "config": settings, "prompts": prompts}
 
 
-def excerpt_judge(labelled: dict) -> dict:
-    sys.path.insert(0, str(ROOT))
-    from alignment_artifacts.behaviour.refusal import is_refusal
-
-    judged = [(is_refusal(answer["text"]), answer["refusal"]) for answer in labelled["answers"]]
-    hits = sum(says and is_one for says, is_one in judged)
-    precision, recall = hits / sum(says for says, _ in judged), hits / sum(is_one for _, is_one in judged)
-    return {"answers": len(judged), "precision": precision, "recall": recall}
+def excerpt_judge(weights: dict) -> dict:
+    """Of the weights of the refusal judge: what it does on answers that it has not seen."""
+    return {name: weights[name] for name in ("answers", "precision", "false_alarms")} | {
+        "recall": weights["recall_of_all"],
+        "least_recall": min(weights["recall"].values()), "largest_recall": max(weights["recall"].values()),
+    }  # fmt: skip
 
 
 RUNS = {
@@ -443,7 +441,7 @@ RUNS = {
     "sweep": (f"{EMBEDDED}/suppression_sweep.json", excerpt_sweep),
     "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
     "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
-    "judge": ("tests/labelled_answers.json", excerpt_judge),
+    "judge": ("alignment_artifacts/behaviour/refusal_weights.json", excerpt_judge),
 }
 
 

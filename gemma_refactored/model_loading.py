@@ -38,6 +38,7 @@ from .linux_cpu import warn_if_slow
 from .model_architecture import Gemma, GemmaConfig
 from .prompt_processing import encode_prompts
 from .settings import record
+from .thoughts import Marks, answer_text, find_marks
 from .tokenizer_loading import end_tokens, load_tokenizer
 
 CHAT = "chat"  # in a model's hashes
@@ -86,6 +87,15 @@ class LoadedModel:
     def encode(self, texts: Sequence[str], chat_mode: bool = True) -> list[list[int]]:
         """Token ids of prompts in the model's chat format, or as plain text: `prompt_processing.encode_prompts`."""
         return encode_prompts(self.tokenizer, texts, chat_mode, self.chat_format)
+
+    @cached_property
+    def thought_marks(self) -> Marks | None:
+        """What this model writes around a thought before its answer; None if it writes none."""
+        return find_marks(self.tokenizer, self.chat_format)
+
+    def answer_text(self, written: Sequence[int]) -> str | None:
+        """The text of an answer, without the thought before it; None if that has not ended."""
+        return answer_text(self.tokenizer, self.thought_marks, written)
 
     def identity(self) -> dict[str, str]:
         """Everything that decides which numbers a text gets, as short hashes: results with another are not mixed."""

@@ -57,7 +57,7 @@ def test_a_model_that_refuses_nothing_is_said_with_and_without_a_directions_file
     save_directions(library.directions(site="residual"), ours)
     directions = library.directions(site="residual")
     save_directions(replace(directions, facts={**directions.facts, "ends": ["benign", "toxic"]}), foreign)
-    monkeypatch.setattr(library_module, "is_refusal", lambda text: False)
+    monkeypatch.setattr(library_module, "is_refusal", lambda text, prompt: False)
     ask = [REFUSED, "--mode", "ablate", "--site", "residual", "--max-tokens", 2]
     given = [REFUSED, "--mode", "ablate", "--max-tokens", 2, "--directions"]
     said = {name: " ".join(run(*arguments)[1].split()) for name, arguments in

@@ -53,7 +53,7 @@ def test_telling_sides_apart_is_not_foretelling_refusals():
 
 def test_without_refusals_there_is_no_auroc():
     quiet = simulated(4.0)
-    assert monitor.held_out_auroc(quiet, "mlp", judge=lambda text: False)["auroc"] is None
+    assert monitor.held_out_auroc(quiet, "mlp", judge=lambda text, prompt: False)["auroc"] is None
 
 
 def test_imported_directions_have_no_scale():

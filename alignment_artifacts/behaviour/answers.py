@@ -9,6 +9,7 @@ from alignment_artifacts.edits.proof import Sequences
 from alignment_artifacts.edits.setting import NOTHING, Intervention
 from gemma_refactored.generation import PREFILL, Sampling, collect_answers, length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.thoughts import Marks, answer_text
 
 BATCH_SIZE = 128
 
@@ -27,16 +28,22 @@ class Behaviour:
     Attributes:
         texts: the prompts; token_ids: in the chat format.
         answers: token ids, greedy.
+        marks: what the model writes around a thought before its answer.
         sequences: prompts and answers for passes over both.
     """
 
     texts: list[str]
     token_ids: list[list[int]]
     answers: list[list[int]]
+    marks: Marks | None = None
     sequences: Sequences = field(init=False, repr=False)
 
     def __post_init__(self):
         self.sequences = Sequences(self.token_ids, self.answers)
+
+    def answer_text(self, tokenizer, written: Sequence[int]) -> str | None:
+        """The text of an answer to one of these prompts without its thought; None if that has not ended."""
+        return answer_text(tokenizer, self.marks, written)
 
 
 def observe(
@@ -48,7 +55,8 @@ def observe(
 ) -> Behaviour:
     """Ask the unedited model, except where its answer is known."""
     token_ids = loaded.encode(texts, chat_mode)
-    return Behaviour(list(texts), token_ids, unedited_answers(loaded, token_ids, max_tokens, known))
+    answers = unedited_answers(loaded, token_ids, max_tokens, known)
+    return Behaviour(list(texts), token_ids, answers, loaded.thought_marks)
 
 
 def unedited_answers(

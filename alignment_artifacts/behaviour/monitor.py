@@ -72,7 +72,7 @@ def held_out_auroc(
     site: str,
     positions: str = "prompt_end",
     seed: int = 0,
-    judge: Callable[[str], bool] = is_refusal,
+    judge: Callable[[str, str], bool] = is_refusal,
 ) -> dict:
     """How well the score of a prompt tells beforehand whether the model will refuse it.
 

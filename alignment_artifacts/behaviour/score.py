@@ -104,10 +104,10 @@ class Score:
 
 
 def _refused(prompt: str, answer: str) -> bool:
-    return is_refusal(answer)
+    return is_refusal(answer, prompt)
 
 
-REFUSAL = Score("refusal", _refused, "True: the answer begins like a refusal", "alignment_artifacts")
+REFUSAL = Score("refusal", _refused, "True: the answer declines to do what was asked", "alignment_artifacts")
 
 
 def word_list(words: Sequence[str]) -> Score:

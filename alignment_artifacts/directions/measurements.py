@@ -67,7 +67,8 @@ class Measurements:
         facts: the model's, and the library versions that it was measured with (None: not recorded).
         sites: kinds of sites that the model has, the default one first.
         pairs: that could be used, in order.
-        prompts, answers: token ids, [pair][side]; texts: of the answers.
+        prompts, answers: token ids, [pair][side]; texts: of the answers, without a thought before them; None where it
+            has not ended.
         vectors: (site, positions) -> [pairs, 2 (natural, artifact), layers, hidden] float32, of the sites
             requested so far.
     """
@@ -78,7 +79,7 @@ class Measurements:
     pairs: list[Pair]
     prompts: list[list[list[int]]]
     answers: list[list[list[int]]]
-    texts: list[list[str]]
+    texts: list[list[str | None]]
     vectors: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     measure_site: Callable[[str], dict[str, np.ndarray]] = field(default=lambda site: {}, repr=False)
 
@@ -134,9 +135,21 @@ class Measurements:
             raise UserError(f"Choosing layers needs at least {st.MIN_PAIRS} pairs, not {len(rows)}; name the layers.")
         return st.separating_layers(self.vectors_at(site, positions)[rows], [self.pairs[i].category for i in rows])
 
-    def judged(self, judge: Callable[[str], bool]) -> np.ndarray:
-        """[pairs, 2] bool: what a judge says of the answers."""
-        return np.array([[judge(text) for text in sides] for sides in self.texts])
+    def judged(self, judge: Callable[[str, str], bool]) -> np.ndarray:
+        """[pairs, 2] bool: what a judge says of each answer to its prompt.
+
+        Raises:
+            UserError: some answers end inside the model's thought.
+        """
+        texts = [text for sides in self.texts for text in sides if text is not None]
+        if unfinished := 2 * len(self.pairs) - len(texts):
+            raise UserError(
+                f"{unfinished} of {2 * len(self.pairs)} answers have not left the model's thought after "
+                f"{COLLECTED_TOKENS} tokens, so whether they refuse cannot be told; where its chat template can turn "
+                """thinking off, do so (--chat-template-args '{"enable_thinking": false}')."""
+            )
+        prompts = [getattr(pair, side) for pair in self.pairs for side in SIDES]
+        return np.array([judge(*both) for both in zip(texts, prompts, strict=True)], bool).reshape(-1, 2)
 
     def known_answer(self, prompt: Sequence[int], max_tokens: int) -> list[int] | None:
         """The greedy answer of up to `max_tokens` tokens, if the measurement determines it; else None."""
@@ -216,7 +229,7 @@ def measure(
         pairs=[pairs[i] for i in rows],
         prompts=both_sides(token_ids),
         answers=both_sides(answers),
-        texts=both_sides(loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)),
+        texts=both_sides([loaded.answer_text(answer) for answer in answers]),
         vectors={(sites[0], positions): v for positions, v in by_pair(vectors).items()},
         measure_site=lambda site: by_pair(vectors_of(site)[1]),
     )

@@ -7,6 +7,7 @@ result.before, result.after
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
@@ -39,6 +40,7 @@ from gemma_refactored.model_loading import LoadedModel, load
 from gemma_refactored.prompt_processing import prompts_from_arguments
 from gemma_refactored.settings import check, check_given
 
+log = logging.getLogger(__name__)
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
 WHEN = ("before", "after")
 OPENING_TOKENS = 24  # of an answer, enough to tell a refusal
@@ -70,7 +72,8 @@ class SuppressionResult:
         chosen_by: who chose the mode: "you", "a sweep" or "model size".
         proof: what the edits did along the prompt and the answer generated under them.
         prompt_score: of the monitor, -1 like natural, +1 like artifact prompts; None for imported vectors.
-        score: of the answers, "name" and "meaning", "before" (None without comparison) and "after".
+        score: of the answers, "name" and "meaning", "before" (None without comparison) and "after"; None also where
+            the model has not come to its answer.
         directions: those that were used.
         leads: of directions that were given, what they point from and to, and which way the setting moves.
     """
@@ -172,8 +175,9 @@ class AlignmentArtifacts:
         prompts = [pair.artifact for pair in self.pairs[:: max(-(-len(self.pairs) // max(at_most, 1)), 1)]]
         loaded = self.load(model)
         answers = observe(loaded, prompts, OPENING_TOKENS).answers
-        texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return sum(map(is_refusal, texts)), len(prompts)
+        texts = [loaded.answer_text(answer) for answer in answers]
+        judged = [is_refusal(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
+        return sum(judged), len(judged)
 
     @in_turn
     def directions(
@@ -259,7 +263,7 @@ class AlignmentArtifacts:
         directions: Directions | None = None,
         max_tokens: int = 100,
     ) -> list[str]:
-        """The answers to many prompts, in batches, under a setting; None: unedited.
+        """The answers to many prompts, in batches, under a setting; None: unedited. Without thoughts before them.
 
         `library.score.of(prompts, answers)` is what they score; other arguments as of `suppress`.
 
@@ -275,7 +279,13 @@ class AlignmentArtifacts:
         token_ids = loaded.encode(prompts)
         check_context(prompts_from_arguments(list(prompts)), token_ids, max_tokens, loaded.context_length)
         answers = write_answers(loaded, token_ids, intervention, max_tokens, sampling)
-        return loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = [loaded.answer_text(answer) for answer in answers]
+        if unfinished := texts.count(None):
+            log.warning(
+                "%d of %d answers end inside the model's thought and are empty here; raise max_tokens.",
+                unfinished, len(texts),
+            )  # fmt: skip
+        return [text or "" for text in texts]
 
     @in_turn
     def suppress_and_generate(
@@ -372,6 +382,8 @@ class AlignmentArtifacts:
             on_start(which)
             answers[which] = write_answer(loaded, token_ids, used, max_tokens, sampling, ends, on_text)
         texts = {name: loaded.tokenizer.decode(ids, skip_special_tokens=True) for name, ids in answers.items()}
+        proper = {name: loaded.answer_text(ids) for name, ids in answers.items()}
+        scored = {name: self.score.of([prompt], [text])[0].item() for name, text in proper.items() if text is not None}
         proof = prove(loaded, intervention, Sequences([token_ids], [answers["after"]]))
         if proof.touched == 0 and setting.scale != 0:
             self._check_that_it_acts(model, intervention, setting, categories)
@@ -392,7 +404,7 @@ class AlignmentArtifacts:
             score={
                 "name": self.score.name,
                 "meaning": self.score.meaning,
-                **{when: self.score.of([prompt], [texts[when]])[0].item() if when in texts else None for when in WHEN},
+                **{when: scored.get(when) for when in WHEN},
             },
             directions=directions,
             leads=leads,

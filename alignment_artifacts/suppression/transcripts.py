@@ -31,6 +31,7 @@ from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.npz_files import DAMAGE
 
 TRANSCRIPTS, SCORES = "transcripts.json", "transcripts.npz"
+WHEN = ("before", "after")
 
 
 def transcribe(
@@ -119,18 +120,22 @@ def _unedited_answers(loaded: LoadedModel, measured: Measurements, max_tokens: i
 
 
 def _summary(records: list[dict], score: Score | None) -> dict:
-    if score is None:
-        sides = {
-            side: {when: rate([r[side][when]["refused"] for r in records]) for when in ("before", "after")}
-            for side in SIDES
-        }
-        return {"refused": sides}
-    scored = {}
+    by_side = {}
     for side in SIDES:
-        values = {when: np.array([r[side][when]["score"] for r in records]) for when in ("before", "after")}
-        moved = values["after"].astype(float) - values["before"].astype(float)
+        both = np.array([[_value(r[side], when) for when in WHEN] for r in records], float)  # NaN: not judged
+        by_side[side] = dict(zip(WHEN, both[~np.isnan(both).any(axis=1)].T, strict=True))
+    if score is None:
+        return {"refused": {side: {when: rate(v == 1) for when, v in both.items()} for side, both in by_side.items()}}
+    scored = {}
+    for side, values in by_side.items():
+        moved = values["after"] - values["before"]
         scored[side] = {**{when: mean(of_all) for when, of_all in values.items()}, "moved": mean(moved)}
     return {"score": score.record(), "scored": scored}
+
+
+def _value(record: dict, when: str) -> float | bool | None:
+    """What an answer scored; None where it has not come out of the model's thought."""
+    return record[when].get("refused", record[when].get("score"))
 
 
 def _record(
@@ -139,7 +144,8 @@ def _record(
     record: dict = {"prompt": text, "prompt_tokens": prompt}
     for when, tokens in answers.items():
         answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-        value = (score or REFUSAL).of([text], [answer])[0].item()
+        proper = loaded.answer_text(tokens)
+        value = None if proper is None else (score or REFUSAL).of([text], [proper])[0].item()
         record[when] = {"text": answer, "tokens": tokens, "score" if score else "refused": value}
     return record
 
