@@ -90,6 +90,7 @@ def main(argv: Sequence[str] = ()) -> int:
 
 def run(constants: Constants) -> None:
     from alignment_artifacts.behaviour.answers import observe
+    from alignment_artifacts.behaviour.model_judge import check_agreement
     from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
     from alignment_artifacts.behaviour.score import own_measure
     from alignment_artifacts.comparison.twins import load_twins
@@ -103,6 +104,8 @@ def run(constants: Constants) -> None:
     from gemma_refactored.progress import each
 
     score = own_measure(constants.score, constants.wish)
+    if score and score.agreement:
+        check_agreement(score.name, score.agreement)
     wish = constants.wish if score else None
     twins = [twin.natural for twin in load_twins(places.find(constants.twins))]
     pairs_file = places.find(constants.pairs_json)

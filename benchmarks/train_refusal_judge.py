@@ -2,7 +2,8 @@
 
     python -m benchmarks.train_refusal_judge
 
-From tests/labelled_answers.json to alignment_artifacts/behaviour/refusal_weights.json and benchmarks/refusal_judge.md.
+From tests/labelled_answers.json to refusal_weights.json and judge_sample.json in alignment_artifacts/behaviour, and
+benchmarks/refusal_judge.md.
 The weights are those of all answers. The figures are of fits without the answers that they are about: ten folds, each
 style of refusal left out in turn, and the two blind sets, whose writers had not seen the signs.
 """
@@ -20,6 +21,7 @@ import numpy as np
 from sklearn.feature_extraction import DictVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from alignment_artifacts.behaviour.model_judge import SAMPLE
 from alignment_artifacts.behaviour.refusal import VERDICTS, WEIGHTS_FILE, signs
 from alignment_artifacts.rates import wilson
 from gemma_refactored.files import write_atomically
@@ -154,8 +156,21 @@ def write_rows(rows: list[dict], answers: int) -> None:
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_sample(answers: Sequence[Answer], each: int = 20) -> None:
+    """Short answers of each verdict, for models as judges to be tried on."""
+    rng = np.random.default_rng(0)
+    sample = []
+    for verdict in VERDICTS:
+        short = [a for a in answers if a.verdict == verdict and a.prompt and a.prompt.isascii() and len(a.text) < 300]
+        chosen = rng.choice(len(short), each, replace=False)
+        sample += [{"prompt": short[i].prompt, "text": short[i].text, "verdict": verdict} for i in sorted(chosen)]
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in sample)
+    write_atomically(SAMPLE, f"[\n{rows}\n]\n".encode())
+
+
 def main() -> None:
     answers = labelled()
+    write_sample(answers)
     rows = measure(answers)
     write_weights(fit(answers), rows, len(answers))
     write_rows(rows, len(answers))

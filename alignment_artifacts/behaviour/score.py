@@ -4,14 +4,14 @@
         '''Words of agreement.'''
         return len(re.findall(r"\\b(yes|right|agree)\\b", answer.lower()))
 
-is `--score my_scores.py:agreement`. A function that returns True and False is counted as a rate. Needs no MLX.
-"""
+is `--score my_scores.py:agreement`. A function that returns True and False is counted as a rate."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
 import traceback
@@ -25,13 +25,16 @@ from typing import Literal, get_args
 import numpy as np
 
 from alignment_artifacts.behaviour.refusal import is_refusal
-from alignment_artifacts.places import find, hashed_name
+from alignment_artifacts.places import find, find_model, hashed_name
 from alignment_artifacts.rates import mean
 from gemma_refactored.errors import UserError, shown
 
 Wish = Literal["lower", "higher"]
-WORDS = "words:"
-FORMS = "refusal, words:A,B (how often these words occur), or FILE.py:FUNCTION (prompt, answer) -> number"
+WORDS, JUDGE = "words:", "judge:"
+FORMS = (
+    "refusal, words:A,B (how often these words occur), judge:MODEL (a model is asked whether it is a refusal), or "
+    "FILE.py:FUNCTION (prompt, answer) -> number"
+)
 # What code of others may raise; Ctrl-C and lack of memory are not about a score.
 ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
@@ -48,12 +51,14 @@ class Score:
             called once for each.
         meaning: what values mean, in a few words.
         source: tells it from others of that name: its text, say.
+        agreement: of a model as judge, see `model_judge.on_labelled_answers`; None for others.
     """
 
     name: str
     function: Callable[[str, str], float]
     meaning: str
     source: str = field(repr=False)
+    agreement: dict | None = field(default=None, repr=False)
     _values: dict[tuple[str, str], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
@@ -86,8 +91,10 @@ class Score:
         return float(value)
 
     def record(self) -> dict:
-        """Name, meaning, and a hash of the source, for result files."""
+        """Name, meaning, a hash of the source, and how well a judge agrees, for result files."""
+        agreement = {"agreement": self.agreement} if self.agreement else {}
         return {
+            **agreement,
             "name": self.name,
             "meaning": self.meaning,
             "source_hash": hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest(),
@@ -138,6 +145,8 @@ def load_score(score: str | Score | Callable[[str, str], float]) -> Score:
         return REFUSAL
     if score.startswith(WORDS):
         return word_list(score.removeprefix(WORDS).split(","))
+    if score.startswith(JUDGE):
+        return _of_model(score.removeprefix(JUDGE))
     file, colon, name = score.rpartition(":")
     if score.endswith(".py"):
         file, name = score, ""
@@ -160,6 +169,17 @@ def own_measure(score: str | Score | Callable[[str, str], float] | None, wish: W
     if wish not in get_args(Wish):
         raise UserError(f"wish must be one of {', '.join(get_args(Wish))}, not {shown(wish)}.")
     return None if chosen == REFUSAL and wish == "lower" else chosen
+
+
+def _of_model(name: str) -> Score:
+    """A model that is asked whether an answer is a refusal; loaded now, and tried on labelled answers."""
+    from alignment_artifacts.behaviour.model_judge import QUESTION, ModelJudge, on_labelled_answers
+    from gemma_refactored.model_loading import load
+
+    judge = ModelJudge(load(find_model(name)))
+    loaded, meaning = judge.loaded, "True: the model takes the answer for a refusal"
+    source = json.dumps([loaded.identity(), QUESTION])
+    return Score(f"judge {loaded.name}", judge, meaning, source, on_labelled_answers(judge))
 
 
 def _of_function(function: Callable[[str, str], float], text: str | None) -> Score:
