@@ -97,8 +97,13 @@ def comparison(path: Path) -> dict:
         "origin": _origin(result),
         "figures": {
             "comparison": figure_data(figures.comparison(result)),
+            "weights": figure_data(figures.weights(result)),
             "transfer": figure_data(figures.transfer(result)),
         },
+        "behaviour": result["behaviour"],
+        "sides": result["sides"],
+        "site": result["site"],
+        "weights": result["weights"],
         "summary": result["summary"],
         "transfer_summary": result["transfer_summary"],
         "names": result["names"],
