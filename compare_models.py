@@ -106,13 +106,12 @@ def run(constants: Constants) -> None:
     keep_earlier(results, models[0].revision)
     with places.written_together(results) as folder:
         write_json(folder / "data" / "model_comparison.json", origin.stamp(result))
-        plot_comparison(result, folder / "figures" / "model_comparison.png")
-        plot_weights(result, folder / "figures" / "model_comparison_weights.png")
+        for plot, stem in zip((plot_comparison, plot_weights), places.COMPARISON_FIGURES, strict=True):
+            plot(result, folder / "figures" / f"{stem}.png")
     print_tables(result)
     print("\n" + places.told("Numbers", results / "data" / "model_comparison.json"))
-    for name in ("model_comparison.png", "model_comparison_weights.png"):
-        if (results / "figures" / name).exists():
-            print(places.told("Figure", results / "figures" / name))
+    for stem in places.COMPARISON_FIGURES:
+        print(places.told("Figure", results / "figures" / f"{stem}.png"))
 
 
 def keep_earlier(results: Path, revision: str) -> None:
@@ -121,7 +120,8 @@ def keep_earlier(results: Path, revision: str) -> None:
     earlier = read_json(path, "comparison")["models"]["a"] if path.exists() else {"model_revision": revision}
     if earlier["model_revision"] == revision:
         return
-    for file in (path, *(results / "figures").glob("model_comparison.*")):
+    figures = [file for stem in places.COMPARISON_FIGURES for file in (results / "figures").glob(f"{stem}.*")]
+    for file in (path, *figures):
         file.rename(
             file.with_stem(f"{file.stem}_with_{places.hashed_name(earlier['model'], earlier['model_revision'])}")
         )
@@ -132,14 +132,15 @@ def print_tables(result: dict) -> None:
     from alignment_artifacts.scores import is_significant
 
     natural, artifact = result["sides"]
-    print(f"\n{result['behaviour'].capitalize()}: {artifact} beside {natural} prompts, {result['site']}")
+    title = f"{result['behaviour'].capitalize()}: {artifact} beside {natural} prompts, {result['site']}"
+    print("\n" + textwrap.fill(title, 80))
     print("At the prompt's end, the same tokens in both (d held out by pair)")
-    print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A  moved")
+    print("layer    d A    d B   B - A 95 % interval        p cosine A on B B on A  moved")
     for layer, r in enumerate(result["conditions"]["prompt_end"]["layers"]):
         print(
             f"{layer:>5}  {number(r['d_a']):>5}  {number(r['d_b']):>5}  {number(r['difference']):>6} "
-            f"{interval(r['difference_ci']):<15}  {number(r['p_value'], 3):>6}  {number(r['cosine']):>6}  "
-            f"{number(r['a_on_b']):>6}  {number(r['b_on_a']):>6} {percent(r['relative_change'], 1):>6}"
+            f"{interval(r['difference_ci']):<15} {number(r['p_value'], 3):>6} {number(r['cosine']):>6} "
+            f"{number(r['a_on_b']):>6} {number(r['b_on_a']):>6} {percent(r['relative_change'], 1):>6}"
         )
     print("moved: how far training moved an activation, by its own size (mean over prompts)")
     print_weights(result["weights"])
@@ -172,22 +173,27 @@ def print_weights(changes: dict) -> None:
     from alignment_artifacts.comparison.weights import MOST_CHANGED
 
     print(f"\nThe weights: {len(changes['tensors'])} of {changes['num_tensors']} tensors differ")
-    print(f"{'':<38}{'changed':>8}{'effective':>10}  {'cosine of its direction with':<28}")
-    print(f"{'':<38}{'by':>8}{'rank':>10}{'activations':>12}{'contrast':>12}")
+    print(f"{'':<38}{'changed':>8}{'effective':>10}{'cosine of its':>15}{'cosine':>9}")
+    print(f"{'':<38}{'by':>8}{'rank':>10}{'direction':>15}{'in B':>9}")
     for r in changes["tensors"][:MOST_CHANGED]:
         name = r["name"] if len(r["name"]) <= 38 else f"..{r['name'][-36:]}"
         cosines = [number(r.get(f"cosine_with_{what}")) for what in ("activations", "contrast")]
         print(
             f"{name:<38}{percent(r['relative_change'], 1):>8}{number(r['effective_rank'], 1):>10}"
-            f"{cosines[0]:>12}{cosines[1]:>12}"
+            f"{cosines[0]:>15}{cosines[1]:>9}"
         )
     if planted := {r["layer"]: r["cosine_with_planted"] for r in changes["tensors"] if "cosine_with_planted" in r}:
         cosines = ", ".join(f"{layer}: {number(abs(c), 3)}" for layer, c in sorted(planted.items()))
         print(textwrap.fill(f"Cosine of these directions with the planted ones, by layer: {cosines}", 78))
+    if direction := next((r for r in changes["tensors"] if "direction" in r), None):
+        largest = sorted(enumerate(direction["direction"]), key=lambda both: -abs(both[1]))[:5]
+        coordinates = ", ".join(f"{i}: {x:+.2f}" for i, x in largest)
+        print(textwrap.fill(f"Direction that {direction['name']} {direction['stream']}, largest of "
+                            f"{len(direction['direction'])} coordinates: {coordinates}", 78))  # fmt: skip
     text = (
         "changed by: norm of the change by that of the tensor in A; effective rank: participation ratio of its squared "
-        "singular values; activations: how the mean output of the tensor's module moved at the prompt's end; contrast: "
-        "what there separates the two sides in B."
+        "singular values; cosine of its direction: of the leading direction that it writes with how the output of its "
+        "module moved at the prompt's end; in B: with what separates the two sides there."
     )
     print(textwrap.fill(text, 80))
 

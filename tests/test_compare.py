@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import compare_models as script
-from alignment_artifacts.comparison.compare import check_comparable, compare, named_layers, summarise
+from alignment_artifacts.comparison.compare import check_comparable, compare, summarise
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.report import contents
 from alignment_artifacts.scores import Settings
@@ -120,7 +120,7 @@ def test_models_that_cannot_be_compared_are_refused(organism, tmp_path):
 
 
 def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
-    for name in ("MODEL_A", "MODEL_B", "PAIRS_JSON", "TWINS"):
+    for name in ("MODEL_A", "MODEL_B", "PAIRS_JSON"):
         monkeypatch.setattr(script, name, str(ROOT / getattr(script, name)))
     write_family(tmp_path / "llama", "llama")
     few = {"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "x", "artifact": "y"}]}}}}
@@ -148,8 +148,8 @@ def test_no_pair_left_to_read_is_one_sentence(organism):
 def test_a_comparison_without_a_difference_says_so():
     record = {"p_value": 0.4, "largest_change": 0.5}
     text = summarise([record, {**record, "largest_change": 0}], ("x", "y"))
-    assert text == "y separates the prompts no better or worse than x at any layer. At layer 1 they are identical."
-    assert named_layers([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8" and named_layers([3]) == "layer 3"
+    rest = "no better or worse than x at any layer. At layer 1 they are identical."
+    assert text == f"y separates artifact from natural prompts {rest}"
 
 
 def test_a_comparison_with_another_first_model_is_kept(compared, tmp_path):
@@ -160,4 +160,4 @@ def test_a_comparison_with_another_first_model_is_kept(compared, tmp_path):
     assert sorted(path.name for path in (tmp_path / "copy").rglob("model_comparison*")) == names
     script.keep_earlier(tmp_path / "copy", "sha256:another")
     kept = sorted(path.name for path in (tmp_path / "copy").rglob("model_comparison*"))
-    assert len(kept) == 3 and all(name.startswith("model_comparison_with_base_") for name in kept)
+    assert len(kept) == 5 and all("_with_base_" in name for name in kept)

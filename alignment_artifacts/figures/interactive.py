@@ -178,7 +178,8 @@ def comparison(result: dict) -> go.Figure:
 def weights(result: dict) -> go.Figure:
     """What training changed: tensors by layer, ranks on hover; below, how far activations moved."""
     kinds, moved, ranks = data.weight_grid(result)
-    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.12)
+    heights = [40 + 30 * len(kinds), 200]
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.1, row_heights=heights)
     if kinds:
         figure.add_trace(
             go.Heatmap(z=_nullable(moved), x=list(range(moved.shape[1])), y=[html.escape(kind) for kind in kinds],
@@ -195,7 +196,7 @@ def weights(result: dict) -> go.Figure:
                        line={"color": data.GREEN if dash == "solid" else data.GREY, "dash": dash},
                        hovertemplate="layer %{x}: moved by %{y:.2%}"), 2, 1
         )  # fmt: skip
-    _styled(figure, "layer", ("", "activations moved by"), 420 + 22 * len(kinds))
+    _styled(figure, "layer", ("", "activations moved by"), 180 + sum(heights))
     return figure.update_layout(yaxis2={"tickformat": ".0%", "rangemode": "tozero"})
 
 

@@ -208,7 +208,7 @@ def plot_weights(result: dict, path: Path) -> None:
             top.set_axis_off()
             nothing = result["weights"]["not_compared"] and "not compared" or "no tensor of a block changed"
             top.text(0.5, 0.5, nothing, ha="center", va="center", color=data.GREY, transform=top.transAxes)
-        top.set_title("Weights: change by its tensor's norm; numbers: effective rank of the change")
+        top.set_title("Weights: change by their norm (numbers: its effective rank)")
         top.spines[:].set_visible(False)
         for (title, values), style in zip(data.moved_activations(result).items(), ("-o", "--", "-.", ":"), strict=True):
             colour = data.GREEN if style == "-o" else "#444444"
