@@ -85,7 +85,7 @@ def run(constants: Constants) -> None:
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     check_comparable(models[0], models[1], pairs, twins)
     origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
-    results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
+    results = places.results_folder(constants.results_dir, origin, constants.site)  # before the work: it may be refused
     cache = places.cache_folder()
     # The answers of a model whose chat format is the common one are measured once for everybody, and may be there.
     template = models[1].tokenizer.chat_template

@@ -191,7 +191,7 @@ def plot_weights(result: dict, path: Path) -> None:
     kinds, moved, ranks = data.weight_grid(result)
     with plt.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(
-            2, 1, figsize=(max(7, 2.5 + 0.42 * moved.shape[1]), 3.6 + 0.32 * len(kinds)), layout="constrained",
+            2, 1, figsize=(min(max(7, 2.5 + 0.3 * moved.shape[1]), 14), 3.6 + 0.32 * len(kinds)), layout="constrained",
             sharex=True, gridspec_kw={"height_ratios": [0.6 + 0.32 * len(kinds), 2.2]},
         )  # fmt: skip
         if kinds:
