@@ -183,8 +183,8 @@ def print_weights(changes: dict) -> None:
             f"{cosines[0]:>15}{cosines[1]:>9}"
         )
     if planted := {r["layer"]: r["cosine_with_planted"] for r in changes["tensors"] if "cosine_with_planted" in r}:
-        cosines = ", ".join(f"{layer}: {number(abs(c), 3)}" for layer, c in sorted(planted.items()))
-        print(textwrap.fill(f"Cosine of these directions with the planted ones, by layer: {cosines}", 78))
+        listed = ", ".join(f"{layer}: {number(abs(c), 3)}" for layer, c in sorted(planted.items()))
+        print(textwrap.fill(f"Cosine of these directions with the planted ones, by layer: {listed}", 78))
     if direction := next((r for r in changes["tensors"] if "direction" in r), None):
         largest = sorted(enumerate(direction["direction"]), key=lambda both: -abs(both[1]))[:5]
         coordinates = ", ".join(f"{i}: {x:+.2f}" for i, x in largest)

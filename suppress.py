@@ -218,7 +218,7 @@ def answer_prompts(
         return
     first = results[0]
     print("\n" + textwrap.fill(f"Effect: {pool([result.proof for result in results]).describe()}", 78))
-    for sentence in filter(None, (first.leads, first.lacks, told_means(means))):
+    for sentence in filter(None, (first.leads, first.lacks, told_means(means, isinstance(first.score["after"], bool)))):
         print(textwrap.fill(sentence, 78))
 
 
@@ -235,12 +235,17 @@ def mean_scores(score: Score, results: list[SuppressionResult]) -> dict:
     return record
 
 
-def told_means(means: dict) -> str:
+def told_means(means: dict, are_rates: bool) -> str:
     """ "Mean of agreement over 12 prompts: 2.00 [1.2, 2.9] before, 0.10 [0.0, 0.3] after"."""
-    from alignment_artifacts.formatting import described_mean
+    from alignment_artifacts.formatting import described_mean, rate
 
-    values = [f"{described_mean(means[when])} {when}" for when in ("before", "after") if means[when]]
-    return f"Mean of {means['name']} over {means['after']['n']} prompts: {', '.join(values)}"
+    def described(record: dict) -> str:
+        return rate({**record, "rate": record["mean"]}) if are_rates else described_mean(record)
+
+    values = [f"{described(means[when])} {when}" for when in ("before", "after") if means[when]]
+    number = means["after"]["n"]
+    over = f"{number} prompt{'' if number == 1 else 's'}"
+    return f"{'Share' if are_rates else 'Mean'} of {means['name']} over {over}: {', '.join(values)}"
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:

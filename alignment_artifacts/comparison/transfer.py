@@ -99,8 +99,7 @@ def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str], side
     """What the transfer between pairs and twins says about model "b", beside "a" and "words"."""
     of_pairs, of_twins = contrasts_of(sides)
     if f"{of_pairs} -> {of_twins}" not in by_source["b"]:
-        others = by_source["b"].keys() - {f"{of_pairs} -> {of_pairs}"}
-        tried = "tried on other categories only" if others else "not tried"
+        tried = "tried on other categories only" if len(by_source["b"]) > 1 else "not tried"
         return (
             f"There are no twins for these pairs: prompts that look like {sides[1]} prompts and are none (TWINS names "
             f"a file of them). What the directions know beyond words is {tried}."

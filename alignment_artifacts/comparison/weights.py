@@ -122,7 +122,7 @@ def changes_or_reason(
 ) -> list[TensorChange] | str:
     """`weight_changes`, or why there are none, in a sentence: what activations say is worth reading all the same."""
     try:
-        return weight_changes(*models, progress)
+        return weight_changes(models[0], models[1], progress)
     except UserError as error:
         return str(error)
 
@@ -165,7 +165,12 @@ def compare_weights(
                 direction = direction * (-1 if direction @ change[at] < 0 else 1)
                 record["cosine_with_activations"] = cosine(direction, change[at])
                 record["cosine_with_contrast"] = cosine(direction, contrast[at])
-            if one.layer in planted and one.kind.startswith("mlp.") and one.stream == "writes":
+            if (
+                one.layer is not None
+                and one.layer in planted
+                and one.kind.startswith("mlp.")
+                and one.stream == "writes"
+            ):
                 record["cosine_with_planted"] = cosine(direction, planted[one.layer])
             if number_of_it < MOST_CHANGED:
                 record["direction"] = [float(f"{x:.6g}") for x in direction]

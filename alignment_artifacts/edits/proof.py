@@ -78,8 +78,8 @@ class Proof:
     def describe(self) -> str:
         dose = ", ".join(f"{layer}: {value:.0%}" for layer, value in self.dose.items())
         return (
-            f"{self.touched} of {self.tokens} tokens touched, mean change {self.change:.2f}; "
-            f"residual stream moved by {dose or '0 %'}"
+            f"{self.touched} of {self.tokens} tokens touched, mean change {self.change:.2f}"
+            + f"; residual stream moved after layer {dose}" * bool(dose)
         )
 
 

@@ -434,8 +434,7 @@ class AlignmentArtifacts:
         else:
             directions = fit_to(directions, loaded, transfer)
         if setting.mode == "cap" and directions.natural_tokens is None:
-            log.info("The mode cap needs what natural tokens project on the direction, which the file lacks: measuring "
-                     "the pairs.")  # fmt: skip
+            log.info("Mode cap needs the projections of natural tokens, which the file lacks: measuring the pairs.")
             measured = self.measurements(model)
             directions = measure_natural_tokens(
                 loaded, directions, measured.natural_sequences(measured.rows(categories))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.behaviour.score import Score
@@ -76,7 +77,7 @@ def results_of(
         answers: "before" (None without comparison) and "after": token ids.
         is_own: the directions are the model's own; otherwise they were given, and what is said of them is more.
     """
-    about = {} if is_own else {
+    about: dict[str, Any] = {} if is_own else {
         "leads": where_it_leads(directions, setting),
         "lacks": _lacking(directions),
         "transferred_from": directions.facts.get("transferred_from"),
@@ -117,6 +118,5 @@ def _lacking(directions: Directions) -> str:
     """What is not known of directions that were given."""
     no_monitor = "" if directions.natural_mean is not None else "; without class means there is no monitor either"
     return (
-        "The pairs were not measured for directions from a file: how well these separate them, and at which layers "
-        f"best, is not known{no_monitor}."
+        f"How well directions from a file separate the pairs, and at which layers best, was not measured{no_monitor}."
     )
