@@ -97,6 +97,8 @@ def test_a_change_of_many_directions_has_no_short_list_and_a_vector_no_rank():
         weights.TensorChange("n", 0, "n", (3,)), mx.array([3.0, 0, 4]), mx.array([3.0, 1, 4]), False
     )
     assert vector.relative_change == pytest.approx(0.2) and vector.effective_rank is None is vector.directions
+    scalar = weights._change(weights.TensorChange("s", 0, "s", ()), mx.array(2.0), mx.array(3.0), False)
+    assert scalar.relative_change == 0.5
 
 
 def test_experts_share_the_residual_stream(tmp_path):

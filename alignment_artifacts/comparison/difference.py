@@ -157,5 +157,6 @@ def relative_change(before: np.ndarray, after: np.ndarray) -> float:
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Of two vectors; NaN where one has no length."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     lengths = np.linalg.norm(a) * np.linalg.norm(b)
     return float(a @ b / lengths) if lengths else float("nan")

@@ -219,8 +219,8 @@ def _is_packed(module: nn.Module, key: str) -> bool:
 
 
 def _shape(module: nn.Module, key: str) -> tuple[int, ...]:
-    *others, last = module[key].shape
-    return (*others, last * 32 // module.bits if _is_packed(module, key) else last)
+    shape = module[key].shape
+    return (*shape[:-1], shape[-1] * 32 // module.bits) if _is_packed(module, key) else tuple(shape)
 
 
 def _array(module: nn.Module, key: str) -> mx.array:
@@ -263,7 +263,7 @@ def _change(about: TensorChange, before: mx.array, after: mx.array, is_table: bo
         return about
     has_stream_last = about.stream == "reads" or is_table
     if len(about.shape) < 2:
-        before, after = before[None], after[None]
+        before, after = before.reshape(1, -1), after.reshape(1, -1)
     elif len(about.shape) > 2 and about.stream == "writes":  # experts, side by side
         before, after = (mx.moveaxis(x, -2, 0).reshape(x.shape[-2], -1) for x in (before, after))
     elif len(about.shape) > 2:
