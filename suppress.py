@@ -271,7 +271,7 @@ def introduce(library: AlignmentArtifacts, prompts: list[str], directions: Direc
     if library.score == REFUSAL and library.pairs.behaviour == REFUSAL.name:
         if directions is None:
             notes.append(without_refusals(loaded.name, *library.refusals()))
-        elif directions.facts.get("ends") in (None, list(SIDES)):  # others, of toxicity say, are not about refusals
+        elif directions.facts.get("ends") == list(SIDES):  # others, of toxicity say, are not about refusals
             notes.append(without_refusals(loaded.name, *library.refusals(at_most=ASKED)))
     for sentence in filter(None, notes):
         print(textwrap.fill(sentence, 78), flush=True)

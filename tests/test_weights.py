@@ -202,13 +202,5 @@ def test_words_follow_the_pairs_and_nothing_is_said_of_twins_there_are_not(plant
     section = section[: section.index("</section>")]
     assert "What did training change?" in section and "There are no twins" in section
     for text in (printed, section):
-        for word in (
-            "artifact prompt",
-            "natural prompt",
-            "harmless",
-            "safety",
-            "refus",
-            "natural/artifact",
-            "alignment",
-        ):
+        for word in ("artifact", "natural", "harmless", "safety", "refus", "alignment"):
             assert word not in text.lower(), word
