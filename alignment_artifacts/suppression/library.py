@@ -33,7 +33,7 @@ from alignment_artifacts.directions.measurements import (
     subject_of,
 )
 from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END, Mode, ModeOptions, Setting
-from alignment_artifacts.edits.proof import Sequences, prove
+from alignment_artifacts.edits.proof import Sequences, prove, prove_each
 from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, Pair, as_pairs
 from alignment_artifacts.places import cache_folder, collection_folder, find
@@ -412,8 +412,7 @@ class AlignmentArtifacts:
         intervention, directions = self._intervention(model, setting, categories, directions, transfer)
         before = write("before", loaded, token_ids, NOTHING) if compare else None
         after = write("after", loaded, token_ids, intervention)
-        proofs = [prove(loaded, intervention, Sequences([ids], [answer]))
-                  for ids, answer in zip(token_ids, after, strict=True)]  # fmt: skip
+        proofs = prove_each(loaded, intervention, Sequences(token_ids, after))
         if setting.scale != 0 and not any(proof.touched for proof in proofs):
             self._check_that_it_acts(model, intervention, setting, None if is_own else directions, categories)
         answers = {"before": before, "after": after}
