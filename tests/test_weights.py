@@ -101,6 +101,22 @@ def test_a_change_of_many_directions_has_no_short_list_and_a_vector_no_rank():
     assert scalar.relative_change == 0.5
 
 
+def test_the_summary_speaks_of_a_matrix_and_names_what_is_outside_the_blocks(tmp_path):
+    write_family(tmp_path / "a", "llama")
+    changes = {"model__norm__weight": np.full(64, 0.5), "layers__0__input_layernorm__weight": np.full(64, 0.5),
+               "layers__2__mlp__down_proj__weight": 0.1 * np.outer(unit(64), unit(96))}  # fmt: skip
+    both = [load(tmp_path / "a"), load(changed_copy(tmp_path / "a", tmp_path / "b", **changes))]
+    sites = weights.output_sites(both[0].model)
+    vectors = np.ones((len(sites), 64))
+    result = weights.compare_weights(both, changes_or_reason(both), sites, vectors, vectors, ("plain", "polite"), {})
+    assert "3 of 30 tensors differ, at layers 0, 2; outside the blocks model.norm.weight; most" in result["summary"]
+    assert (
+        "most model.layers.2.mlp.down_proj.weight" in result["summary"] and "(100% of the change)" in result["summary"]
+    )
+    assert [t["layer"] for t in result["tensors"]][-1] == 2 and sum("direction" in t for t in result["tensors"]) == 1
+    assert weights.compare_weights(both, [], sites, vectors, vectors, ("x", "y"), {})["summary"].startswith("None of")
+
+
 def test_experts_share_the_residual_stream(tmp_path):
     write_family(tmp_path / "a", "qwen3_moe")
     name = "layers__2__mlp__switch_mlp__down_proj__weight"

@@ -156,7 +156,8 @@ def compare_weights(
         return {"not_compared": changes, "summary": changes, "num_tensors": None, "rounding": None, "tensors": []}
     changed = sorted((c for c in changes if c.norm), key=lambda c: -(c.relative_change or 0.0))
     records = []
-    for number_of_it, one in enumerate(changed):
+    given = 0
+    for one in changed:
         record = one.record()
         if one.directions is not None:
             direction = one.directions[0]
@@ -172,7 +173,8 @@ def compare_weights(
                 and one.stream == "writes"
             ):
                 record["cosine_with_planted"] = cosine(direction, planted[one.layer])
-            if number_of_it < MOST_CHANGED:
+            given += 1
+            if given <= MOST_CHANGED:
                 record["direction"] = [float(f"{x:.6g}") for x in direction]
         records.append(record)
     note = rounding(*models)
@@ -185,8 +187,9 @@ def _summarise(records: list[dict], total: int, sides: tuple[str, str], note: st
         return f"None of the {total} tensors differs between the two models."
     layers = sorted({r["layer"] for r in records if r["layer"] is not None})
     outside = [r["name"] for r in records if r["layer"] is None]
-    where = " and ".join([*([f"at {named_layers(layers)}"] if layers else []), *outside[:2]])
-    most = records[0]
+    places = [f"at {named_layers(layers)}"] if layers else []
+    where = "; ".join([*places, *([f"outside the blocks {', '.join(outside)}"] if outside else [])])
+    most = next((r for r in records if r["effective_rank"] is not None), records[0])  # a matrix says more than a norm
     text = (
         f"{len(records)} of {total} tensors differ, {where}; most {most['name']}, by "
         f"{percent(most['relative_change'], 1)} of its norm"
@@ -196,9 +199,10 @@ def _summarise(records: list[dict], total: int, sides: tuple[str, str], note: st
     text += "."
     if most.get("cosine_with_activations") is not None:
         text += (
-            f" The leading direction that it writes has a cosine of {number(most['cosine_with_activations'])} with the "
-            f"change of its module's output at the prompt's end, and of {number(most['cosine_with_contrast'])} with "
-            f"the direction from {sides[0]} to {sides[1]} prompts there."
+            f" The leading direction that it writes ({percent(most['share_of_first'])} of the change) has a cosine of "
+            f"{number(most['cosine_with_activations'])} with the change of its module's output at the prompt's end, "
+            f"and of {number(most['cosine_with_contrast'])} with the direction from {sides[0]} to {sides[1]} prompts "
+            "there."
         )
     return f"{text} {note}" if note else text
 

@@ -205,7 +205,8 @@ class AlignmentArtifacts:
 
         Args:
             directions: that are given have a site and positions of their own, and are used at all their layers unless
-                some are named: nothing is measured. What a sweep has chosen was for the model's own.
+                some are named: nothing is measured. What a sweep has chosen is for the model's own, with all
+                that belongs to them.
         """
         if directions is not None:
             positions = directions.facts.get("positions")
@@ -216,7 +217,9 @@ class AlignmentArtifacts:
         wanted = {name: value for name, value in wanted.items() if value is not None}
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
         loaded = self.load(model)
-        is_own = directions is None or directions.facts.get("model_revision") == loaded.revision
+        is_own = directions is None or (
+            directions.facts.get("model_revision") == loaded.revision and directions.natural_tokens is not None
+        )
         sweep = subject_of(loaded, self.pairs, self.cache).folder / self.sweep_file if mode == AUTO and is_own else None
         if sweep and sweep.exists():
             chosen, by = _setting_of_sweep(sweep), "a sweep"
