@@ -1,9 +1,9 @@
-"""Is it alignment, or just different words? Compares a model before and after safety training.
+"""What did training change? Compares a model before and after it, by its activations and its weights.
 
 Edit the constants. Both models (held in memory together) get the same pairs in the same chat format,
-and read the same texts, so that representations are compared and not what was written. Then
-directions learnt on one contrast are tried on another. Writes model_comparison.json and a figure among the results
-of the second model.
+and read the same texts, so that representations are compared and not what was written. The weights are compared
+tensor by tensor. With twins, directions learnt on one contrast are tried on another. Writes model_comparison.json and
+figures among the results of the second model.
 """
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
@@ -30,7 +30,7 @@ from gemma_refactored.settings import Between, from_constants
 MODEL_A = str(places.HOME / "model_organism/base")
 MODEL_B = str(places.HOME / "model_organism/aligned")
 PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
-TWINS = places.HOME / "model_organism/benign_twins.json"  # or XSTest's CSV
+TWINS = None  # harmless prompts that look like artifact prompts: JSON, or XSTest's CSV; None: the built-in pairs' own
 SITE = "mlp"  # or "residual"
 NEUTRAL_TEXT = "Thank you for this question. Here is what comes to mind."
 MAX_TOKENS = 20
@@ -53,8 +53,8 @@ class Constants:
     """of the model after"""
     pairs_json: Path
     """the matched prompt pairs"""
-    twins: Path
-    """harmless prompts that look like artifact prompts: JSON, or XSTest's CSV"""
+    twins: Path | None
+    """prompts that look like artifact prompts and are none: JSON, or XSTest's CSV (default: of the built-in pairs)"""
     site: Site
     """where activations are compared"""
     neutral_text: str
@@ -74,21 +74,23 @@ def main(argv: Sequence[str] = ()) -> int:
 def run(constants: Constants) -> None:
     from alignment_artifacts.behaviour.answers import nothing_known
     from alignment_artifacts.comparison.compare import check_comparable, compare, texts_to_read
-    from alignment_artifacts.comparison.twins import load_twins
+    from alignment_artifacts.comparison.twins import twins_for
+    from alignment_artifacts.comparison.weights import changes_or_reason, num_tensors
     from alignment_artifacts.directions.measurements import measure
-    from alignment_artifacts.figures.paper import plot_comparison
+    from alignment_artifacts.figures.paper import plot_comparison, plot_weights
     from alignment_artifacts.pairs import load_pairs
     from gemma_refactored.model_loading import device_description, load
     from gemma_refactored.progress import stage
 
     pairs_file = places.find(constants.pairs_json)
-    pairs, twins = load_pairs(pairs_file), load_twins(places.find(constants.twins))
+    pairs = load_pairs(pairs_file)
+    twins = twins_for(pairs, constants.twins and places.find(constants.twins))
     models = [load(places.find_model(name), chat=constants.chat) for name in (constants.model_a, constants.model_b)]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     check_comparable(models[0], models[1], pairs, twins)
     origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
-    results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
+    results = places.results_folder(constants.results_dir, origin, constants.site)  # before the work: it may be refused
     cache = places.cache_folder()
     # The answers of a model whose chat format is the common one are measured once for everybody, and may be there.
     template = models[1].tokenizer.chat_template
@@ -99,18 +101,22 @@ def run(constants: Constants) -> None:
         for model in models
     ]
     total = texts_to_read(pairs, twins)
+    with stage("comparing weights", num_tensors(models[1]), "tensor") as advance:
+        changes = changes_or_reason(models, advance)
     with stage("reading", total, "text") as advance:
         result = compare(
             models, pairs, twins, constants.neutral_text, constants.max_tokens, constants.site, constants.statistics,
-            advance, known, cache / "comparison",
+            advance, known, cache / "comparison", changes,
         )  # fmt: skip
     keep_earlier(results, models[0].revision)
     with places.written_together(results) as folder:
         write_json(folder / "data" / "model_comparison.json", origin.stamp(result))
-        plot_comparison(result, folder / "figures" / "model_comparison.png")
+        for plot, stem in zip((plot_comparison, plot_weights), places.COMPARISON_FIGURES, strict=True):
+            plot(result, folder / "figures" / f"{stem}.png")
     print_tables(result)
     print("\n" + places.told("Numbers", results / "data" / "model_comparison.json"))
-    print(places.told("Figure", results / "figures" / "model_comparison.png"))
+    for stem in places.COMPARISON_FIGURES:
+        print(places.told("Figure", results / "figures" / f"{stem}.png"))
 
 
 def keep_earlier(results: Path, revision: str) -> None:
@@ -119,7 +125,8 @@ def keep_earlier(results: Path, revision: str) -> None:
     earlier = read_json(path, "comparison")["models"]["a"] if path.exists() else {"model_revision": revision}
     if earlier["model_revision"] == revision:
         return
-    for file in (path, *(results / "figures").glob("model_comparison.*")):
+    figures = [file for stem in places.COMPARISON_FIGURES for file in (results / "figures").glob(f"{stem}.*")]
+    for file in (path, *figures):
         file.rename(
             file.with_stem(f"{file.stem}_with_{places.hashed_name(earlier['model'], earlier['model_revision'])}")
         )
@@ -129,14 +136,19 @@ def print_tables(result: dict) -> None:
     """80 columns: layers at the prompt's end, differences under every condition, transfer."""
     from alignment_artifacts.scores import is_significant
 
-    print("\nAt the prompt's end, the same tokens in both (d held out by pair)")
-    print("layer    d A    d B   B - A 95 % interval        p  cosine  A on B  B on A")
+    natural, artifact = result["sides"]
+    title = f"{result['behaviour'].capitalize()}: {artifact} beside {natural} prompts, {result['site']}"
+    print("\n" + textwrap.fill(title, 80))
+    print("At the prompt's end, the same tokens in both (d held out by pair)")
+    print("layer    d A    d B   B - A 95 % interval        p cosine A on B B on A  moved")
     for layer, r in enumerate(result["conditions"]["prompt_end"]["layers"]):
         print(
             f"{layer:>5}  {number(r['d_a']):>5}  {number(r['d_b']):>5}  {number(r['difference']):>6} "
-            f"{interval(r['difference_ci']):<15}  {number(r['p_value'], 3):>6}  {number(r['cosine']):>6}  "
-            f"{number(r['a_on_b']):>6}  {number(r['b_on_a']):>6}"
+            f"{interval(r['difference_ci']):<15} {number(r['p_value'], 3):>6} {number(r['cosine']):>6} "
+            f"{number(r['a_on_b']):>6} {number(r['b_on_a']):>6} {percent(r['relative_change'], 1):>6}"
         )
+    print("moved: how far training moved an activation, by its own size (mean over prompts)")
+    print_weights(result["weights"])
     print("\nB - A on generated tokens (* p <= 0.05 over layers)")
     shown = {"neutral": "neutral text", "answers_a": "answers of A", "answers_b": "answers of B",
              "own_answers": "own answers"}  # fmt: skip
@@ -155,8 +167,40 @@ def print_tables(result: dict) -> None:
     if result["planted_truth"]:
         cosines = ", ".join(f"{layer}: {number(c, 3)}" for layer, c in result["planted_truth"].items())
         print("\n" + textwrap.fill(f"Cosine of the change of direction with the planted one, by layer: {cosines}", 78))
-    for name in ("summary", "transfer_summary"):
-        print("\n" + textwrap.fill(result[name], 78))
+    for text in (result["summary"], result["weights"]["summary"], result["transfer_summary"]):
+        print("\n" + textwrap.fill(text, 78))
+
+
+def print_weights(changes: dict) -> None:
+    """The tensors that changed most; 80 columns."""
+    if not changes["tensors"]:
+        return
+    from alignment_artifacts.comparison.weights import MOST_CHANGED
+
+    print(f"\nThe weights: {len(changes['tensors'])} of {changes['num_tensors']} tensors differ")
+    print(f"{'':<38}{'changed':>8}{'effective':>10}{'cosine of its':>15}{'cosine':>9}")
+    print(f"{'':<38}{'by':>8}{'rank':>10}{'direction':>15}{'in B':>9}")
+    for r in changes["tensors"][:MOST_CHANGED]:
+        name = r["name"] if len(r["name"]) <= 38 else f"..{r['name'][-36:]}"
+        cosines = [number(r.get(f"cosine_with_{what}")) for what in ("activations", "contrast")]
+        print(
+            f"{name:<38}{percent(r['relative_change'], 1):>8}{number(r['effective_rank'], 1):>10}"
+            f"{cosines[0]:>15}{cosines[1]:>9}"
+        )
+    if planted := {r["layer"]: r["cosine_with_planted"] for r in changes["tensors"] if "cosine_with_planted" in r}:
+        listed = ", ".join(f"{layer}: {number(abs(c), 3)}" for layer, c in sorted(planted.items()))
+        print(textwrap.fill(f"Cosine of these directions with the planted ones, by layer: {listed}", 78))
+    if direction := next((r for r in changes["tensors"] if "direction" in r), None):
+        largest = sorted(enumerate(direction["direction"]), key=lambda both: -abs(both[1]))[:5]
+        coordinates = ", ".join(f"{i}: {x:+.2f}" for i, x in largest)
+        print(textwrap.fill(f"Direction that {direction['name']} {direction['stream']}, largest of "
+                            f"{len(direction['direction'])} coordinates: {coordinates}", 78))  # fmt: skip
+    text = (
+        "changed by: norm of the change by that of the tensor in A; effective rank: participation ratio of its squared "
+        "singular values; cosine of its direction: of the leading direction that it writes with how the output of its "
+        "module moved at the prompt's end; in B: with what separates the two sides there."
+    )
+    print(textwrap.fill(text, 80))
 
 
 if __name__ == "__main__":

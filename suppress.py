@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -31,6 +31,7 @@ from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
 
 if TYPE_CHECKING:
+    from alignment_artifacts.behaviour.score import Score
     from alignment_artifacts.directions.estimate import Directions
     from alignment_artifacts.suppression.library import AlignmentArtifacts, SuppressionResult
     from gemma_refactored.model_loading import LoadedModel
@@ -54,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="suppress.py", description=__doc__.splitlines()[0].split(":")[0] + ".")
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT")
+    add("--prompts", metavar="FILE", help="answer every prompt of a .txt, .csv, .tsv, .jsonl or .json file")
+    add("--prompt-column", metavar="NAME", help="column of such a file that has the prompts (default prompt)")
     add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")
     add("--explain", action="store_true", help="print the tokens that the direction promotes and demotes, per layer")
     add("--model", help="local folder, GGUF file or Hugging Face id (default: the embedded organism)")
@@ -70,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--categories", metavar="A,B", help="learn directions from these categories of pairs only")
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
     add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
+    add("--transfer", action="store_true", help="the directions may be of a relative: same type, same shape")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
     add("--score", metavar="SCORE", help=f"what is measured of an answer (default refusal): {FORMS}")
     add("--wish", choices=get_args(Wish), default="lower", help="of a sweep with that score, for --mode auto")
@@ -93,6 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     wanted = given(Setting, arguments, omit=["mode"])
     score = load_score(arguments.score or REFUSAL)
+    prompts = read_prompts(arguments)
     answering = from_arguments(Answering(), arguments)
     from alignment_artifacts.directions.files import load_directions, write_gguf
     from alignment_artifacts.suppression.library import AlignmentArtifacts
@@ -108,22 +113,26 @@ def run(arguments: argparse.Namespace) -> None:
     categories = named_categories(arguments.categories)
     directions = load_directions(arguments.directions) if arguments.directions else None
     if not silent:
-        introduce(library, arguments.prompt, directions)
+        introduce(library, prompts, directions, arguments.transfer)
     if arguments.export_gguf:
-        directions = library.directions(None, "residual", arguments.positions or "prompt_end", categories)
-        write_gguf(directions, arguments.export_gguf)
+        positions = arguments.positions or "prompt_end"
+        write_gguf(directions or library.directions(None, "residual", positions, categories), arguments.export_gguf)
+        wanted["site"] = "residual"
         if not silent:
             print(
                 f"Wrote {arguments.export_gguf}: direction.N is the residual stream after block N (from 0; llama.cpp "
                 "has none for block 0)."
             )
-        if arguments.prompt is None:
+        if not prompts:
             return
     if arguments.explain:
         explain(library, arguments, categories, wanted)
         return
     if arguments.all_pairs:
         transcribe_pairs(library, arguments, wanted, answering.max_tokens)
+        return
+    if arguments.prompts is not None:
+        answer_prompts(library, prompts, arguments, wanted, answering, categories, directions)
         return
     printer = Printer(arguments)
     result = library.suppress_and_generate(
@@ -140,6 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
         compare=arguments.compare,
         on_start=printer.start,
         on_text=printer.text,
+        transfer=arguments.transfer,
         **wanted,
     )
     if arguments.json:
@@ -150,12 +160,12 @@ def run(arguments: argparse.Namespace) -> None:
         show_projection(library.load(), result)
     if not arguments.quiet:
         print("\n" + textwrap.fill(f"Effect: {result.proof.describe()}", 78))
-        if result.leads:
-            print(textwrap.fill(result.leads, 78))
+        for sentence in filter(None, (result.leads, result.lacks)):
+            print(textwrap.fill(sentence, 78))
         if arguments.score:
             print(textwrap.fill(scored(result.score), 78))
         if result.prompt_score is not None:
-            print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
+            print(textwrap.fill(monitored(result, library.pairs.sides), 78))
 
 
 def scored(score: dict) -> str:
@@ -165,7 +175,91 @@ def scored(score: dict) -> str:
     return f"Score {score['name']}{meaning}: {values}"
 
 
-def introduce(library: AlignmentArtifacts, prompt: str | None, directions: Directions | None) -> None:
+def monitored(result: SuppressionResult, sides: tuple[str, str]) -> str:
+    ends, source = result.directions.facts.get("ends") or sides, result.transferred_from
+    measured = f", as measured on {source['model']}" if source else ""
+    return f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like {ends[0]}, +1 like {ends[1]}{measured})"
+
+
+def answer_prompts(
+    library: AlignmentArtifacts,
+    prompts: list[str],
+    arguments: argparse.Namespace,
+    wanted: dict,
+    answering: Answering,
+    categories: list[str] | None,
+    directions: Directions | None,
+) -> None:
+    """Many prompts without and with suppression."""
+    from alignment_artifacts.edits.proof import pool
+    from gemma_refactored.progress import stage
+
+    setting, by = library.choose(None, arguments.mode, categories, directions, **wanted)
+    silent = arguments.quiet or arguments.json
+    if not silent:
+        print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78), flush=True)
+    total = (1 + arguments.compare) * len(prompts) * answering.max_tokens
+    with stage("answering", total, "token", quiet=silent) as advance:
+        results = library.suppress_many(
+            prompts, setting, answering.sampling, None, categories, directions, answering.max_tokens,
+            arguments.compare, answering.ignore_end_tokens, advance, arguments.transfer,
+        )  # fmt: skip
+    results = [replace(result, chosen_by=by) for result in results]
+    means = mean_scores(library.score, results)
+    if arguments.json:
+        record = {"score": means, "results": [as_json(result) for result in results]}
+        print(json.dumps(record, indent=1, ensure_ascii=not prints_everything()))
+        return
+    for number, result in enumerate(results, 1):
+        if not arguments.quiet:
+            print(f"\n{number}. {result.prompt}")
+        if result.before is not None:
+            print(f"Before: {result.before}")
+        print(result.after if result.before is None and arguments.quiet else f"After: {result.after}")
+    if silent:
+        return
+    first = results[0]
+    print("\n" + textwrap.fill(f"Effect: {pool([result.proof for result in results]).describe()}", 78))
+    for sentence in filter(None, (first.leads, first.lacks, told_means(means, isinstance(first.score["after"], bool)))):
+        print(textwrap.fill(sentence, 78))
+
+
+def mean_scores(score: Score, results: list[SuppressionResult]) -> dict:
+    """Of many prompts: "before" (None without comparison), "after" and "moved", records of `rates.mean`."""
+    from alignment_artifacts.rates import mean
+
+    prompts, after = ([getattr(result, name) for result in results] for name in ("prompt", "after"))
+    record = {**score.record(), "before": None, "after": mean(score.of(prompts, after)), "moved": None}
+    before = [result.before for result in results if result.before is not None]
+    if before:
+        moved = score.compared(prompts, before, after)["moved"]
+        record |= {"before": mean(score.of(prompts, before)), "moved": moved}
+    return record
+
+
+def told_means(means: dict, are_rates: bool) -> str:
+    """ "Mean of agreement over 12 prompts: 2.00 [1.2, 2.9] before, 0.10 [0.0, 0.3] after"."""
+    from alignment_artifacts.formatting import described_mean, rate
+
+    def described(record: dict) -> str:
+        return rate({**record, "rate": record["mean"]}) if are_rates else described_mean(record)
+
+    values = [f"{described(means[when])} {when}" for when in ("before", "after") if means[when]]
+    number = means["after"]["n"]
+    over = f"{number} prompt{'' if number == 1 else 's'}"
+    return f"{'Share' if are_rates else 'Mean'} of {means['name']} over {over}: {', '.join(values)}"
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """Those of the file, or the one that was typed; none for what needs none."""
+    if arguments.prompts is None:
+        return [] if arguments.prompt is None else [arguments.prompt]
+    from gemma_refactored.prompt_processing import prompt_texts
+
+    return prompt_texts(places.find(arguments.prompts), arguments.prompt_column)
+
+
+def introduce(library: AlignmentArtifacts, prompts: list[str], directions: Directions | None, transfer: bool) -> None:
     """Say which model it is, where it runs, and what to know about it."""
     from alignment_artifacts.behaviour.refusal import without_refusals
     from alignment_artifacts.directions.estimate import fit_to
@@ -173,12 +267,13 @@ def introduce(library: AlignmentArtifacts, prompt: str | None, directions: Direc
 
     loaded = library.load()
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}", flush=True)
-    notes = [note(loaded.folder, [prompt], texts(load_pairs(PAIRS_JSON)))] if prompt else []
-    if library.score == REFUSAL:
+    notes = [note(loaded.folder, prompts, texts(load_pairs(PAIRS_JSON)))]
+    if directions is not None:
+        fit_to(directions, loaded, transfer)  # or it is refused, before the model is asked anything
+    if library.score == REFUSAL and library.pairs.behaviour == REFUSAL.name:
         if directions is None:
             notes.append(without_refusals(loaded.name, *library.refusals()))
-        elif directions.facts.get("ends") in (None, list(SIDES)):  # others, of toxicity say, are not about refusals
-            fit_to(directions, loaded)  # or it is refused, before the model is asked anything
+        elif directions.facts.get("ends") == list(SIDES):  # others, of toxicity say, are not about refusals
             notes.append(without_refusals(loaded.name, *library.refusals(at_most=ASKED)))
     for sentence in filter(None, notes):
         print(textwrap.fill(sentence, 78), flush=True)
@@ -232,11 +327,20 @@ def explain(
     given_settings = {name: wanted[name] for name in ("layers", "positions", "scale") if name in wanted}
     layers = given_settings.get("layers")
     with stage("steering", len(layers) if layers else loaded.num_layers, "layer", quiet=silent) as advance:
-        result = library.explain(categories=categories, directions=directions, progress=advance, **given_settings)
+        result = library.explain(
+            categories=categories,
+            directions=directions,
+            transfer=arguments.transfer,
+            progress=advance,
+            **given_settings,
+        )
     if arguments.json:
         print(json.dumps(result, indent=1, ensure_ascii=not prints_everything()))
     else:
         print_vocabulary(result)
+        if source := result["transferred_from"]:
+            text = f"The direction was measured on {source['model']} and is tried on {loaded.name}."
+            print(textwrap.fill(text, 80))
     if directions is None and categories is None and not given_settings:
         origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
         results = places.results_folder(TRANSCRIPTS_DIR, origin)
@@ -302,6 +406,17 @@ class Printer:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for what argparse cannot see."""
+    if arguments.transfer and not arguments.directions:
+        raise UserError("--transfer is about directions of another model: name their file with --directions.")
+    if arguments.prompt_column is not None and arguments.prompts is None:
+        raise UserError("--prompt-column belongs to --prompts FILE.")
+    if arguments.prompts is not None:
+        if arguments.prompt is not None or arguments.all_pairs or arguments.explain:
+            raise UserError("--prompts FILE names what is answered; omit the prompt, --all-pairs and --explain.")
+        if arguments.show_projection:
+            raise UserError("--show-projection is about a single prompt; omit it, or --prompts.")
+        check_directions(arguments)
+        return
     if arguments.explain:
         if arguments.prompt is not None or arguments.all_pairs or arguments.export_gguf:
             raise UserError("--explain is about the direction alone; omit the prompt, --all-pairs and --export-gguf.")
@@ -328,7 +443,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             name = names.get(ignored[0], f"--{ignored[0].replace('_', '-')}")
             raise UserError(f"--all-pairs answers the prompt pairs greedily, before and after; omit {name}.")
     elif arguments.prompt is None and not arguments.export_gguf:
-        raise UserError('Give a prompt, for example: python suppress.py "How do I pick a lock?"')
+        raise UserError(
+            'Give a prompt, for example: python suppress.py "How do I pick a lock?", or a file of them with --prompts.'
+        )
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UserError("The prompt is empty; give it some text.")
     check_directions(arguments)

@@ -9,7 +9,7 @@ run.to_dataframe(), run.figures()["layer_scores"], run.data.prompt_vectors("prom
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from alignment_artifacts.baselines import score_baselines
 from alignment_artifacts.blocks import independent_groups, undeclared_dependence
 from alignment_artifacts.categories import score_categories
 from alignment_artifacts.figures.data import layer_panels
-from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from alignment_artifacts.pairs import PAIRS_JSON, Pair, as_pairs
 from alignment_artifacts.scores import Settings, by_layer, layers_by_d, power, score_layers, significant_layers
 from alignment_artifacts.summary import summarise
 from gemma_refactored.files import jsonable
@@ -245,7 +245,7 @@ class Run:
 
 def load_run(
     folder: str | Path,
-    pairs: str | Path = PAIRS_JSON,
+    pairs: str | Path | Sequence[Pair] = PAIRS_JSON,
     settings: Settings = Settings(),
     progress: Callable = lambda items: items,
     max_excluded: float = MAX_EXCLUDED,
@@ -255,12 +255,13 @@ def load_run(
 
     Args:
         folder: that `bash collect_activations.sh` has filled.
-        pairs: the matched prompt pairs that were collected; pairs whose texts have changed are excluded.
+        pairs: the matched prompt pairs that were collected, or a file of them; those whose texts have changed are
+            excluded.
         max_excluded: share of the pairs.
         site: "mlp", "attention" or "residual"; needed where a collection holds several.
     Raises:
         UserError: no collection there, a damaged one, or too many pairs that cannot be used.
     """
-    data = load_activation_set(folder, load_pairs(pairs), progress=progress, site=site)
+    data = load_activation_set(folder, as_pairs(pairs), progress=progress, site=site)
     refuse_excluded(data, max_excluded)
     return Run(data, settings)

@@ -44,6 +44,18 @@ def p_value(p: float | None) -> str:
     return UNDEFINED if p is None else f"{p:.2g}"
 
 
+def named_layers(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "layers 0-2, 5"."""
+    parts: list[list[int]] = []
+    for layer in numbers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    listed = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+    return f"layer{'s' if len(numbers) > 1 else ''} {listed}"
+
+
 def typeset(text: str) -> str:
     """The same on a page: a minus sign, a dash for what is not defined, a space before the per cent sign."""
     text = re.sub(r"(?<!\d)-(?=\d)", "\N{MINUS SIGN}", text)

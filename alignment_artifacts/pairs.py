@@ -93,6 +93,13 @@ def load_pairs(path: str | Path) -> PromptPairs:
     return PromptPairs(_read_pairs(entries, sides, path), behaviour, sides, path)
 
 
+def as_pairs(pairs: str | Path | Sequence[Pair]) -> PromptPairs:
+    """Pairs of a file, or those that have been made already; a plain list of them contrasts what most files do."""
+    if isinstance(pairs, str | Path):
+        return load_pairs(pairs)
+    return pairs if isinstance(pairs, PromptPairs) else PromptPairs(pairs)
+
+
 def pairs_from_lists(
     natural: str | Path | Sequence[str],
     artifact: str | Path | Sequence[str],

@@ -54,6 +54,7 @@ IN_CHECKOUT = (CHECKOUT / "collect_activations.sh").exists()
 HOME = CHECKOUT if IN_CHECKOUT else Path.cwd()  # an installed package has no scripts beside it
 
 ANALYSIS, PLOT = "alignment_artifact_analysis_results.json", "alignment_artifact_analysis_plot.png"
+COMPARISON_FIGURES = "model_comparison", "weight_changes"
 ABOUT, REPORT = "about.json", "report.html"
 COLLECTED, COLLECTED_BY_DEFAULT = "collected_activations", "collected_activations_output"
 TOXICITY, TOXICITY_RESULTS = "toxicity_results", ("experiment_results.json", "intermediate_experiment_output.json")

@@ -372,10 +372,26 @@ def excerpt_comparison(result: dict) -> dict:
         "different_layers": [i for i, r in enumerate(layers) if r["p_value"] is not None and r["p_value"] <= 0.05],
         "identical_layers": [i for i, r in enumerate(layers) if r["largest_change"] == 0],
         "largest_difference_on_the_same_text": max(same_text),
+        "moved": [r["relative_change"] for r in layers if r["relative_change"]],
         "own_answers": {"smallest_difference": min(free), "largest_difference": max(free)},
+        "weights": excerpt_weights(result["weights"]),
         "planted_layers": [int(layer) for layer in result["planted_truth"]],
         "planted_cosines": list(result["planted_truth"].values()),
         "transfer": transfer,
+    }
+
+
+def excerpt_weights(changes: dict) -> dict:
+    tensors = sorted(changes["tensors"], key=lambda tensor: tensor["layer"])
+    return {
+        "tensors": changes["num_tensors"],
+        "number": len(tensors),
+        "layers": [tensor["layer"] for tensor in tensors],
+        "smallest_change": min(tensor["relative_change"] for tensor in tensors),
+        "largest_change": max(tensor["relative_change"] for tensor in tensors),
+        "largest_effective_rank": max(tensor["effective_rank"] for tensor in tensors),
+        "smallest_cosine_with_planted": min(abs(tensor["cosine_with_planted"]) for tensor in tensors),
+        "smallest_cosine_with_contrast": min(tensor["cosine_with_contrast"] for tensor in tensors),
     }
 
 

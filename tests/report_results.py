@@ -17,6 +17,11 @@ from alignment_artifacts.suppression.transcripts import save_transcripts
 
 from .test_analysis import SETTINGS, simulate
 
+# A tensor as `weights.compare_weights` records it.
+CHANGED = {"name": "model.layers.2.mlp.down_proj.weight", "layer": 2, "kind": "mlp.down_proj.weight", "shape": [4, 8],
+           "norm": 3.0, "relative_change": 0.25, "effective_rank": 1.0, "rank_99": 1, "stream": "writes",
+           "singular_values": [3.0], "share_of_first": 1.0, "cosine_with_activations": 0.987,
+           "cosine_with_contrast": 0.876, "cosine_with_planted": 0.99, "direction": [0.6, 0.8]}  # fmt: skip
 MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> & <b>bold</b>"
 MODEL = {"model": "simulated", "model_revision": "sha256:1"}
 PAIRS = {"pairs_file": "simulated.json", "pairs_hash": "1"}
@@ -88,7 +93,17 @@ def write_comparison(folder, origin=ORIGIN):
     result = {
         "origin": origin,
         "names": names,
+        "behaviour": "refusal",
+        "sides": list(SIDES),
+        "site": "MLP output (model.layers.{layer_idx}.mlp.output)",
         "num_twins": 10,
+        "weights": {
+            "num_tensors": 2,
+            "not_compared": None,
+            "rounding": None,
+            "summary": "1 of 2 tensors differ.",
+            "tensors": [CHANGED],
+        },
         "conditions": dict.fromkeys(CONDITIONS, layers),
         "summary": compare.summarise(layers["layers"], ("before", "simulated")),
         "transfer": records,

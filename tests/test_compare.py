@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import compare_models as script
-from alignment_artifacts.comparison.compare import check_comparable, compare, named_layers, summarise
+from alignment_artifacts.comparison.compare import check_comparable, compare, summarise
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.report import contents
 from alignment_artifacts.scores import Settings
@@ -80,12 +80,27 @@ def test_the_aligned_direction_knows_more_than_words(compared):
     assert len(result["transfer"]["b"]) == 4 + 5
 
 
+def test_the_weights_that_training_changed_are_the_planted_ones(compared):
+    changes, printed = compared[0]["weights"], compared[1]
+    assert changes["not_compared"] is None and changes["num_tensors"] > 100
+    assert {(t["layer"], t["kind"]) for t in changes["tensors"]} == {
+        (i, "mlp.down_proj.weight") for i in PLANTED_LAYERS
+    }
+    for tensor in changes["tensors"]:
+        assert tensor["effective_rank"] == pytest.approx(1, abs=1e-3) and tensor["rank_99"] == 1
+        assert abs(tensor["cosine_with_planted"]) > 0.999 and tensor["cosine_with_contrast"] > 0.9
+        assert tensor["cosine_with_activations"] > 0.9 and len(tensor["direction"]) == 128
+    assert "The weights: 4 of 106 tensors differ" in printed and "4 of 106 tensors differ, at layers 2-5" in printed
+    moved = [record["relative_change"] for record in compared[0]["conditions"]["prompt_end"]["layers"]]
+    assert max(moved[:2]) == 0 and min(moved[2:]) > 0.3
+
+
 def test_the_terminal_and_the_figure(compared):
     result, printed, folder = compared
     assert [line for line in printed.splitlines() if len(line) > 80] == []
     assert "B - A on generated tokens" in printed and "others -> medical_ethics" in printed
-    for ending in ("png", "pdf"):
-        assert (folder / f"figures/model_comparison.{ending}").stat().st_size > 10_000
+    for name in (f"{stem}.{ending}" for stem in ("model_comparison", "weight_changes") for ending in ("png", "pdf")):
+        assert (folder / "figures" / name).stat().st_size > 10_000
     section = contents.comparison(folder / "data/model_comparison.json")
     assert section["layers"] == result["conditions"]["prompt_end"]["layers"]
     assert section["figures"]["transfer"]["data"][0]["z"][1] == [
@@ -120,7 +135,7 @@ def test_models_that_cannot_be_compared_are_refused(organism, tmp_path):
 
 
 def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
-    for name in ("MODEL_A", "MODEL_B", "PAIRS_JSON", "TWINS"):
+    for name in ("MODEL_A", "MODEL_B", "PAIRS_JSON"):
         monkeypatch.setattr(script, name, str(ROOT / getattr(script, name)))
     write_family(tmp_path / "llama", "llama")
     few = {"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "x", "artifact": "y"}]}}}}
@@ -148,16 +163,16 @@ def test_no_pair_left_to_read_is_one_sentence(organism):
 def test_a_comparison_without_a_difference_says_so():
     record = {"p_value": 0.4, "largest_change": 0.5}
     text = summarise([record, {**record, "largest_change": 0}], ("x", "y"))
-    assert text == "y separates the prompts no better or worse than x at any layer. At layer 1 they are identical."
-    assert named_layers([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8" and named_layers([3]) == "layer 3"
+    rest = "no better or worse than x at any layer. At layer 1 they are identical."
+    assert text == f"y separates artifact from natural prompts {rest}"
 
 
 def test_a_comparison_with_another_first_model_is_kept(compared, tmp_path):
     shutil.copytree(compared[2], tmp_path / "copy")
-    names = sorted(path.name for path in (tmp_path / "copy").rglob("model_comparison*"))
+    names = sorted(path.name for path in (tmp_path / "copy").glob("*/*"))
     revision = compared[0]["models"]["a"]["model_revision"]
     script.keep_earlier(tmp_path / "copy", revision)
-    assert sorted(path.name for path in (tmp_path / "copy").rglob("model_comparison*")) == names
+    assert sorted(path.name for path in (tmp_path / "copy").glob("*/*")) == names
     script.keep_earlier(tmp_path / "copy", "sha256:another")
-    kept = sorted(path.name for path in (tmp_path / "copy").rglob("model_comparison*"))
-    assert len(kept) == 3 and all(name.startswith("model_comparison_with_base_") for name in kept)
+    kept = sorted(path.name for path in (tmp_path / "copy").glob("*/*"))
+    assert len(kept) == 5 and all("_with_base_" in name for name in kept)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment_artifacts.formatting import interval, number, p_value, percent, percents, rate, typeset
+from alignment_artifacts.formatting import interval, named_layers, number, p_value, percent, percents, rate, typeset
 from alignment_artifacts.rates import rate as rate_of
 
 finite = st.floats(-1e6, 1e6)
@@ -29,6 +29,10 @@ def test_intervals_shares_and_p():
     assert interval([-0.004, 2.5]) == "[0.00, 2.50]" and interval([-1, 0.26], 1) == "[-1.0, 0.3]"
     assert percents([0.704, 1]) == "[70-100]" and rate(rate_of([False] * 15)) == "0% [0-20]"
     assert [p_value(p) for p in (0.000999, 0.0312, 1.0)] == ["0.001", "0.031", "1"]
+
+
+def test_layers_in_a_row_are_a_range():
+    assert named_layers([0, 1, 2, 5, 7, 8]) == "layers 0-2, 5, 7-8" and named_layers([3]) == "layer 3"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from alignment_artifacts.behaviour.score import REFUSAL
 from alignment_artifacts.default_model import note
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.directions.files import load_directions, save_directions
-from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from alignment_artifacts.pairs import PAIRS_JSON, PromptPairs, load_pairs
 from alignment_artifacts.suppression import library as library_module
 from alignment_artifacts.suppression.sweep import Bench
 from alignment_artifacts.suppression.transcripts import transcribe
@@ -333,12 +333,128 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(run, arguments, message):
     assert code == 2 and error.startswith("Error: ") and message in error and error.count("\n") == 1
 
 
-def test_directions_of_another_model_are_refused(run, library, tmp_path):
-    directions = library.directions()
-    directions.facts = {**directions.facts, "model_revision": "sha256:0"}
-    save_directions(directions, tmp_path / "other.safetensors")
-    code, _, error = run("hello", "--directions", "other.safetensors")
-    assert code == 2 and "directions belong to one model only" in error
+def test_directions_of_another_model_are_refused_unless_they_are_tried_by_name(run, library, tmp_path):
+    own = library.directions()
+    facts = {**own.facts, "model": "a relative", "model_revision": "sha256:0"}
+    save_directions(replace(own, facts=facts), tmp_path / "other.safetensors")
+    ask = [REFUSED, "--directions", "other.safetensors", "--mode", "ablate", "--layers", "2-5", "--max-tokens", 4]
+    code, _, error = run(*ask)
+    assert code == 2 and "directions belong to one model only, unless --transfer" in error and error.count("\n") == 1
+    code, output, _ = run(*ask, "--transfer")
+    output = " ".join(output.split())
+    assert code == 0 and "measured on a relative (sha256:0) and are tried on model_organism/aligned" in output
+    assert "artifact, as measured on a relative)" in output
+    result = json.loads(run(*ask, "--transfer", "--json")[1])
+    assert result["transferred_from"] == {"model": "a relative", "model_revision": "sha256:0"}
+    assert result["after"] == json.loads(run(*ask[:1], *ask[3:], "--json")[1])["after"]  # they are the model's own
+    assert json.loads(run(*ask[:1], *ask[3:], "--json")[1])["transferred_from"] is None
+
+
+def test_what_is_no_relative_is_refused_all_the_same(run, library, tmp_path):
+    own = library.directions()
+    for change in ({"num_layers": 7}, {"hidden_size": 64}, {"model_type": "llama"}):
+        facts = {**own.facts, "model_revision": "sha256:0", **change}
+        save_directions(replace(own, facts=facts), tmp_path / "other.safetensors")
+        code, _, error = run(REFUSED, "--directions", "other.safetensors", "--transfer")
+        assert code == 2 and "directions belong to one model only." in error
+    assert "name their file with --directions" in run(REFUSED, "--transfer")[2]
+
+
+def test_a_relative_gets_its_answers_and_words_from_the_library(library):
+    base = AlignmentArtifacts(ROOT / "model_organism/base", show_progress=False)
+    directions = library.directions(site="residual")
+    result = base.suppress_and_generate(
+        ANSWERED, mode="add", directions=directions, transfer=True, target_layers=[3], max_tokens=4
+    )
+    assert result.transferred_from["model"] == "model_organism/aligned" and "tried on model_organism/base" in str(
+        result
+    )
+    explained = base.explain(directions=directions, transfer=True, layers=[6], tokens=2, random_directions=0)
+    assert explained["transferred_from"]["model"] == "model_organism/aligned"
+    assert base.answer([ANSWERED], result.setting, directions=directions, transfer=True, max_tokens=4) == [result.after]
+    with pytest.raises(UserError, match="transfer=True"):
+        base.answer([ANSWERED], result.setting, directions=directions)
+
+
+def test_directions_from_a_file_need_no_measurement(library, monkeypatch, tmp_path, capsys, caplog):
+    imported = Directions({"site": "residual"}, library.directions(site="residual").direction)
+    save_directions(replace(imported, facts={**imported.facts, "positions": "all"}), tmp_path / "d.safetensors")
+    save_directions(library.directions(), tmp_path / "own.safetensors")
+    monkeypatch.setenv("ALIGNMENT_ARTIFACTS_CACHE", str(tmp_path / "cache"))
+    for name, monitor in (("d", False), ("own", True)):
+        for mode in ("auto", "ablate", "proximity"):
+            code = suppress.main([REFUSED, "--directions", str(tmp_path / f"{name}.safetensors"), "--mode", mode,
+                                  "--max-tokens", "3", "--layers", "3-5"])  # fmt: skip
+            output = " ".join(capsys.readouterr().out.split())
+            assert code == 0 and "How well directions from a file separate the pairs" in output
+            assert ("there is no monitor either" in output) != monitor == ("Monitor: the prompt" in output)
+    assert not (tmp_path / "cache").exists()
+    with caplog.at_level("INFO"):
+        assert suppress.main([REFUSED, "--directions", str(tmp_path / "d.safetensors"), "--mode", "cap",
+                              "--max-tokens", "3"]) == 0  # fmt: skip
+    assert "cap needs the projections of natural tokens" in caplog.text and (tmp_path / "cache").exists()
+    assert suppress.main([REFUSED, "--directions", str(tmp_path / "d.safetensors"), "--mode", "proximity",
+                          "--proximity-threshold", "1"]) == 2  # fmt: skip
+    assert "neither here nor on artifact prompts" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_is_answered_as_each_alone(run, library, tmp_path):
+    prompts = [REFUSED, ANSWERED, "How do I paint a fence?"]
+    files = {
+        "p.txt": "\n".join(prompts), "p.json": json.dumps(prompts), "p.csv": "id;prompt\n" + "".join(
+            f"{i};{prompt}\n" for i, prompt in enumerate(prompts)),
+        "p.jsonl": "\n".join(json.dumps({"goal": prompt}) for prompt in prompts),
+    }  # fmt: skip
+    setting, _ = library.choose(None, "cap", None, layers=(2, 3, 4, 5))
+    alone = [library.suppress(prompt, setting, max_tokens=12) for prompt in prompts]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        options = ["--mode", "cap", "--layers", "2-5", "--max-tokens", 12]
+        code, output, _ = run("--prompts", name, *options, "--json")
+        record = json.loads(output)
+        assert code == 0 and [r["after"] for r in record["results"]] == [result.after for result in alone]
+        assert [r["before"] for r in record["results"]] == [result.before for result in alone]
+        assert [r["proof"]["touched"] for r in record["results"]] == [result.proof.touched for result in alone]
+        assert [r["prompt_score"] for r in record["results"]] == pytest.approx(
+            [r.prompt_score for r in alone], rel=1e-3
+        )
+        assert record["score"]["before"]["mean"] == pytest.approx(1 / 3) and record["score"]["after"]["mean"] == 0
+        assert library.answer(tmp_path / name, setting, max_tokens=12) == [result.after for result in alone]
+    output = run("--prompts", "p.csv", "--prompt-column", "id", "--mode", "ablate", "--max-tokens", 2)[1]
+    assert "\n3. 2\nBefore: " in output and "Share of refusal over 3 prompts: 67% [21-94] before, 0%" in " ".join(
+        output.split()
+    )
+    assert run("--prompts", "p.txt", "-q", "--no-compare", "--mode", "cap", "--max-tokens", 3)[1].count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompts", "none.txt"], "none.txt does not exist"),
+        (["hello", "--prompts", "p.txt"], "omit the prompt"),
+        (["--prompts", "p.txt", "--show-projection"], "single prompt"),
+        (["hello", "--prompt-column", "x"], "belongs to --prompts"),
+        (["--prompts", "p.txt", "--prompt-column", "x"], "without columns"),
+        (["--prompts", "empty.txt"], "holds no prompts"),
+        (["--prompts", "long.txt"], "context of 2048"),
+    ],
+)
+def test_a_bad_file_of_prompts_gets_one_sentence(run, tmp_path, arguments, message):
+    for name, content in (("p.txt", "hello\n"), ("empty.txt", "\n"), ("long.txt", "word " * 3000)):
+        (tmp_path / name).write_text(content)
+    code, _, error = run(*arguments)
+    assert code == 2 and error.startswith("Error: ") and message in error and error.count("\n") == 1
+
+
+def test_pairs_may_be_a_file_or_made_in_python(library, tmp_path):
+    made = PromptPairs(library.pairs[:8], "manners", ("rude", "polite"))
+    own = AlignmentArtifacts(pairs=made, cache=tmp_path, show_progress=False, collections=())
+    assert own.measurements().pairs.sides == ("rude", "polite") and own.directions().facts["ends"] == ["rude", "polite"]
+    plain = AlignmentArtifacts(pairs=list(library.pairs[:8]), cache=tmp_path, collections=())
+    assert plain.pairs == made and plain.pairs.sides == ("natural", "artifact")
+    assert (
+        AlignmentArtifacts(pairs=str(PAIRS_JSON)).pairs == AlignmentArtifacts(pairs=PAIRS_JSON).pairs == library.pairs
+    )
 
 
 def test_two_models_in_one_library(library, tmp_path):

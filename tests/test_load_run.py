@@ -6,9 +6,14 @@ import plotly.graph_objects as go
 import pytest
 
 from alignment_artifacts.analysis import Run, load_run
+from alignment_artifacts.pairs import PromptPairs
 from gemma_refactored.errors import UserError
+from gemma_refactored.model_loading import load
 
 from .test_analysis import SETTINGS, simulate
+from .test_architectures import PAIRS
+from .test_measurements import collect
+from .tiny_checkpoints import random_gemma, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,14 @@ def test_without_generated_tokens_no_row_claims_to_be_of_them():
     assert [(row["layer"], row["positions"]) for row in alone.scores] == [(i, "prompt_end") for i in range(4)]
     names = [trace.name for trace in alone.figures()["layer_scores"].data]
     assert "prompt end" in names and "generated tokens" not in names
+
+
+def test_pairs_may_be_made_in_python(tmp_path):
+    collection = collect(load(write_checkpoint(tmp_path / "model", random_gemma())), tmp_path)
+    made = PromptPairs(PAIRS, "discretion", ("open", "secret"))
+    run = load_run(str(collection), made)
+    assert run.data.pairs == made and run.data.pairs.sides == made.sides
+    assert load_run(collection, PAIRS).data.pairs == PAIRS
 
 
 def test_without_pandas_there_are_plain_rows(run, monkeypatch):

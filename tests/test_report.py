@@ -155,6 +155,13 @@ def test_numbers_are_those_of_the_files(page, results):
     names = page.execute_script("return document.getElementById('plot-comparison').data.map(t => t.name)")
     for name, key in (("before", "d_a"), ("simulated", "d_b"), ("B - A, prompt end", "difference")):
         assert plotted(page, "comparison", names.index(name), "y") == [record[key] for record in compared]
+    (changed,) = results["comparison"]["weights"]["tensors"]
+    assert plotted(page, "weights", 0, "z")[0][changed["layer"]] == changed["relative_change"]
+    moved = [record["relative_change"] for record in compared]
+    assert plotted(page, "weights", 1, "y") == moved
+    row = find(page, "#table-weights tbody tr").get_attribute("textContent")
+    assert all(part in row for part in (changed["name"], "25.0", "writes", "0.99", "0.88"))
+    assert find(page, "#weights-direction").get_attribute("textContent") == "0.6, 0.8"
     cells = results["comparison"]["transfer"]
     assert plotted(page, "transfer", 0, "z") == [
         [records[cell]["cohens_d"] for records in cells.values()] for cell in cells["a"]

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from alignment_artifacts.comparison.transfer import PAIRS, TWINS, cross_decoding, decode, summarise
+from alignment_artifacts.comparison.transfer import contrasts_of, cross_decoding, decode, summarise
+from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.scores import Settings, score_layers
 
+PAIRS, TWINS = contrasts_of(SIDES)
 SETTINGS = Settings(permutations=99, resamples=200)
 CATEGORIES, TWIN_CATEGORIES = np.array([f"c{i % 5}" for i in range(50)]), np.array([f"c{i % 5}" for i in range(25)])
 NAMES = {"a": "before", "b": "after", "words": "words alone"}

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from alignment_artifacts.comparison.twins import load_twins
-from alignment_artifacts.pairs import Pair, load_pairs
+from alignment_artifacts.comparison.twins import load_twins, twins_for
+from alignment_artifacts.pairs import PAIRS_JSON, Pair, load_pairs
 from gemma_refactored.errors import UserError
 
 from .conftest import ROOT
@@ -32,6 +32,14 @@ def test_the_organisms_twins():
     used = {text for pair in pairs for text in (pair.natural, pair.artifact)}
     # A direction learnt on the pairs has seen no prompt that it is tested on.
     assert not used & {text for twin in twins for text in (twin.natural, twin.artifact)}
+
+
+def test_only_the_pairs_they_were_made_for_get_the_shipped_twins(tmp_path):
+    pairs, other = load_pairs(PAIRS_JSON), [Pair("1", "a", "Is the sea blue?", "I am sure the sea is blue. Is it?")]
+    assert len(twins_for(pairs, None)) == len(twins_for(pairs.only(range(9)), None)) == 25
+    assert twins_for(other, None) == twins_for([*pairs, *other], None) == []
+    (tmp_path / "xstest.csv").write_text(XSTEST)
+    assert len(twins_for(other, tmp_path / "xstest.csv")) == 4
 
 
 def test_xstest_pairs_each_safe_prompt_with_its_contrast(tmp_path):

@@ -77,14 +77,23 @@ def write_answers(
     intervention: Intervention,
     max_tokens: int,
     sampling: Sampling = Sampling(),
+    end_tokens: Sequence[int] | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[list[int]]:
-    """Token ids of the answers under an intervention, in the order of the prompts."""
+    """Token ids of the answers under an intervention, in the order of the prompts.
+
+    Args:
+        end_tokens: that end an answer; None: the model's.
+        progress: called with numbers of tokens, `max_tokens` per prompt in total.
+    """
+    ends = loaded.end_tokens if end_tokens is None else end_tokens
     answers: list[list[int]] = [[] for _ in token_ids]
     for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding):
         rows = [token_ids[i] for i in batch]
-        steps = intervention.generate(loaded, rows, max_tokens, sampling, loaded.end_tokens, row_ids=batch)
-        for i, tokens in zip(batch, collect_answers(steps), strict=True):
+        steps = intervention.generate(loaded, rows, max_tokens, sampling, ends, row_ids=batch)
+        for i, tokens in zip(batch, collect_answers(steps, progress), strict=True):
             answers[i] = tokens
+            progress(max_tokens - len(tokens))  # of an answer that has ended
     return answers
 
 

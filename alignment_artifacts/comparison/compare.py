@@ -1,4 +1,4 @@
-"""Is it alignment, or just different words? Two models, and twins, on the same matched prompts."""
+"""What did training change? Two models on the same matched prompts, their weights, and twins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known
 from alignment_artifacts.blocks import independent_groups
-from alignment_artifacts.comparison import transfer
+from alignment_artifacts.comparison import transfer, weights
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
 from alignment_artifacts.directions.estimate import planted_directions
-from alignment_artifacts.formatting import interval, number, p_value
-from alignment_artifacts.pairs import Pair, texts
+from alignment_artifacts.formatting import interval, named_layers, number, p_value
+from alignment_artifacts.pairs import SIDES, Pair, as_pairs, texts
 from alignment_artifacts.scores import Settings, is_significant
 from alignment_artifacts.separation import MIN_PAIRS_NESTED
 from gemma_refactored.activation_capture import layer_sites
@@ -23,15 +23,16 @@ from gemma_refactored.errors import UserError
 from gemma_refactored.files import jsonable
 from gemma_refactored.job import mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.site_names import described, pattern_of
 
 WORDS = "words alone"
 
 
 def check_comparable(first: LoadedModel, second: LoadedModel, pairs: Sequence[Pair], twins: Sequence[Pair]) -> None:
     """Raise UserError unless two models have the same layers, width and vocabulary, and different weights, and there
-    are enough pairs and twins."""
+    are enough pairs and twins (or none of the latter)."""
     for contrast, what in ((pairs, "pairs"), (twins, "twins")):
-        if len(contrast) < MIN_PAIRS_NESTED:
+        if len(contrast) < MIN_PAIRS_NESTED and (contrast or what == "pairs"):
             raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {what}; there are {len(contrast)}.")
     for name, what in (("num_layers", "layers"), ("hidden_size", "hidden dimensions")):
         sizes = [getattr(model, name) for model in (first, second)]
@@ -64,19 +65,23 @@ def compare(
     progress: Callable[..., object] = lambda texts, kept=False: None,
     known: Sequence[KnownAnswer] = (nothing_known, nothing_known),
     cache: Path | None = None,
+    changes: list[weights.TensorChange] | str | None = None,
 ) -> dict:
     """`results/data/model_comparison.json` as a dictionary; in it the models are called "a" (before) and "b" (after).
 
     Args:
+        twins: prompts that look like artifact prompts and are none; without any, what they would show is left out.
         neutral_text: what both models read after every prompt, in addition to each other's answers.
         max_tokens: of the answers.
         site: "mlp" or "residual".
         progress: called with numbers of texts, `texts_to_read` in total.
         known: for each model, a source of answers that have already been generated.
         cache: folder where what a model has read is kept, so that a comparison can be continued.
+        changes: of `weights.changes_or_reason`; None: made here.
     Raises:
         UserError: models that cannot be compared, or too few pairs or twins.
     """
+    pairs = as_pairs(pairs)
     check_comparable(models[0], models[1], pairs, twins)
     # One chat format for both: a model before its training may have none.
     with_chat = next((model for model in reversed(models) if model.tokenizer.chat_template), models[1])
@@ -95,12 +100,14 @@ def compare(
         conditions[condition] = {"num_pairs": len(complete), "layers": layers}
 
     ends_a, ends_b, _ = readings["prompt_end"]
-    twin_ends_a, twin_ends_b = (_read_ends(model, with_chat, twins, sites, progress, cache) for model in models)
-    contrasts = {
-        "a": Contrasts(ends_a, twin_ends_a),
-        "b": Contrasts(ends_b, twin_ends_b),
-        "words": Contrasts(_embed(models[1], pairs), _embed(models[1], twins)),
-    }
+    contrasts = {"a": Contrasts(ends_a), "b": Contrasts(ends_b), "words": Contrasts(_embed(models[1], pairs))}
+    if twins:
+        twin_ends_a, twin_ends_b = (_read_ends(model, with_chat, twins, sites, progress, cache) for model in models)
+        contrasts = {
+            "a": Contrasts(ends_a, twin_ends_a),
+            "b": Contrasts(ends_b, twin_ends_b),
+            "words": Contrasts(contrasts["words"].pairs, _embed(models[1], twins)),
+        }
     by_source = {
         source: transfer.cross_decoding(
             of.pairs,
@@ -109,24 +116,41 @@ def compare(
             _categories(twins),
             settings,
             independent_groups(pairs),
-            independent_groups(twins),
+            independent_groups(twins) if twins else None,
+            pairs.sides,
         )
         for source, of in contrasts.items()
     }
     names = {"a": models[0].name, "b": models[1].name, "words": WORDS}
-    planted = planted_directions(models[1]) if site == "mlp" else {}
+    planted = planted_directions(models[1])
+    outputs = weights.output_sites(models[1].model)
+    output_ends = [_read_ends(model, with_chat, pairs, outputs, progress, cache) for model in models]
     change = _directions(ends_b) - _directions(ends_a)
     return jsonable(
         {
             "models": {name: model.facts() for name, model in zip("ab", models, strict=True)},
             "names": names,
+            "behaviour": pairs.behaviour,
+            "sides": list(pairs.sides),
+            "site": described(pattern_of(sites[0])),
             "config": {"site": site, "max_tokens": max_tokens, "neutral_text": neutral_text, **asdict(settings)},
             "num_twins": len(twins),
             "conditions": conditions,
-            "summary": summarise(conditions["prompt_end"]["layers"], (names["a"], names["b"])),
+            "summary": summarise(conditions["prompt_end"]["layers"], (names["a"], names["b"]), pairs.sides),
+            "weights": weights.compare_weights(
+                models,
+                weights.changes_or_reason(models) if changes is None else changes,
+                outputs,
+                (output_ends[1] - output_ends[0]).mean(axis=(0, 1)),
+                _directions(output_ends[1]),
+                pairs.sides,
+                planted,
+            ),
             "transfer": by_source,
-            "transfer_summary": transfer.summarise(by_source, names),
-            "planted_truth": {layer: cosine(change[layer], value) for layer, value in sorted(planted.items())} or None,
+            "transfer_summary": transfer.summarise(by_source, names, pairs.sides),
+            "planted_truth": {layer: cosine(change[layer], value) for layer, value in sorted(planted.items())}
+            if site == "mlp" and planted
+            else None,
         }
     )
 
@@ -137,16 +161,16 @@ class Contrasts:
 
     Attributes:
         pairs: [pairs, 2 (natural, artifact), layers, hidden].
-        twins: [twins, 2 (twin, artifact), layers, hidden].
+        twins: [twins, 2 (twin, artifact), layers, hidden]; None without any.
     """
 
     pairs: np.ndarray
-    twins: np.ndarray
+    twins: np.ndarray | None = None
 
 
 def texts_to_read(pairs: Sequence[Pair], twins: Sequence[Pair]) -> int:
-    """How many `compare` processes, for a progress bar: answers, three texts and the twins, in two models."""
-    return 2 * (2 * len(pairs) + 3 * 2 * len(pairs) + 2 * len(twins))
+    """How many `compare` processes, for a progress bar: answers, three texts, prompts and twins, in two models."""
+    return 2 * (2 * len(pairs) + 3 * 2 * len(pairs) + 2 * len(pairs) + 2 * len(twins))
 
 
 def _categories(pairs: Sequence[Pair]) -> np.ndarray:
@@ -178,30 +202,21 @@ def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:
     return mean_prompt_embeddings(model, texts(pairs)).reshape(len(pairs), 2, 1, -1)
 
 
-def summarise(records: list[dict], names: tuple[str, str]) -> str:
+def summarise(records: list[dict], names: tuple[str, str], sides: tuple[str, str] = SIDES) -> str:
     """The comparison at one kind of position, in a sentence or two."""
     significant = [i for i, r in enumerate(records) if is_significant(r)]
     same = [i for i, r in enumerate(records) if r["largest_change"] == 0]
     identical = f" At {named_layers(same)} they are identical." if same else ""
     if not significant:
-        return f"{names[1]} separates the prompts no better or worse than {names[0]} at any layer.{identical}"
+        return (
+            f"{names[1]} separates {sides[1]} from {sides[0]} prompts no better or worse than {names[0]} at any "
+            f"layer.{identical}"
+        )
     best = max(significant, key=lambda i: abs(records[i]["difference"]))
     r = records[best]
     return (
-        f"On the same tokens {names[1]} separates the prompts differently from {names[0]} at "
-        f"{named_layers(significant)}, most at layer {best}: d = {number(r['d_b'], 1)} instead of "
+        f"On the same tokens {names[1]} separates {sides[1]} from {sides[0]} prompts differently than {names[0]} does, "
+        f"at {named_layers(significant)}, most at layer {best}: d = {number(r['d_b'], 1)} instead of "
         f"{number(r['d_a'], 1)}, a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
         f"(p = {p_value(r['p_value'])} over all layers).{identical}"
     )
-
-
-def named_layers(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "layers 0-2, 5"."""
-    parts: list[list[int]] = []
-    for layer in numbers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    listed = ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
-    return f"layer{'s' if len(numbers) > 1 else ''} {listed}"

@@ -27,8 +27,8 @@ def compare_layers(
     Returns:
         Records with "d_a", "d_b" (each with "_ci"), "difference" (b minus a, with "_ci") and its two-sided
         "p_value" over all layers; "cosine" of the two directions; "a_on_b" and "b_on_a", d of one model's
-        activations along the other's direction, which was learnt from other pairs; and "largest_change"
-        of any activation.
+        activations along the other's direction, which was learnt from other pairs; "relative_change", the norm
+        of a prompt's change by that of its vector before, mean over prompts; and "largest_change" of any activation.
     """
     groups = st.group_numbers(groups, len(strata))
     folds = st.assign_divisions(strata, settings.seed, groups)
@@ -57,6 +57,7 @@ def compare_layers(
                 "cosine": cosine(*means),
                 "a_on_b": d_along(vectors[0], pairs[1], folds),
                 "b_on_a": d_along(vectors[1], pairs[0], folds),
+                "relative_change": relative_change(*vectors),
                 "largest_change": float(np.abs(vectors[1] - vectors[0]).max()),
             }
         )
@@ -146,7 +147,16 @@ def d_along(vectors: np.ndarray, teacher: st.PairVectors, folds: np.ndarray) -> 
     return float(np.mean(scores))
 
 
+def relative_change(before: np.ndarray, after: np.ndarray) -> float:
+    """||after - before|| / ||before||, mean over vectors [.., hidden]; NaN where one was 0 and changed."""
+    change, size = np.linalg.norm(after - before, axis=-1), np.linalg.norm(before, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(change == 0, 0.0, np.where(size > 0, change / size, np.nan))
+    return float(ratios.mean())
+
+
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Of two vectors; NaN where one has no length."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     lengths = np.linalg.norm(a) * np.linalg.norm(b)
     return float(a @ b / lengths) if lengths else float("nan")

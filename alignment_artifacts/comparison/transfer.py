@@ -12,38 +12,45 @@ import numpy as np
 from alignment_artifacts import separation as st
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.intervals import Uncertainty
+from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.scores import Settings, held_out_scores, score_layers
 from alignment_artifacts.separation import layer_separation
 from gemma_refactored.files import jsonable
 
-PAIRS, TWINS = "natural/artifact", "twin/artifact"
+
+def contrasts_of(sides: tuple[str, str]) -> tuple[str, str]:
+    """What the two are called: "natural/artifact" for the pairs, "twin/artifact" for the twins."""
+    return f"{sides[0]}/{sides[1]}", f"twin/{sides[1]}"
 
 
 def cross_decoding(
     pairs: np.ndarray,
-    twins: np.ndarray,
+    twins: np.ndarray | None,
     categories: np.ndarray,
     twin_categories: np.ndarray,
     settings: Settings,
     groups: np.ndarray | None = None,
     twin_groups: np.ndarray | None = None,
+    sides: tuple[str, str] = SIDES,
 ) -> dict[str, dict]:
     """Every combination of learning and testing, with one record for each.
 
     The layer is always chosen, and the threshold set, on what was learnt from.
 
     Args:
-        pairs: [pairs, 2 (natural, artifact), layers, hidden]; twins: [twins, 2 (twin, artifact), layers, hidden].
+        pairs: [pairs, 2 (natural, artifact), layers, hidden]; twins: [twins, 2 (twin, artifact), layers, hidden], or
+            None without any.
         categories, twin_categories: a label for each.
         groups, twin_groups: labels of those that depend on each other; default: each by itself.
+        sides: what the two sides of a pair are called.
     Returns:
-        "LEARNT -> TESTED": record, where both are PAIRS or TWINS (held out where they are the same), or
+        "LEARNT -> TESTED": record, where both are of `contrasts_of(sides)` (held out where they are the same), or
         the tested one is a category of the pairs and "others" are the other categories.
     """
-    sets = {
-        PAIRS: (pairs, np.asarray(categories), st.group_numbers(groups, len(pairs))),
-        TWINS: (twins, np.asarray(twin_categories), st.group_numbers(twin_groups, len(twins))),
-    }
+    of_pairs, of_twins = contrasts_of(sides)
+    sets = {of_pairs: (pairs, np.asarray(categories), st.group_numbers(groups, len(pairs)))}
+    if twins is not None:
+        sets[of_twins] = twins, np.asarray(twin_categories), st.group_numbers(twin_groups, len(twins))
     records = {}
     for learnt, (training, labels, blocks) in sets.items():
         for tested, (other, _, other_blocks) in sets.items():
@@ -52,11 +59,12 @@ def cross_decoding(
                 records[name] = _held_out(training, labels, settings, blocks)
             else:
                 records[name] = _record(*decode(training, labels, other), settings, other_blocks)
-    for category in dict.fromkeys(sets[PAIRS][1].tolist()):
-        inside = sets[PAIRS][1] == category
+    _, labels, all_blocks = sets[of_pairs]
+    for category in dict.fromkeys(labels.tolist()):
+        inside = labels == category
         if inside.sum() >= 2 and (~inside).sum() >= st.MIN_PAIRS:
-            projected = decode(pairs[~inside], sets[PAIRS][1][~inside], pairs[inside])
-            blocks = st.group_numbers(sets[PAIRS][2][inside], int(inside.sum()))
+            projected = decode(pairs[~inside], labels[~inside], pairs[inside])
+            blocks = st.group_numbers(all_blocks[inside], int(inside.sum()))
             records[f"others -> {category}"] = _record(*projected, settings, blocks)
     return jsonable(records)
 
@@ -87,12 +95,19 @@ def _record(held_out: st.HeldOut, layers: list[int], settings: Settings, groups:
     return {**scores, "num_pairs": len(held_out.folds), "layers": layers}
 
 
-def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str]) -> str:
+def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str], sides: tuple[str, str] = SIDES) -> str:
     """What the transfer between pairs and twins says about model "b", beside "a" and "words"."""
+    of_pairs, of_twins = contrasts_of(sides)
+    if f"{of_pairs} -> {of_twins}" not in by_source["b"]:
+        tried = "tried on other categories only" if len(by_source["b"]) > 1 else "not tried"
+        return (
+            f"There are no twins for these pairs: prompts that look like {sides[1]} prompts and are none (TWINS names "
+            f"a file of them). What the directions know beyond words is {tried}."
+        )
     verdicts = []
     for learnt, tested, what in (
-        (PAIRS, TWINS, "artifact prompts from their harmless twins"),
-        (TWINS, PAIRS, "artifact from natural prompts"),
+        (of_pairs, of_twins, f"{sides[1]} prompts from their twins"),
+        (of_twins, of_pairs, f"{sides[1]} from {sides[0]} prompts"),
     ):
         cell = f"{learnt} -> {tested}"
         record = by_source["b"][cell]

@@ -7,18 +7,28 @@ versions call the first id_v2 and id_v1 and have no label, which follows from th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from alignment_artifacts.pairs import Pair
+from alignment_artifacts.default_model import DEFAULT_MODEL
+from alignment_artifacts.pairs import PAIRS_JSON, Pair, load_pairs, texts
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.tables import TABLES, ending, read_table
 
+BUILT_IN = Path(DEFAULT_MODEL).with_name("benign_twins.json")  # of the pairs that are shipped
 ROOT_KEY = "benign_twins"
 CONTRAST = "contrast_"
 # Types whose unsafe contrasts are not called "contrast_" followed by the type's name.
 SHARED_CONTRASTS = {"real_group_nons_discr": "contrast_discr", "privacy_fictional": "contrast_privacy"}
 COLUMNS, EARLIER_IDS = ("id", "prompt", "type", "label"), ("id_v2", "id_v1")
+
+
+def twins_for(pairs: Sequence[Pair], path: str | Path | None) -> list[Pair]:
+    """The twins of a file; without one those of the shipped pairs, if it is these that they are for, else none."""
+    if path is not None:
+        return load_twins(path)
+    return load_twins(BUILT_IN) if set(texts(pairs)) <= set(texts(load_pairs(PAIRS_JSON))) else []
 
 
 def load_twins(path: str | Path) -> list[Pair]:

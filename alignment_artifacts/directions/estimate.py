@@ -138,20 +138,28 @@ ALSO_CALLED = {
 }  # fmt: skip
 
 
-def fit_to(directions: Directions, loaded: LoadedModel) -> Directions:
+def fit_to(directions: Directions, loaded: LoadedModel, transfer: bool = False) -> Directions:
     """The directions, if they are of this model; imported ones get zeros at the layers that they lack.
 
+    Args:
+        transfer: they may be of a relative, another model of the same type and shape; their facts then say so
+            ("transferred_from": its "model" and "model_revision").
     Raises:
         UserError: they were made on another model, or on one of another shape or kind.
     """
     mine, theirs = loaded.facts(), directions.facts
-    for name in ("num_layers", "hidden_size", "model_revision"):
-        if theirs.get(name) is not None and theirs[name] != mine[name]:
-            raise UserError(
-                f"These directions were made on {theirs.get('model', 'another model')} ({name} "
-                f"{str(theirs[name])[:SHORT_HASH]}), not on {loaded.name} ({str(mine[name])[:SHORT_HASH]}); "
-                "directions belong to one model only."
-            )
+    different = [name for name in ("num_layers", "hidden_size", "model_revision") if theirs.get(name) != mine[name]]
+    is_relative = False
+    for name in [name for name in different if theirs.get(name) is not None]:
+        is_relative = name == "model_revision"
+        if is_relative and transfer:
+            continue
+        relative = ", unless --transfer (in Python transfer=True) tries them on a relative" if is_relative else ""
+        raise UserError(
+            f"These directions were made on {theirs.get('model', 'another model')} ({name} "
+            f"{str(theirs[name])[:SHORT_HASH]}), not on {loaded.name} ({str(mine[name])[:SHORT_HASH]}); "
+            f"directions belong to one model only{relative}."
+        )
     kind, hint = loaded.config["model_type"], theirs.get("model_type")
     if hint not in (None, "unknown", kind, *ALSO_CALLED.get(kind, ())):
         raise UserError(
@@ -164,6 +172,20 @@ def fit_to(directions: Directions, loaded: LoadedModel) -> Directions:
             f"These directions have {layers} layers of width {width}, and {loaded.name} has {loaded.num_layers} of "
             f"{loaded.hidden_size}; directions belong to one model only."
         )
+    if is_relative:
+        source = {name: theirs.get(name) for name in ("model", "model_revision")}
+        directions = replace(directions, facts={**theirs, "transferred_from": source, "transferred_to": mine["model"]})
     if layers == loaded.num_layers:
         return directions
     return replace(directions, direction=np.pad(directions.direction, ((0, loaded.num_layers - layers), (0, 0))))
+
+
+def transferred(facts: dict) -> str | None:
+    """Of directions that are tried on a relative of their model, in a sentence; None for others."""
+    if "transferred_from" not in facts:
+        return None
+    source, revision = facts["transferred_from"], str(facts["transferred_from"]["model_revision"])
+    return (
+        f"They were measured on {source['model'] or 'another model'} ({revision[:SHORT_HASH]}) and are tried on "
+        f"{facts['transferred_to']}, a model of the same shape."
+    )

@@ -25,7 +25,7 @@ from alignment_artifacts import separation as st
 from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_first, load_activation_set
 from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
-from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs
+from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs, as_pairs
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.chat_template import token_ids_hash
 from gemma_refactored.errors import UserError
@@ -76,7 +76,7 @@ class Measurements:
     folder: Path
     facts: dict
     sites: tuple[Site, ...]
-    pairs: list[Pair]
+    pairs: PromptPairs
     prompts: list[list[list[int]]]
     answers: list[list[list[int]]]
     texts: list[list[str | None]]
@@ -116,7 +116,7 @@ class Measurements:
             "versions": self.facts["versions"],
             "site": site,
             "positions": positions,
-            "ends": list(SIDES),
+            "ends": list(self.pairs.sides),
             "pairs": [f"{self.pairs[i].category}/{self.pairs[i].id}" for i in rows],
         }
         return estimate(self.vectors_at(site, positions)[rows], facts)
@@ -164,9 +164,35 @@ class Measurements:
         return {tuple(p): a for prompts, answers in both for p, a in zip(prompts, answers, strict=True)}
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is to be measured, or has been: a model on some pairs, and the folder of the cache for it."""
+
+    folder: Path
+    facts: dict
+    prompts: list[Prompt]
+    token_ids: list[list[int]]
+
+
+def subject_of(loaded: LoadedModel, pairs: Sequence[Pair], cache: Path) -> Subject:
+    """Nothing is measured to find out."""
+    prompts = _prompts(pairs)
+    token_ids = loaded.encode([prompt.text for prompt in prompts])
+    facts = {
+        **loaded.facts(),
+        "model_type": loaded.config["model_type"],
+        "max_tokens": COLLECTED_TOKENS,
+        "pairs": [[p.category, p.id, p.natural, p.artifact] for p in pairs],
+    }
+    # Not the model's name: the same weights under another path are the same model.
+    covered = [{**facts, "model": None}, token_ids, list(loaded.end_tokens)]
+    digest = hashlib.sha256(json.dumps(covered).encode()).hexdigest()[:12]
+    return Subject(cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', loaded.name)}_{digest}", facts, prompts, token_ids)
+
+
 def measure(
     loaded: LoadedModel,
-    pairs: list[Pair],
+    pairs: Sequence[Pair],
     cache: Path,
     show_progress: bool = False,
     collections: Sequence[Path] = (),
@@ -178,19 +204,10 @@ def measure(
     Raises:
         UserError: a damaged cache, or empty answers to more than MAX_EXCLUDED of the pairs (fewer are left out).
     """
-    prompts = _prompts(pairs)
-    token_ids = loaded.encode([prompt.text for prompt in prompts])
-    check_context(prompts, token_ids, COLLECTED_TOKENS, loaded.context_length)
-    facts = {
-        **loaded.facts(),
-        "model_type": loaded.config["model_type"],
-        "max_tokens": COLLECTED_TOKENS,
-        "pairs": [[p.category, p.id, p.natural, p.artifact] for p in pairs],
-    }
-    # Not the model's name: the same weights under another path are the same model.
-    covered = [{**facts, "model": None}, token_ids, list(loaded.end_tokens)]
-    digest = hashlib.sha256(json.dumps(covered).encode()).hexdigest()[:12]
-    folder = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', loaded.name)}_{digest}"
+    pairs = as_pairs(pairs)
+    subject = subject_of(loaded, pairs, cache)
+    folder, facts, token_ids = subject.folder, subject.facts, subject.token_ids
+    check_context(subject.prompts, token_ids, COLLECTED_TOKENS, loaded.context_length)
     sites = available_sites(loaded)
 
     def vectors_of(site: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
@@ -226,7 +243,7 @@ def measure(
         folder=folder,
         facts={**facts, "versions": read_json(folder / "model_config.json", "description of a model").get("versions")},
         sites=sites,
-        pairs=[pairs[i] for i in rows],
+        pairs=pairs.only(rows),
         prompts=both_sides(token_ids),
         answers=both_sides(answers),
         texts=both_sides([loaded.answer_text(answer) for answer in answers]),
@@ -263,7 +280,7 @@ def available_sites(loaded: LoadedModel) -> tuple[Site, ...]:
     return tuple(kinds)
 
 
-def _prompts(pairs: list[Pair]) -> list[Prompt]:
+def _prompts(pairs: Sequence[Pair]) -> list[Prompt]:
     """Natural ones first, as in the prompts file of the experiment."""
     return [Prompt(pair.group(side), SUBCATEGORY, 1, getattr(pair, side)) for side in SIDES for pair in pairs]
 
@@ -420,6 +437,5 @@ def activation_set(
         collect_answers(kept(steps), progress)
     texts = [getattr(pair, side) for pair in measured.pairs for side in SIDES]
     embeddings = mean_prompt_embeddings(loaded, texts).reshape(len(measured.pairs), 2, -1)
-    pairs = PromptPairs(measured.pairs)
     pattern = pattern_of(names[0])
-    return ActivationSet(pairs, values, valid, embeddings, [], measured.facts, measured.folder, pattern)
+    return ActivationSet(measured.pairs, values, valid, embeddings, [], measured.facts, measured.folder, pattern)

@@ -76,10 +76,10 @@ class Proof:
     dose: dict[int, float]
 
     def describe(self) -> str:
-        dose = ", ".join(f"{layer}: {value:.0%}" for layer, value in self.dose.items())
+        dose = ", ".join(f"{100 * value:.2g}% after layer {layer}" for layer, value in self.dose.items())
         return (
             f"{self.touched} of {self.tokens} tokens touched, mean change {self.change:.2f}; "
-            f"residual stream moved by {dose or '0 %'}"
+            f"residual stream moved by {dose or '0%'}"
         )
 
 
@@ -97,12 +97,17 @@ def pool(proofs: Sequence[Proof]) -> Proof:
 
 
 def prove(loaded: LoadedModel, intervention: Intervention, sequences: Sequences) -> Proof:
-    """Measure what an intervention does along prompts and their answers."""
+    """Measure what an intervention does along prompts and their answers, all together."""
+    return pool(prove_each(loaded, intervention, sequences))
+
+
+def prove_each(loaded: LoadedModel, intervention: Intervention, sequences: Sequences) -> list[Proof]:
+    """The same for every prompt with its answer, in their order."""
     blocks = block_sites(loaded.model)
     edited_layers = [
         i for i, block in enumerate(blocks) if any(_same_block(site, block) for site in intervention.edits)
     ]
-    changes, doses = [], []  # [layers, tokens] of each batch
+    proofs: dict[int, Proof] = {}
     for batch in sequences.batches():
         clean = sequences.keep(("states", batch.rows), partial(_states, loaded, batch, blocks))
         change: dict[str, mx.array] = {}
@@ -117,18 +122,24 @@ def prove(loaded: LoadedModel, intervention: Intervention, sequences: Sequences)
 
         edits = intervention.in_one_pass(batch.prompt_lengths)
         moved = _states(loaded, batch, blocks, {site: measured(site, f) for site, f in edits.items()})
-        is_token = np.array([np.arange(clean.shape[2]) < len(text) for text in batch.texts])
         moved_by = mx.linalg.norm(moved - clean, axis=-1) / mx.maximum(mx.linalg.norm(clean, axis=-1), 1e-12)
-        changes.append(np.array(mx.stack([change[site] for site in edits]))[:, is_token])
-        doses.append(np.array(moved_by[mx.array(edited_layers)])[:, is_token])
-    change_of, dose = np.concatenate(changes, axis=1), np.concatenate(doses, axis=1).mean(axis=1)
-    touched = change_of > 0
+        changes = np.array(mx.stack([change[site] for site in edits]))  # [sites, rows, positions]
+        doses = np.array(moved_by[mx.array(edited_layers)])
+        for place, (row, text) in enumerate(zip(batch.rows, batch.texts, strict=True)):
+            dose = doses[:, place, : len(text)].mean(axis=1)
+            proofs[row] = _proof(changes[:, place, : len(text)], dict(zip(edited_layers, dose.tolist(), strict=True)))
+    return [proofs[row] for row in sorted(proofs)]
+
+
+def _proof(change: np.ndarray, dose: dict[int, float]) -> Proof:
+    """Args: change: [sites, tokens]."""
+    touched = change > 0
     return Proof(
-        tokens=change_of.shape[1],
+        tokens=change.shape[1],
         touched=int(touched.any(axis=0).sum()),
         activations=int(touched.sum()),
-        change=float(change_of[touched].mean()) if touched.any() else 0.0,
-        dose={layer: float(value) for layer, value in zip(edited_layers, dose, strict=True)},
+        change=float(change[touched].mean()) if touched.any() else 0.0,
+        dose=dose,
     )
 
 

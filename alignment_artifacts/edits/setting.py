@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from alignment_artifacts.directions.estimate import Directions
+from alignment_artifacts.directions.estimate import Directions, transferred
 from alignment_artifacts.edits.modes import MODES, SiteDirection, edit_function
 from alignment_artifacts.edits.options import EVERYWHERE, WHERE, Mode, ModeOptions, Setting
 from gemma_refactored.activation_capture import Edit, layer_sites
@@ -56,7 +56,7 @@ def auto_mode(num_parameters: int) -> Mode:
 
 
 def where_it_leads(directions: Directions, setting: Setting) -> str:
-    """What directions from a file point from and to, and which way a setting moves along them, in two sentences."""
+    """What directions from a file point from and to, and which way a setting moves along them, in some sentences."""
     facts, ends = directions.facts, directions.facts.get("ends")
     positions: str = facts.get("positions") or "tokens it does not name"
     measured = {"prompt_end": "the prompt's last token", "generated": "generated tokens", "all": "all tokens"}
@@ -72,7 +72,7 @@ def where_it_leads(directions: Directions, setting: Setting) -> str:
         )
         moves = f"This setting moves away from {back}, towards {there}; {other} does the opposite."
     points = f"point from {ends[0]} to {ends[1]}" if ends else "do not say what they point from and to"
-    return f"The directions {points} ({where}). {moves}"
+    return " ".join(filter(None, (f"The directions {points} ({where}).", transferred(facts), moves)))
 
 
 def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> Intervention:

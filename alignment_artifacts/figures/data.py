@@ -100,6 +100,26 @@ def transfer_grid(result: dict) -> tuple[list[str], list[str], np.ndarray]:
     return titles, [result["names"][source] for source in sources], np.array(d, float)
 
 
+def weight_grid(result: dict) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """From a model comparison: kinds of tensors in the blocks that changed anywhere, how much each did [kinds, layers]
+    (of its norm; 0: not at all), and the effective rank of the change (NaN for vectors and where there is none)."""
+    changed = [r for r in result["weights"]["tensors"] if r["layer"] is not None]
+    kinds = sorted({r["kind"] for r in changed})
+    moved = np.zeros((len(kinds), len(result["conditions"]["prompt_end"]["layers"])))
+    ranks = np.full(moved.shape, np.nan)
+    for r in changed:
+        place = kinds.index(r["kind"]), r["layer"]
+        moved[place] = np.nan if r["relative_change"] is None else r["relative_change"]
+        ranks[place] = np.nan if r["effective_rank"] is None else r["effective_rank"]
+    return kinds, moved, ranks
+
+
+def moved_activations(result: dict) -> dict[str, np.ndarray]:
+    """From a model comparison: what both models read -> how far activations moved, by their own size [layers]."""
+    same = {name: title for name, title in CONDITION_NAMES.items() if name != "own_answers"}
+    return {title: column(result["conditions"][name]["layers"], "relative_change") for name, title in same.items()}
+
+
 def alpha_table(results: dict, kind: str, key: str) -> tuple[list[int], list[float], np.ndarray]:
     """The toxicity sweep as (layers, alphas, [layers, alphas] of one number); kind: steering or random_direction."""
     planned = results["experiment"]["config"]["alphas"]

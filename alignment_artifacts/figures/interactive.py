@@ -175,6 +175,31 @@ def comparison(result: dict) -> go.Figure:
     return _styled(figure, "layer", ("Cohen's d, prompt end", "difference of d"), 640)
 
 
+def weights(result: dict) -> go.Figure:
+    """What training changed: tensors by layer, ranks on hover; below, how far activations moved."""
+    kinds, moved, ranks = data.weight_grid(result)
+    heights = [40 + 30 * len(kinds), 200]
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.1, row_heights=heights)
+    if kinds:
+        figure.add_trace(
+            go.Heatmap(z=_nullable(moved), x=list(range(moved.shape[1])), y=[html.escape(kind) for kind in kinds],
+                       customdata=_nullable(ranks), zmin=0, colorscale="Purples", showscale=False,
+                       texttemplate="%{z:.0%}" if moved.shape[1] <= 20 else None,
+                       hovertemplate="%{y}, layer %{x}: changed by %{z:.2%} of its norm, effective rank "
+                       "%{customdata:.1f}<extra></extra>"), 1, 1
+        )  # fmt: skip
+    for (title, values), dash in zip(
+        data.moved_activations(result).items(), ("solid", "dash", "dashdot", "dot"), strict=True
+    ):
+        figure.add_trace(
+            go.Scatter(x=list(range(len(values))), y=values, name=title, mode="lines+markers", marker={"size": 5},
+                       line={"color": data.GREEN if dash == "solid" else data.GREY, "dash": dash},
+                       hovertemplate="layer %{x}: moved by %{y:.2%}"), 2, 1
+        )  # fmt: skip
+    _styled(figure, "layer", ("", "activations moved by"), 180 + sum(heights))
+    return figure.update_layout(yaxis2={"tickformat": ".0%", "rangemode": "tozero"})
+
+
 def transfer(result: dict) -> go.Figure:
     """Cohen's d of directions that were learnt on one contrast and tested on another, for models and words alone."""
     cells, sources, grid = data.transfer_grid(result)

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from alignment_artifacts.figures import data
 
@@ -182,6 +182,46 @@ def plot_comparison(result: dict, path: Path) -> None:
         right.set(title="Learnt on → tested on: Cohen's d")
         right.spines[:].set_visible(False)
         figure.colorbar(image, ax=right, shrink=0.9)
+        figure.suptitle(f"A: {result['names']['a']}, B: {result['names']['b']}", fontsize=10, color="#444444")
+        _save(figure, path)
+
+
+def plot_weights(result: dict, path: Path) -> None:
+    """What training changed: tensors by layer, with the effective rank of each change; below, activations."""
+    kinds, moved, ranks = data.weight_grid(result)
+    with plt.rc_context(STYLE):
+        figure, (top, bottom) = plt.subplots(
+            2, 1, figsize=(min(max(7, 2.5 + 0.3 * moved.shape[1]), 14), 3.6 + 0.32 * len(kinds)), layout="constrained",
+            sharex=True, gridspec_kw={"height_ratios": [0.6 + 0.32 * len(kinds), 2.2]},
+        )  # fmt: skip
+        if kinds:
+            image = top.imshow(moved, aspect="auto", cmap="Purples", vmin=0)
+            for (kind, layer), rank in np.ndenumerate(ranks):
+                if np.isfinite(rank) and moved.shape[1] <= 40:
+                    colour = "white" if moved[kind, layer] > 0.6 * np.nanmax(moved) else "black"
+                    text = f"{rank:.1f}" if rank < 10 else f"{rank:.0f}"
+                    top.text(layer, kind, text, ha="center", va="center", fontsize=7, color=colour)
+            top.set_yticks(range(len(kinds)), kinds, fontsize=8)
+            colours = figure.colorbar(image, ax=top, format=PercentFormatter(1, None if np.nanmax(moved) > 0.03 else 1))
+            colours.ax.tick_params(labelsize=8)
+        else:
+            top.set_axis_off()
+            nothing = result["weights"]["not_compared"] and "not compared" or "no tensor of a block changed"
+            top.text(0.5, 0.5, nothing, ha="center", va="center", color=data.GREY, transform=top.transAxes)
+        top.set_title("Weights: change by their norm (numbers: its effective rank)")
+        top.spines[:].set_visible(False)
+        for (title, values), style in zip(data.moved_activations(result).items(), ("-o", "--", "-.", ":"), strict=True):
+            colour = data.GREEN if style == "-o" else "#444444"
+            bottom.plot(values, style, color=colour, ms=4, lw=1.3, label=title)
+        bottom.set(
+            title=f"Activations: change by their own norm ({result['site'].split(' (')[0]})",
+            xlabel="layer",
+            ylim=(0, None),
+        )
+        bottom.yaxis.set_major_formatter(PercentFormatter(1))
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bottom.grid(alpha=0.2)
+        bottom.legend(frameon=False, fontsize=8)
         figure.suptitle(f"A: {result['names']['a']}, B: {result['names']['b']}", fontsize=10, color="#444444")
         _save(figure, path)
 

@@ -16,6 +16,7 @@ from alignment_artifacts.suppression.transcripts import load_transcripts
 from gemma_refactored.files import read_json
 
 SCORE_STEP = 0.05  # the page rounds scores of tokens to this: one byte each, up to 6.35
+MOST_TENSORS = 30  # rows of the table of weights
 MOST_SCORE_BYTES = 6_000_000  # beyond that some layers are omitted
 # What a reader wants to know at a glance, from the manifest.
 FACTS = (
@@ -97,8 +98,15 @@ def comparison(path: Path) -> dict:
         "origin": _origin(result),
         "figures": {
             "comparison": figure_data(figures.comparison(result)),
+            "weights": figure_data(figures.weights(result)),
             "transfer": figure_data(figures.transfer(result)),
         },
+        "behaviour": result["behaviour"],
+        "sides": result["sides"],
+        "site": result["site"],
+        "weights": result["weights"],
+        "most_changed": MOST_TENSORS,
+        "planted_weights": any("cosine_with_planted" in tensor for tensor in result["weights"]["tensors"]),
         "summary": result["summary"],
         "transfer_summary": result["transfer_summary"],
         "names": result["names"],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from threading import RLock
@@ -25,24 +25,30 @@ from alignment_artifacts.behaviour.score import REFUSAL, Score, Wish, load_score
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
-from alignment_artifacts.directions.measurements import Measurements, activation_set, available_sites, measure
+from alignment_artifacts.directions.measurements import (
+    Measurements,
+    activation_set,
+    available_sites,
+    measure,
+    subject_of,
+)
 from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END, Mode, ModeOptions, Setting
-from alignment_artifacts.edits.proof import Proof, Sequences, prove
-from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene, where_it_leads
-from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from alignment_artifacts.edits.proof import Sequences, prove, prove_each
+from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene
+from alignment_artifacts.pairs import PAIRS_JSON, Pair, as_pairs
 from alignment_artifacts.places import cache_folder, collection_folder, find
 from alignment_artifacts.scores import Settings
+from alignment_artifacts.suppression.result import SuppressionResult, results_of
 from gemma_refactored.configuration import Chat, Generation, Sampling
 from gemma_refactored.errors import UserError, print_every_character, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.job import check_context
 from gemma_refactored.model_loading import LoadedModel, load
-from gemma_refactored.prompt_processing import prompts_from_arguments
+from gemma_refactored.prompt_processing import parse_prompts, prompt_texts
 from gemma_refactored.settings import check, check_given
 
 log = logging.getLogger(__name__)
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
-WHEN = ("before", "after")
 OPENING_TOKENS = 24  # of an answer, enough to tell a refusal
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
 
@@ -62,45 +68,6 @@ def in_turn(method: Callable[P, R]) -> Callable[P, R]:
     return wait_and_call
 
 
-@dataclass
-class SuppressionResult:
-    """A prompt answered without and with suppression.
-
-    Attributes:
-        before, after: the texts; before is None if no comparison was requested.
-        before_tokens, after_tokens: their token ids; prompt_tokens: the prompt in the chat format.
-        chosen_by: who chose the mode: "you", "a sweep" or "model size".
-        proof: what the edits did along the prompt and the answer generated under them.
-        prompt_score: of the monitor, -1 like natural, +1 like artifact prompts; None for imported vectors.
-        score: of the answers, "name" and "meaning", "before" (None without comparison) and "after"; None also where
-            the model has not come to its answer.
-        directions: those that were used.
-        leads: of directions that were given, what they point from and to, and which way the setting moves.
-    """
-
-    prompt: str
-    before: str | None
-    after: str
-    prompt_tokens: list[int] = field(repr=False)
-    before_tokens: list[int] | None = field(repr=False)
-    after_tokens: list[int] = field(repr=False)
-    setting: Setting
-    chosen_by: str
-    proof: Proof
-    prompt_score: float | None
-    score: dict
-    directions: Directions = field(repr=False)
-    leads: str | None = None
-
-    def __str__(self) -> str:
-        before = "" if self.before is None else f"Before: {self.before}\n"
-        return f"{before}After: {self.after}\n({self.about()})"
-
-    def about(self) -> str:
-        """What was done, and what it did."""
-        return "; ".join(filter(None, (self.setting.describe(), self.proof.describe(), self.leads)))
-
-
 class AlignmentArtifacts:
     """Directions of models and what suppressing them does. Models and measurements are kept for the next call.
 
@@ -108,7 +75,7 @@ class AlignmentArtifacts:
 
     Args:
         model: local folder, GGUF file or Hugging Face id, used by methods that are not given another.
-        pairs: the matched prompt pairs.
+        pairs: the matched prompt pairs, or a file of them.
         cache: folder for measurements; default `places.cache_folder`.
         collections: folders of activations that may save a measurement; default: the model's.
         show_progress: bars on the terminal while a model is measured.
@@ -120,7 +87,7 @@ class AlignmentArtifacts:
     def __init__(
         self,
         model: str | Path = DEFAULT_MODEL,
-        pairs: str | Path = PAIRS_JSON,
+        pairs: str | Path | Sequence[Pair] = PAIRS_JSON,
         cache: str | Path | None = None,
         show_progress: bool = True,
         collections: Sequence[Path] | None = None,
@@ -130,8 +97,9 @@ class AlignmentArtifacts:
     ):
         self.score, self.sweep_file = load_score(score), sweep_file(own_measure(score, wish), wish)
         self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
-        self.pairs_file, self.chat = find(pairs), chat
-        self.pairs, self.collections = load_pairs(self.pairs_file), collections
+        self.chat = chat
+        self.pairs, self.collections = as_pairs(find(pairs) if isinstance(pairs, str | Path) else pairs), collections
+        self.pairs_file = self.pairs.file or Path(f"{self.pairs.behaviour}.json")  # whose name results are kept under
         self._loaded: dict[str, LoadedModel] = {}
         self._measured: dict[str, Measurements] = {}
 
@@ -209,12 +177,13 @@ class AlignmentArtifacts:
         categories: Sequence[str] | None = None,
         layers: Sequence[int] | None = None,
         directions: Directions | None = None,
+        transfer: bool = False,
         **settings,
     ) -> dict:
         """The tokens that the directions of the residual stream promote and demote: see `vocabulary.explain`.
 
         Args:
-            directions: use these instead of the model's own.
+            directions: use these instead of the model's own; `transfer`: those of a relative, too.
             settings: "tokens", "random_directions", "scale" and "progress" of `vocabulary.explain`.
         """
         loaded = self.load(model)
@@ -222,27 +191,48 @@ class AlignmentArtifacts:
             measured = self.measurements(model)
             directions = measured.estimate("residual", positions, measured.rows(categories))
         else:
-            directions = fit_to(directions, loaded)
-        natural = [pair.natural for pair in self.pairs]
-        return vocabulary.explain(loaded, directions, loaded.encode(natural), layers, **settings)
+            directions = fit_to(directions, loaded, transfer)
+        natural = loaded.encode([pair.natural for pair in self.pairs])
+        result = vocabulary.explain(loaded, directions, natural, layers, **settings)
+        return {**result, "transferred_from": directions.facts.get("transferred_from")}
 
     @in_turn
     def choose(
-        self, model: str | Path | None, mode: str, categories: Sequence[str] | None, **wanted
+        self,
+        model: str | Path | None,
+        mode: str,
+        categories: Sequence[str] | None,
+        directions: Directions | None = None,
+        **wanted,
     ) -> tuple[Setting, str]:
-        """The setting to use and who chose it; `wanted` are fields of Setting and ModeOptions; None: to be chosen."""
+        """The setting to use and who chose it; `wanted` are fields of Setting and ModeOptions; None: to be chosen.
+
+        Args:
+            directions: that are given have a site and positions of their own, and are used at all their layers unless
+                some are named: nothing is measured. What a sweep has chosen is for the model's own, with all
+                that belongs to them.
+        """
+        if directions is not None:
+            positions = directions.facts.get("positions")
+            wanted["site"] = directions.facts["site"]
+            wanted["positions"] = positions if positions in MEASURED_AT else ELSEWHERE
+            wanted["layers"] = wanted.get("layers") or directions.available
         check_given(Setting, wanted, {"layers": "target_layers"})
         wanted = {name: value for name, value in wanted.items() if value is not None}
         options = {f.name: wanted.pop(f.name) for f in fields(ModeOptions) if f.name in wanted}
-        sweep = self.measurements(model).folder / self.sweep_file if mode == AUTO else None
+        loaded = self.load(model)
+        is_own = directions is None or (
+            directions.facts.get("model_revision") == loaded.revision and directions.natural_tokens is not None
+        )
+        sweep = subject_of(loaded, self.pairs, self.cache).folder / self.sweep_file if mode == AUTO and is_own else None
         if sweep and sweep.exists():
             chosen, by = _setting_of_sweep(sweep), "a sweep"
             if {"site", "positions"} & wanted.keys() and "layers" not in wanted:
                 wanted["layers"] = ()  # the sweep's were for another direction: choose them below
         else:
             by = "model size" if mode == AUTO else "you"
-            mode = auto_mode(self.load(model).num_parameters) if mode == AUTO else mode
-            chosen = Setting(cast(Mode, mode), 1.0, (), available_sites(self.load(model))[0])
+            mode = auto_mode(loaded.num_parameters) if mode == AUTO else mode
+            chosen = Setting(cast(Mode, mode), 1.0, (), available_sites(loaded)[0])
         chosen = replace(chosen, **wanted, options=replace(chosen.options, **options))
         if chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
             chosen = replace(chosen, where=PROMPT_END)
@@ -255,15 +245,18 @@ class AlignmentArtifacts:
     @in_turn
     def answer(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | str | Path,
         setting: Setting | None = None,
         sampling: Sampling = Sampling(),
         model: str | Path | None = None,
         categories: Sequence[str] | None = None,
         directions: Directions | None = None,
         max_tokens: int = 100,
+        transfer: bool = False,
     ) -> list[str]:
-        """The answers to many prompts, in batches, under a setting; None: unedited. Without thoughts before them.
+        """The answers to many prompts (a list, or a file of them), in batches, under a setting; None: unedited.
+
+        Thoughts before an answer are left out.
 
         `library.score.of(prompts, answers)` is what they score; other arguments as of `suppress`.
 
@@ -275,9 +268,8 @@ class AlignmentArtifacts:
         loaded, intervention = self.load(model), NOTHING
         if setting is not None:
             check(setting)
-            intervention, _ = self._intervention(model, setting, categories, directions)
-        token_ids = loaded.encode(prompts)
-        check_context(prompts_from_arguments(list(prompts)), token_ids, max_tokens, loaded.context_length)
+            intervention, _ = self._intervention(model, setting, categories, directions, transfer)
+        token_ids = _encoded(loaded, prompt_texts(prompts), max_tokens)
         answers = write_answers(loaded, token_ids, intervention, max_tokens, sampling)
         texts = [loaded.answer_text(answer) for answer in answers]
         if unfinished := texts.count(None):
@@ -313,6 +305,7 @@ class AlignmentArtifacts:
         ignore_end_tokens: bool = False,
         on_start: Callable[[str, Setting, str], object] = lambda which, setting, by: None,
         on_text: Callable[[str], object] = lambda text: None,
+        transfer: bool = False,
     ) -> SuppressionResult:
         """Answer a prompt with and without suppression: `suppress`, choosing whatever is not given.
 
@@ -320,23 +313,19 @@ class AlignmentArtifacts:
             scale: 1 is the mean difference itself; negative values amplify.
             where: "everywhere" or "prompt_end"; by default everywhere, but `add` adds a direction that was
                 measured at the prompt's end at that position only.
-            directions: use these (imported, say) instead of the model's own.
+            directions: use these (imported, say) instead of the model's own; `transfer`: those of a relative, too.
         """
         sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
         layers = tuple(target_layers) if target_layers is not None else None
-        if directions is not None:
-            site, layers = directions.facts["site"], layers or directions.available
-            positions = directions.facts.get("positions")
-            positions = positions if positions in MEASURED_AT else ELSEWHERE
         setting, by = self.choose(
-            model_name, mode, categories,
+            model_name, mode, categories, directions,
             scale=scale, layers=layers, positions=positions, site=site, where=where,
             proximity_threshold=proximity_threshold, distance_threshold=distance_threshold, decay_rate=decay_rate,
             pca_components=pca_components, cap_quantile=cap_quantile,
         )  # fmt: skip
         result = self.suppress(
             prompt, setting, sampling, model_name, categories, directions, max_tokens, compare, ignore_end_tokens,
-            lambda which: on_start(which, setting, by), on_text,
+            lambda which: on_start(which, setting, by), on_text, transfer,
         )  # fmt: skip
         return replace(result, chosen_by=by)
 
@@ -354,6 +343,7 @@ class AlignmentArtifacts:
         ignore_end_tokens: bool = False,
         on_start: Callable[[str], object] = lambda which: None,
         on_text: Callable[[str], object] = lambda text: None,
+        transfer: bool = False,
     ) -> SuppressionResult:
         """Answer a prompt with and without a setting.
 
@@ -362,53 +352,86 @@ class AlignmentArtifacts:
             directions: use these instead.
             compare: also answer without the edit.
             on_start: called with "before" or "after" before each answer; on_text: with its text, piece by piece.
+            transfer: the directions may be those of a relative, a model of the same type and shape.
         Raises:
             UserError: bad settings, or a setting that changes nothing, not even on artifact prompts.
         """
+
+        def write(which: str, loaded: LoadedModel, token_ids: list[list[int]], used: Intervention) -> list[list[int]]:
+            on_start(which)
+            ends = () if ignore_end_tokens else loaded.end_tokens
+            return [write_answer(loaded, token_ids[0], used, max_tokens, sampling, ends, on_text)]
+
+        (result,) = self._suppress(
+            [prompt], setting, sampling, model, categories, directions, max_tokens, compare, transfer, write
+        )
+        return result
+
+    @in_turn
+    def suppress_many(
+        self,
+        prompts: Sequence[str] | str | Path,
+        setting: Setting,
+        sampling: Sampling = Sampling(),
+        model: str | Path | None = None,
+        categories: Sequence[str] | None = None,
+        directions: Directions | None = None,
+        max_tokens: int = 100,
+        compare: bool = True,
+        ignore_end_tokens: bool = False,
+        progress: Callable[[int], object] = lambda tokens: None,
+        transfer: bool = False,
+    ) -> list[SuppressionResult]:
+        """What `suppress` gives for each of many prompts (a list, or a file of them), answered in batches.
+
+        Args:
+            progress: called with numbers of tokens: `max_tokens` per prompt, with `compare` twice that.
+        """
+
+        def write(which: str, loaded: LoadedModel, token_ids: list[list[int]], used: Intervention) -> list[list[int]]:
+            ends = () if ignore_end_tokens else loaded.end_tokens
+            return write_answers(loaded, token_ids, used, max_tokens, sampling, ends, progress)
+
+        return self._suppress(
+            prompt_texts(prompts),
+            setting,
+            sampling,
+            model,
+            categories,
+            directions,
+            max_tokens,
+            compare,
+            transfer,
+            write,
+        )
+
+    def _suppress(
+        self,
+        prompts: list[str],
+        setting: Setting,
+        sampling: Sampling,
+        model: str | Path | None,
+        categories: Sequence[str] | None,
+        directions: Directions | None,
+        max_tokens: int,
+        compare: bool,
+        transfer: bool,
+        write: Callable[[str, LoadedModel, list[list[int]], Intervention], list[list[int]]],
+    ) -> list[SuppressionResult]:
+        """Args: write: ("before" or "after", model, prompts' token ids, edits) -> token ids of the answers."""
         check(setting)
         check(sampling)
         check_given(Generation, {"max_tokens": max_tokens})
-        loaded = self.load(model)
-        is_own = directions is None
-        intervention, directions = self._intervention(model, setting, categories, directions)
-        leads = None if is_own else where_it_leads(directions, setting)
-        prompts = prompts_from_arguments([prompt])
-        (token_ids,) = loaded.encode([prompt])
-        check_context(prompts, [token_ids], max_tokens, loaded.context_length)
-        ends = () if ignore_end_tokens else loaded.end_tokens
-
-        answers = {}
-        for which, used in (("before", NOTHING), ("after", intervention)) if compare else (("after", intervention),):
-            on_start(which)
-            answers[which] = write_answer(loaded, token_ids, used, max_tokens, sampling, ends, on_text)
-        texts = {name: loaded.tokenizer.decode(ids, skip_special_tokens=True) for name, ids in answers.items()}
-        proper = {name: loaded.answer_text(ids) for name, ids in answers.items()}
-        scored = {name: self.score.of([prompt], [text])[0].item() for name, text in proper.items() if text is not None}
-        proof = prove(loaded, intervention, Sequences([token_ids], [answers["after"]]))
-        if proof.touched == 0 and setting.scale != 0:
-            self._check_that_it_acts(model, intervention, setting, categories)
-        monitored = None
-        if directions.natural_mean is not None:
-            monitored = float(monitor.score_tokens(loaded, directions, setting.layers, token_ids)[-1])
-        return SuppressionResult(
-            prompt=prompt,
-            before=texts.get("before"),
-            after=texts["after"],
-            prompt_tokens=token_ids,
-            before_tokens=answers.get("before"),
-            after_tokens=answers["after"],
-            setting=setting,
-            chosen_by="you",
-            proof=proof,
-            prompt_score=monitored,
-            score={
-                "name": self.score.name,
-                "meaning": self.score.meaning,
-                **{when: scored.get(when) for when in WHEN},
-            },
-            directions=directions,
-            leads=leads,
-        )
+        loaded, is_own = self.load(model), directions is None
+        token_ids = _encoded(loaded, prompts, max_tokens)
+        intervention, directions = self._intervention(model, setting, categories, directions, transfer)
+        before = write("before", loaded, token_ids, NOTHING) if compare else None
+        after = write("after", loaded, token_ids, intervention)
+        proofs = prove_each(loaded, intervention, Sequences(token_ids, after))
+        if setting.scale != 0 and not any(proof.touched for proof in proofs):
+            self._check_that_it_acts(model, intervention, setting, None if is_own else directions, categories)
+        answers = {"before": before, "after": after}
+        return results_of(loaded, prompts, token_ids, answers, setting, proofs, directions, self.score, is_own)
 
     def _intervention(
         self,
@@ -416,14 +439,16 @@ class AlignmentArtifacts:
         setting: Setting,
         categories: Sequence[str] | None,
         directions: Directions | None,
+        transfer: bool,
     ) -> tuple[Intervention, Directions]:
         """A setting on a model, with the model's own directions unless others are given."""
         loaded = self.load(model)
         if directions is None:
             directions = self.directions(model, setting.site, setting.positions, categories)
         else:
-            directions = fit_to(directions, loaded)
+            directions = fit_to(directions, loaded, transfer)
         if setting.mode == "cap" and directions.natural_tokens is None:
+            log.info("Mode cap needs the projections of natural tokens, which the file lacks: measuring the pairs.")
             measured = self.measurements(model)
             directions = measure_natural_tokens(
                 loaded, directions, measured.natural_sequences(measured.rows(categories))
@@ -431,17 +456,34 @@ class AlignmentArtifacts:
         return intervene(loaded, directions, setting), directions
 
     def _check_that_it_acts(
-        self, model: str | Path | None, intervention: Intervention, setting: Setting, categories: Sequence[str] | None
+        self,
+        model: str | Path | None,
+        intervention: Intervention,
+        setting: Setting,
+        given: Directions | None,
+        categories: Sequence[str] | None,
     ) -> None:
         """Raise UserError unless a setting that did not touch a prompt touches artifact prompts."""
-        measured = self.measurements(model)
-        tried = measured.rows(categories)[:ARTIFACTS_TRIED]
-        artifacts = Sequences([measured.prompts[i][1] for i in tried], [measured.answers[i][1] for i in tried])
+        if given is None:
+            measured = self.measurements(model)
+            tried = measured.rows(categories)[:ARTIFACTS_TRIED]
+            artifacts = Sequences([measured.prompts[i][1] for i in tried], [measured.answers[i][1] for i in tried])
+        else:  # without measuring
+            prompts = [pair.artifact for pair in self.pairs[:ARTIFACTS_TRIED]]
+            artifacts = observe(self.load(model), prompts, OPENING_TOKENS).sequences
         if prove(self.load(model), intervention, artifacts).touched == 0:
             raise UserError(
-                f"This setting ({setting.describe()}) changes nothing, neither here nor on artifact prompts. "
+                f"This setting ({setting.describe()}) changes nothing, neither here nor on {self.pairs.sides[1]} "
+                "prompts. "
                 "Use another mode, other layers or another threshold."
             )
+
+
+def _encoded(loaded: LoadedModel, prompts: list[str], max_tokens: int) -> list[list[int]]:
+    """Token ids in the chat format of prompts that fit into the context with their answers."""
+    token_ids = loaded.encode(prompts)
+    check_context(parse_prompts(prompts, "prompts"), token_ids, max_tokens, loaded.context_length)
+    return token_ids
 
 
 def sweep_file(score: Score | None, wish: Wish) -> str:
