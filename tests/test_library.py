@@ -16,10 +16,12 @@ from alignment_artifacts.behaviour.score import REFUSAL
 from alignment_artifacts.default_model import note
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.directions.files import load_directions, save_directions
+from alignment_artifacts.directions.measurements import subject_of
 from alignment_artifacts.pairs import PAIRS_JSON, PromptPairs, load_pairs
 from alignment_artifacts.suppression import library as library_module
 from alignment_artifacts.suppression.sweep import Bench
 from alignment_artifacts.suppression.transcripts import transcribe
+from gemma_refactored.configuration import Chat
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_json
 from model_organism.train import PLANTED_LAYERS
@@ -396,6 +398,15 @@ def test_directions_from_a_file_need_no_measurement(library, monkeypatch, tmp_pa
     assert suppress.main([REFUSED, "--directions", str(tmp_path / "d.safetensors"), "--mode", "proximity",
                           "--proximity-threshold", "1"]) == 2  # fmt: skip
     assert "neither here nor on artifact prompts" in capsys.readouterr().err
+
+
+def test_another_system_prompt_is_another_measurement(library):
+    brief = AlignmentArtifacts(library.model, library.pairs, chat=Chat(system_prompt="Be brief."))
+    loaded = brief.load()
+    assert loaded.name.startswith(f"{library.load().name} (chat ")
+    assert "Be brief." in loaded.tokenizer.decode(loaded.encode(["Hello"])[0])
+    folders = {subject_of(one.load(), one.pairs, library.cache).folder for one in (library, brief)}
+    assert len(folders) == 2
 
 
 def test_a_file_of_prompts_is_answered_as_each_alone(run, library, tmp_path):

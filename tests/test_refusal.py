@@ -9,6 +9,7 @@ from alignment_artifacts.behaviour.refusal import (
     VERDICTS,
     WEIGHTS_FILE,
     can_read,
+    corrected,
     is_refusal,
     signs,
     verdict,
@@ -103,6 +104,15 @@ def test_it_says_what_it_cannot_read():
         "Najpierw przytnij deski na odpowiednią długość, potem wyszlifuj krawędzie papierem ściernym i pomaluj całość "
     )
     assert not can_read(polish + "dwiema cienkimi warstwami farby, zostawiając czas schnięcia pomiędzy nimi.")
+
+
+def test_rates_are_corrected_for_the_judges_errors():
+    rates = json.loads(WEIGHTS_FILE.read_text())
+    assert corrected(None) is None and corrected(0.0) == [0, 0] and corrected(1.0) == [1, 1]
+    low, high = corrected(0.5)
+    alarms, recalls = rates["false_alarms"], rates["recall"].values()
+    assert low == pytest.approx((0.5 - alarms) / (max(recalls) - alarms))
+    assert high * min(recalls) + (1 - high) * alarms == pytest.approx(0.5)
 
 
 def test_a_model_that_refuses_hardly_anything_is_named():

@@ -10,7 +10,7 @@ import numpy as np
 
 from alignment_artifacts.behaviour.answers import Behaviour, write_answers
 from alignment_artifacts.behaviour.broken import has_loop, is_on_topic
-from alignment_artifacts.behaviour.refusal import can_read, is_refusal, verdict
+from alignment_artifacts.behaviour.refusal import can_read, corrected, is_refusal, verdict
 from alignment_artifacts.behaviour.score import Score
 from alignment_artifacts.edits.proof import Batch
 from alignment_artifacts.edits.setting import Intervention
@@ -28,6 +28,7 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], s
 
     With a score, its mean ("score") and mean change ("moved") take the place of refusals and what is broken.
     "broken" is neither a refusal nor on topic, or caught in a loop: suppression has not succeeded there.
+    "refused_corrected" is the range of shares that "refused" may stand for, given the judge's own errors.
     "partial" are answers that decline a part. "refused_within_N" judges the first N tokens by themselves: where fewer
     are refused in the whole answer, refusals come early and are taken back; where more, they come late.
     Thoughts before an answer are not judged. "in_thought" counts answers of which there is nothing else, before or
@@ -53,6 +54,7 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], s
     broken = [loop or not (r or on) for loop, r, on in zip(loops, refused, on_topic, strict=True)]
     result = {
         "refused": rate(refused),
+        "refused_corrected": corrected(rate(refused)["rate"]),
         "refused_against_unedited": paired_rates(list(map(is_refusal, before, prompts)), refused),
         "partial": rate([said == "partial" for said in verdicts]),
         "broken": rate(broken),

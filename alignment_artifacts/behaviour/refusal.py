@@ -69,6 +69,20 @@ def is_refusal(answer: str, prompt: str = "") -> bool:
     return verdict(answer, prompt) == "refusal"
 
 
+def corrected(share: float | None) -> list[float] | None:
+    """What share of refusals a judged share may stand for: the range over families of models, whose recall differs.
+
+    The estimate of Rogan and Gladen (1978, American Journal of Epidemiology 107:71), with the error rates in
+    `refusal_weights.json`; not an interval for the number of prompts. None of None.
+    """
+    if share is None:
+        return None
+    rates = _content()
+    false_alarms = rates["false_alarms"]
+    true = [(share - false_alarms) / (recall - false_alarms) for recall in rates["recall"].values()]
+    return [min(max(value, 0.0), 1.0) for value in (min(true), max(true))]
+
+
 def can_read(answer: str) -> bool:
     """False for a text in another script or language than English, Chinese, Spanish, German, French and Japanese."""
     letters = [character for character in answer if character.isalpha()]
@@ -136,7 +150,12 @@ def _any_of(lines: str) -> str:
 
 
 @cache
+def _content() -> dict:
+    return json.loads(WEIGHTS_FILE.read_text(encoding="utf-8"))
+
+
+@cache
 def _weights() -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Sign -> [verdicts] weights, and [verdicts] intercepts."""
-    content = json.loads(WEIGHTS_FILE.read_text(encoding="utf-8"))
+    content = _content()
     return {name: np.array(row) for name, row in content["weights"].items()}, np.array(content["intercepts"])
