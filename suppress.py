@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 from alignment_artifacts import places
-from alignment_artifacts.behaviour.score import FORMS, REFUSAL, Wish, load_score, own_measure
+from alignment_artifacts.behaviour.score import FORMS, LENGTH, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
-from alignment_artifacts.pairs import PAIRS_JSON, SIDES, load_pairs, texts
+from alignment_artifacts.pairs import PAIRS_JSON, REFUSAL, SIDES, load_pairs, texts
 from gemma_refactored.configuration import Sampling
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
@@ -70,8 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
     add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
-    add("--score", metavar="SCORE", help=f"what is measured of an answer (default refusal): {FORMS}")
-    add("--wish", choices=get_args(Wish), default="lower", help="of a sweep with that score, for --mode auto")
+    add(
+        "--score",
+        metavar="SCORE",
+        help=f"what is measured of an answer (default: SCORE in the environment, else refusal): {FORMS}",
+    )
+    add(
+        "--wish",
+        choices=get_args(Wish),
+        help="of a sweep with that score, for --mode auto (default: WISH in the environment, else lower)",
+    )
     add("--show-projection", action="store_true", help="colour each token by its projection on the direction")
     add("--json", action="store_true", help="print the result as JSON and nothing else")
     add("--verbose", "-v", action="store_true", help="also print which mode was chosen, and by what")
@@ -91,7 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
         logging.getLogger(package).setLevel(logging.WARNING)
     check_arguments(arguments)
     wanted = given(Setting, arguments, omit=["mode"])
-    score = load_score(arguments.score or REFUSAL)
+    typed = arguments.score or os.environ.get("SCORE")
+    score = load_score(typed) if typed else None
     answering = from_arguments(Answering(), arguments)
     from alignment_artifacts.directions.files import load_directions, write_gguf
     from alignment_artifacts.suppression.library import AlignmentArtifacts
@@ -101,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         pairs=arguments.pairs or os.environ.get("PAIRS") or PAIRS_JSON,
         show_progress=not silent,
         score=score,
-        wish=arguments.wish,
+        wish=arguments.wish or os.environ.get("WISH") or "lower",
     )
     categories = named_categories(arguments.categories)
     directions = load_directions(arguments.directions) if arguments.directions else None
@@ -150,10 +159,11 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n" + textwrap.fill(f"Effect: {result.proof.describe()}", 78))
         if result.leads:
             print(textwrap.fill(result.leads, 78))
-        if arguments.score:
+        if score:
             print(textwrap.fill(scored(result.score), 78))
         if result.prompt_score is not None:
-            print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like natural, +1 like artifact)")
+            first, second = result.directions.facts.get("ends") or library.pairs.sides
+            print(f"Monitor: the prompt scores {result.prompt_score:+.2f} (-1 like {first}, +1 like {second})")
 
 
 def scored(score: dict) -> str:
@@ -172,7 +182,7 @@ def introduce(library: AlignmentArtifacts, prompt: str | None, directions: Direc
     loaded = library.load()
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}", flush=True)
     notes = [note(loaded.folder, [prompt], texts(load_pairs(PAIRS_JSON)))] if prompt else []
-    if library.score == REFUSAL:
+    if library.score.name == REFUSAL == library.pairs.behaviour:
         if directions is None:
             notes.append(without_refusals(loaded.name, *library.refusals()))
         elif directions.facts.get("ends") in (None, list(SIDES)):  # others, of toxicity say, are not about refusals
@@ -193,10 +203,15 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     silent = arguments.quiet or arguments.json
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
-    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+        if library.score == LENGTH:
+            what = (
+                f"No measure of {library.pairs.behaviour} is named (--score): the length of answers, in words, is told."
+            )
+            print(textwrap.fill(what, 78))
+    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs, setting.site)
     results = places.results_folder(TRANSCRIPTS_DIR, origin)
     total = 2 * len(measured.pairs)
-    score = own_measure(library.score, arguments.wish)
+    score = own_measure(library.score, library.wish)
     with stage("answering", total, "pair", quiet=silent) as advance:
         result, scores = transcribe(loaded, measured, setting, max_tokens, advance, score)
     with places.written_together(results) as folder:
@@ -207,12 +222,13 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
         if score:
             for side, means in result["scored"].items():
                 before, after, moved = (described_mean(means[which]) for which in ("before", "after", "moved"))
-                print(f"Mean of {score.name}, {side} prompts: {before} before, {after} after")
+                name = library.pairs.side(side)
+                print(f"Mean of {score.name}, {name} prompts: {before} before, {after} after")
                 print(f"    moved by {moved}")
         else:
             for side, rates in result["refused"].items():
                 before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
-                print(f"Refused, {side} prompts: {before} before, {after} after")
+                print(f"Refused, {library.pairs.side(side)} prompts: {before} before, {after} after")
         print(places.told("Transcripts", results / "data" / path.name))
 
 
@@ -234,9 +250,9 @@ def explain(
     if arguments.json:
         print(json.dumps(result, indent=1, ensure_ascii=not prints_everything()))
     else:
-        print_vocabulary(result)
+        print_vocabulary(result, library.pairs.sides[0])
     if directions is None and categories is None and not given_settings:
-        origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+        origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs, result["site"])
         results = places.results_folder(TRANSCRIPTS_DIR, origin)
         with places.written_together(results) as folder:
             write_json(folder / "data" / VOCABULARY, origin.stamp(result))
@@ -244,7 +260,7 @@ def explain(
             print(places.told("Tokens", results / "data" / VOCABULARY))
 
 
-def print_vocabulary(result: dict) -> None:
+def print_vocabulary(result: dict, first: str) -> None:
     """80 columns."""
     from rich.cells import cell_len
 
@@ -269,7 +285,7 @@ def print_vocabulary(result: dict) -> None:
             print(line("random", drawn["promoted"], "lens"))
     text = (
         f"steered: change of the next word's logit where the direction is added {result['scale']:g} times at the end "
-        f"of {result['prompts']} natural prompts; agreement: its correlation with the first two lines over all "
+        f"of {result['prompts']} {first} prompts; agreement: its correlation with the first two lines over all "
         "tokens. Where that is low, later blocks turn the direction into other words, and this line is what it says. "
         "random: promoted by a random direction."
     )
@@ -308,7 +324,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         taken = ("layers", "positions", "scale", "site")
         ignored = [name for name in given(Setting, arguments, omit=["mode"]) if name not in taken]
         ignored += given(Answering, arguments)
-        ignored += [name for name in ("mode", "score") if getattr(arguments, name) not in (None, "auto")]
+        ignored += [name for name in ("mode", "score", "wish") if getattr(arguments, name) not in (None, "auto")]
         if ignored:
             raise UserError(f"--explain does not use --{ignored[0].replace('_', '-')}; omit it.")
         check_directions(arguments)

@@ -64,6 +64,15 @@ class PromptPairs(list[Pair]):
         super().__init__(pairs)
         self.behaviour, self.sides, self.file = behaviour, sides, file
 
+    @staticmethod
+    def of(pairs: Iterable[Pair]) -> PromptPairs:
+        """The same pairs; of a plain list it is not known what else they contrast than refusal."""
+        return pairs if isinstance(pairs, PromptPairs) else PromptPairs(pairs)
+
+    def side(self, side: str) -> str:
+        """What "natural" or "artifact" is called here."""
+        return self.sides[SIDES.index(side)]
+
     def only(self, rows: Iterable[int]) -> PromptPairs:
         """Some of the pairs, of the same contrast."""
         return PromptPairs([self[row] for row in rows], self.behaviour, self.sides, self.file)
@@ -123,6 +132,8 @@ def pairs_content(pairs: PromptPairs) -> dict:
     categories: dict[str, dict] = {}
     for pair in pairs:
         entry = {"id": pair.id, "natural": pair.natural, "artifact": pair.artifact}
+        if pair.block is not None:
+            entry["group"] = pair.block
         categories.setdefault(pair.category, {"pairs": []})["pairs"].append(entry)
     metadata = {"behaviour": pairs.behaviour, "sides": list(pairs.sides)}
     return {ROOT_KEY: {"metadata": metadata, "categories": categories}}

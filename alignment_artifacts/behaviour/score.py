@@ -24,14 +24,15 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from alignment_artifacts import pairs
 from alignment_artifacts.behaviour.refusal import is_refusal
-from alignment_artifacts.places import find, hashed_name
+from alignment_artifacts.places import find, hashed_name, recorded
 from alignment_artifacts.rates import mean
 from gemma_refactored.errors import UserError, shown
 
 Wish = Literal["lower", "higher"]
 WORDS = "words:"
-FORMS = "refusal, words:A,B (how often these words occur), or FILE.py:FUNCTION (prompt, answer) -> number"
+FORMS = "refusal, length, words:A,B (how often these words occur), or FILE.py:FUNCTION (prompt, answer) -> number"
 # What code of others may raise; Ctrl-C and lack of memory are not about a score.
 ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
@@ -48,12 +49,14 @@ class Score:
             called once for each.
         meaning: what values mean, in a few words.
         source: tells it from others of that name: its text, say.
+        typed: what names it on the command line; None: nothing does.
     """
 
     name: str
     function: Callable[[str, str], float]
     meaning: str
     source: str = field(repr=False)
+    typed: str | None = None
     _values: dict[tuple[str, str], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
@@ -86,10 +89,11 @@ class Score:
         return float(value)
 
     def record(self) -> dict:
-        """Name, meaning, and a hash of the source, for result files."""
+        """Name, meaning, what was typed, and a hash of the source, for result files."""
         return {
             "name": self.name,
             "meaning": self.meaning,
+            "typed": self.typed,
             "source_hash": hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest(),
         }
 
@@ -107,7 +111,18 @@ def _refused(prompt: str, answer: str) -> bool:
     return is_refusal(answer)
 
 
-REFUSAL = Score("refusal", _refused, "True: the answer begins like a refusal", "alignment_artifacts")
+def _length(prompt: str, answer: str) -> int:
+    return len(answer.split())
+
+
+REFUSAL = Score("refusal", _refused, "True: the answer begins like a refusal", "alignment_artifacts", "refusal")
+LENGTH = Score("length", _length, "words of the answer", "alignment_artifacts", "length")
+
+
+def usual_score(behaviour: str) -> Score:
+    """Where none is named: refusal for pairs that are about it. No other behaviour has a measure until one is named;
+    the length of an answer is at least a property of any."""
+    return REFUSAL if behaviour == pairs.REFUSAL else LENGTH
 
 
 def word_list(words: Sequence[str]) -> Score:
@@ -121,7 +136,8 @@ def word_list(words: Sequence[str]) -> Score:
     def count(prompt: str, answer: str) -> int:
         return len(pattern.findall(answer.lower().replace("’", "'")))
 
-    return Score("words", count, f"how often the answer says {shown(', '.join(kept))}", "\n".join(sorted(kept)))
+    meaning = f"how often the answer says {shown(', '.join(kept))}"
+    return Score("words", count, meaning, "\n".join(sorted(kept)), WORDS + ",".join(kept))
 
 
 def load_score(score: str | Score | Callable[[str, str], float]) -> Score:
@@ -133,9 +149,10 @@ def load_score(score: str | Score | Callable[[str, str], float]) -> Score:
     if isinstance(score, Score):
         return score
     if not isinstance(score, str):
-        return _of_function(score, None)
-    if score.strip() == REFUSAL.name:
-        return REFUSAL
+        return _of_function(score, None, None)
+    for named in (REFUSAL, LENGTH):
+        if score.strip() == named.name:
+            return named
     if score.startswith(WORDS):
         return word_list(score.removeprefix(WORDS).split(","))
     file, colon, name = score.rpartition(":")
@@ -151,7 +168,7 @@ def load_score(score: str | Score | Callable[[str, str], float]) -> Score:
     if not name or not callable(getattr(module, name, None)):
         what = f"has no function {shown(name)}" if name else "needs the name of a function behind it, FILE.py:FUNCTION"
         raise UserError(f"{path} {what}; it defines {', '.join(functions) or 'none'}.")
-    return _of_function(getattr(module, name), text)
+    return _of_function(getattr(module, name), text, f"{recorded(path)}:{name}")
 
 
 def own_measure(score: str | Score | Callable[[str, str], float] | None, wish: Wish) -> Score | None:
@@ -162,7 +179,7 @@ def own_measure(score: str | Score | Callable[[str, str], float] | None, wish: W
     return None if chosen == REFUSAL and wish == "lower" else chosen
 
 
-def _of_function(function: Callable[[str, str], float], text: str | None) -> Score:
+def _of_function(function: Callable[[str, str], float], text: str | None, typed: str | None) -> Score:
     name = getattr(function, "__name__", type(function).__name__)
     if not callable(function):
         raise UserError(f"A score is {FORMS}, not {shown(function)}.")
@@ -178,7 +195,7 @@ def _of_function(function: Callable[[str, str], float], text: str | None) -> Sco
         except (OSError, TypeError):
             text = repr(function)  # typed in an interpreter, or an object: itself alone
     meaning = (inspect.getdoc(function) or "").strip().split("\n")[0]
-    return Score(name, function, meaning, f"{name}\n{text}")
+    return Score(name, function, meaning, f"{name}\n{text}", typed)
 
 
 def _load_module(path: Path) -> tuple[ModuleType, str]:

@@ -75,7 +75,7 @@ class Measurements:
     folder: Path
     facts: dict
     sites: tuple[Site, ...]
-    pairs: list[Pair]
+    pairs: PromptPairs
     prompts: list[list[list[int]]]
     answers: list[list[list[int]]]
     texts: list[list[str]]
@@ -115,7 +115,7 @@ class Measurements:
             "versions": self.facts["versions"],
             "site": site,
             "positions": positions,
-            "ends": list(SIDES),
+            "ends": list(self.pairs.sides),
             "pairs": [f"{self.pairs[i].category}/{self.pairs[i].id}" for i in rows],
         }
         return estimate(self.vectors_at(site, positions)[rows], facts)
@@ -213,7 +213,7 @@ def measure(
         folder=folder,
         facts={**facts, "versions": read_json(folder / "model_config.json", "description of a model").get("versions")},
         sites=sites,
-        pairs=[pairs[i] for i in rows],
+        pairs=PromptPairs.of(pairs).only(rows),
         prompts=both_sides(token_ids),
         answers=both_sides(answers),
         texts=both_sides(loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)),
@@ -407,6 +407,5 @@ def activation_set(
         collect_answers(kept(steps), progress)
     texts = [getattr(pair, side) for pair in measured.pairs for side in SIDES]
     embeddings = mean_prompt_embeddings(loaded, texts).reshape(len(measured.pairs), 2, -1)
-    pairs = PromptPairs(measured.pairs)
     pattern = pattern_of(names[0])
-    return ActivationSet(pairs, values, valid, embeddings, [], measured.facts, measured.folder, pattern)
+    return ActivationSet(measured.pairs, values, valid, embeddings, [], measured.facts, measured.folder, pattern)

@@ -196,7 +196,8 @@ def _save(figure, path: Path) -> None:
 
 
 def plot_sweep(result: dict, path: Path) -> None:
-    """Every setting tried: remaining refusals and broken text against the cost, with the chosen one marked."""
+    """Every setting tried: remaining refusals and broken text, or the mean score, against the cost; the chosen one is
+    marked."""
     tried, chosen = result["tried"], result["chosen"]["development"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 5), layout="constrained")
@@ -219,10 +220,12 @@ def plot_sweep(result: dict, path: Path) -> None:
                 kl, failed = np.array(points).T
                 axes.scatter(kl, failed, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
         axes.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
-        axes.set(
-            xscale="log", xlabel="KL from the unedited model on natural answers (nats per token)",
-            ylabel="artifact prompts refused or broken", ylim=(-0.03, None),
-        )  # fmt: skip
+        unedited, (cost, reached) = data.unedited_score(result), data.sweep_axes(result)
+        if unedited is None:
+            axes.set(ylim=(-0.03, None))
+        else:
+            axes.axhline(unedited, color=data.GREY, ls=":", lw=1.4, label="unedited")
+        axes.set(xscale="log", xlabel=cost, ylabel=reached)
         axes.grid(alpha=0.2)
         figure.legend(loc="outside right upper", frameon=False)
         pairs = len(result["pairs"]["development"])
