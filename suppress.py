@@ -19,7 +19,7 @@ import sys
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import FORMS, LENGTH, Wish, load_score, own_measure
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         pairs=arguments.pairs or os.environ.get("PAIRS") or PAIRS_JSON,
         show_progress=not silent,
         score=score,
-        wish=arguments.wish or os.environ.get("WISH") or "lower",
+        wish=cast(Wish, arguments.wish or os.environ.get("WISH") or "lower"),  # checked there
     )
     categories = named_categories(arguments.categories)
     directions = load_directions(arguments.directions) if arguments.directions else None

@@ -76,10 +76,10 @@ class Proof:
     dose: dict[int, float]
 
     def describe(self) -> str:
-        dose = ", ".join(f"{layer}: {value:.0%}" for layer, value in self.dose.items())
+        dose = ", ".join(f"{100 * value:.2g}% after layer {layer}" for layer, value in self.dose.items())
         return (
             f"{self.touched} of {self.tokens} tokens touched, mean change {self.change:.2f}; "
-            f"residual stream moved by {dose or '0 %'}"
+            f"residual stream moved by {dose or '0%'}"
         )
 
 

@@ -82,44 +82,46 @@ def build(folder: Path) -> str:
             f"`{ANALYSE}` first."
         )
     try:
-        behaviour, sides = contents.contrast(main)
-        # The second experiment needs no pairs: it belongs to the model alone, and is not for every page.
-        toxicity = Source("toxicity", "", TOXICITY_COMMAND, contents.toxicity)
-        path = places.toxicity_results(main["model_revision"]) if behaviour == REFUSAL else None
-        several["toxicity"] = [_section(toxicity, path)]
-        for name, sections in several.items():
-            several[name] = [_only_of(main, section) for section in sections]
-        sections = {name: found[0] for name, found in several.items()}
-        available = [section for found in several.values() for section in found if section["available"]]
-        figures = {
-            section["key"] if section["key"] != section["name"] else name: figure
-            for section in available
-            for name, figure in section["figures"].items()
-        }
-        typed = repeat.experiment(sections, main)
-        _complete_commands(several, typed, behaviour)
-        for_script = {section["name"]: section["data"] for section in available if "data" in section}
-        for_script["transcripts"] = [
-            {"data": section["data"], "suffix": section["key"].removeprefix("transcripts")}
-            for section in several["transcripts"]
-            if section["available"]
-        ]
-        files = repeat.pairs_file(sections, main)
-        if sections["analysis"]["available"]:
-            for_script["manifest"] = sections["analysis"]["manifest"]
-        return _render(
-            sections=sections,
-            several=several,
-            behaviour=behaviour,
-            sides=sides,
-            is_about_refusal=behaviour == REFUSAL,
-            title=f"{'Alignment artifacts' if behaviour == REFUSAL else behaviour.capitalize()} in {main['model']}",
-            commands=repeat.commands(typed, sections, several),
-            pairs_name=files[0] if files else None,
-            data={"figures": figures, "sides": sides, "pairs": files, **for_script},
-        )
+        return _page(several, main)
     except WRONG_CONTENT as error:
         raise UserError(f"Some results were not written by this version ({error}); run `make` again.") from None
+
+
+def _page(several: dict[str, list[dict]], main: dict) -> str:
+    """Args: main: what the page is about."""
+    behaviour, sides = contents.contrast(main)
+    # The second experiment needs no pairs: it belongs to the model alone, and is not for every page.
+    toxicity = Source("toxicity", "", TOXICITY_COMMAND, contents.toxicity)
+    path = places.toxicity_results(main["model_revision"]) if behaviour == REFUSAL else None
+    several = {**several, "toxicity": [_section(toxicity, path)]}
+    several = {name: [_only_of(main, section) for section in found] for name, found in several.items()}
+    available = [section for found in several.values() for section in found if section["available"]]
+    sections = {name: found[0] for name, found in several.items()}
+    typed = repeat.experiment(sections, main)
+    _complete_commands(several, typed, behaviour)
+    files = repeat.pairs_file(sections, main)
+    for_script: dict = {section["name"]: section["data"] for section in available if "data" in section}
+    for_script["transcripts"] = [
+        {"data": section["data"], "suffix": section["key"].removeprefix("transcripts")}
+        for section in several["transcripts"]
+        if section["available"]
+    ]
+    for_script["figures"] = {
+        name if section["key"] == section["name"] else section["key"]: figure
+        for section in available
+        for name, figure in section["figures"].items()
+    }
+    return _render(
+        sections=sections,
+        several=several,
+        behaviour=behaviour,
+        sides=sides,
+        is_about_refusal=behaviour == REFUSAL,
+        title=f"{'Alignment artifacts' if behaviour == REFUSAL else behaviour.capitalize()} in {main['model']}",
+        commands=repeat.commands(typed, sections, several),
+        pairs_name=files[0] if files else None,
+        data={"sides": sides, "pairs": files, "manifest": sections["analysis"].get("manifest"), **for_script},
+    )
 
 
 def _sections(source: Source, folder: Path) -> list[dict]:
