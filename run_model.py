@@ -1,5 +1,7 @@
 """Generate answers and save activations; `python run_model.py --help`."""
 
+from __future__ import annotations
+
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 
 # isort: split

@@ -196,6 +196,7 @@ def _render(data: dict, **values) -> str:
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {}  # in their order: that of prompts is part of an experiment
     environment.filters |= {
         function.__name__: lambda *values, function=function: formatting.typeset(function(*values))
         for function in (formatting.number, formatting.percent, formatting.percents, formatting.interval)

@@ -126,7 +126,7 @@ function transcripts({ pairs, pieces, layers, score, step, scores }, suffix) {
     lifted: (pair) => SIDES.some((s) => pair[s].before.refused && !pair[s].after.refused),
     stayed: (pair) => SIDES.some((s) => pair[s].before.refused && pair[s].after.refused),
     new: (pair) => SIDES.some((s) => !pair[s].before.refused && pair[s].after.refused),
-    natural: (pair) => pair.natural.before.text !== pair.natural.after.text,
+    changed: (pair) => pair.natural.before.text !== pair.natural.after.text,
   };
 
   function select() {
