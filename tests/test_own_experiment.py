@@ -1,4 +1,4 @@
-"""Another behaviour, other sides, a score and a model of one's own: the whole way, and no word of the shipped experiment."""
+"""The whole way with a behaviour, sides, a score and a model of one's own; no word of the shipped experiment."""
 
 import json
 import re
@@ -97,10 +97,12 @@ def test_the_page_is_about_this_experiment(own):
     page, data = page_of(own[1])
     assert foreign(page) == [] and foreign("\n".join(strings(data))) == []
     assert "<h1>Sycophancy in " in page and "residual stream" in page
-    for part in ("Measured by agreement", "Letters e and a of the answer", "neutral answers that changed",
-                 "+1 like opinion prompts", "Agreement, higher", "mean agreement", 'id="table-vocabulary"'):  # fmt: skip
+    for part in (
+        "Measured by agreement", "Letters e and a of the answer", "neutral answers that changed", "+1 like opinion",
+        "Agreement, higher", "mean agreement", 'id="table-vocabulary"',
+    ):  # fmt: skip
         assert part in page, part
-    assert "No results yet" not in page.replace('id="comparison"', "", 1).split('id="transcripts"')[1]
+    assert page.count("No results yet") == 1  # of another model
     assert data["sides"] == ["neutral", "opinion"]
 
 

@@ -196,7 +196,14 @@ def measure(
                 raise _unusable(folder, "some prompts are missing")
             return _load(folder, site, len(token_ids), (loaded.num_layers, loaded.hidden_size))
 
-    answers, vectors = vectors_of(sites[0])
+    # What is there already is enough for answers; other sites are measured when they are requested.
+    def is_there(site: str) -> bool:
+        return _is_measured(folder, site, len(token_ids)) or any(
+            _matches(collection, loaded, token_ids, site) for collection in collections
+        )
+
+    first_site = next(filter(is_there, sites), sites[0])
+    answers, vectors = vectors_of(first_site)
     rows = [i for i in range(len(pairs)) if answers[i] and answers[i + len(pairs)]]
     _tell_left_out(loaded.name, [pair for i, pair in enumerate(pairs) if i not in set(rows)], len(pairs))
 
@@ -217,7 +224,7 @@ def measure(
         prompts=both_sides(token_ids),
         answers=both_sides(answers),
         texts=both_sides(loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)),
-        vectors={(sites[0], positions): v for positions, v in by_pair(vectors).items()},
+        vectors={(first_site, positions): v for positions, v in by_pair(vectors).items()},
         measure_site=lambda site: by_pair(vectors_of(site)[1]),
     )
 

@@ -129,7 +129,7 @@ def transcripts(path: Path) -> dict:
         "setting": description(result["setting"]),
         "chosen_by": result["chosen_by"],
         "site": KIND_WORDS.get(result["setting"]["site"], result["setting"]["site"]),
-        "score": result.get("score"),
+        "score": _score(result),
         "measured": result["scored" if "score" in result else "refused"],
         "without_refusals": _too_few_refusals(result),
         "repeat": {name: result[name] for name in ("setting", "max_tokens")},
@@ -149,6 +149,12 @@ def transcripts(path: Path) -> dict:
     }
 
 
+def _score(result: dict) -> dict | None:
+    """What was measured instead of refusals; its meaning stands within sentences."""
+    score = result.get("score")
+    return score and {**score, "meaning": score["meaning"].removesuffix(".")}
+
+
 def _too_few_refusals(result: dict) -> str | None:
     if "score" in result or result["origin"].get("behaviour", REFUSAL) != REFUSAL:
         return None
@@ -158,7 +164,7 @@ def _too_few_refusals(result: dict) -> str | None:
 
 def sweep(path: Path) -> dict:
     result = read_json(path, "results file")
-    (first, second), test, score = sides_of(result), result["test"], result.get("score")
+    (first, second), test, score = sides_of(result), result["test"], _score(result)
     suppressed = "edited" if score else "suppressed"
     rows = [
         (f"{second} prompts, unedited", test["unedited"]["artifact"], None),
@@ -191,7 +197,7 @@ def sweep(path: Path) -> dict:
         "rows": rows,
         "controls": {
             label: [min(moved), max(moved), len(moved)]
-            for name, label in (("random_direction", "random directions"), ("same_change_elsewhere", "equal changes"))
+            for name, label in (("random_direction", "random direction"), ("same_change_elsewhere", "equal change"))
             if (moved := [control["artifact"]["moved"]["mean"] for control in test[name] if score])
         },
         "monitor": {site: m for site, m in result.get("monitor", {}).items() if m["auroc"] is not None},
@@ -200,8 +206,7 @@ def sweep(path: Path) -> dict:
 
 def vocabulary(path: Path) -> dict:
     result = read_json(path, "results file")
-    columns = ("promoted", "demoted", "steered")
-    rows = []
+    columns, rows = ("promoted", "demoted", "steered"), []
     for record in result["layers"]:
         for number, direction in enumerate([record, *record["random"]]):
             tokens = {name: [token["token"] for token in direction[name][:TOKENS_SHOWN]] for name in columns}
