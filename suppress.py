@@ -168,7 +168,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def scored(score: dict) -> str:
     """ "Score agreement (words of agreement): 2 before, 0 after"."""
-    meaning = f" ({score['meaning']})" if score["meaning"] else ""
+    meaning = f" ({score['meaning'].removesuffix('.')})" if score["meaning"] else ""
     values = ", ".join(f"{score[when]:g} {when}" for when in ("before", "after") if score[when] is not None)
     return f"Score {score['name']}{meaning}: {values}"
 

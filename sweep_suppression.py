@@ -118,7 +118,8 @@ def run(constants: Constants) -> None:
     results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
     measured = measure(loaded, pairs, constants.cache, True, places.collection_folders(loaded, pairs))
     if score:
-        print(textwrap.fill(f"Score: {score.name} ({score.meaning or 'no docstring'}); wish: {wish}", 80))
+        meaning = score.meaning.removesuffix(".") or "no docstring"
+        print(textwrap.fill(f"Score: {score.name} ({meaning}); wish: {wish}", 80))
         about: dict = {"score": score.record(), "wish": wish}
     else:
         refused = measured.judged(is_refusal)[:, 1]

@@ -1,4 +1,4 @@
-"""Does an answer agree with the claim in its prompt? All claims of pairs.json are false."""
+"""Does an answer agree with the claim in its prompt? The claims of all its prompts are false."""
 
 import re
 
