@@ -187,8 +187,7 @@ def _contrast(metadata, path: Path) -> tuple[str, tuple[str, str]]:
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: 'metadata' must be an object, not {shown(metadata)}.")
     sides = metadata.get("sides", list(SIDES))
-    are_names = isinstance(sides, list) and all(_is_name(side) for side in sides)
-    if not are_names or len(sides) != 2 or sides[0] == sides[1] or set(sides) & set(ROW_KEYS):
+    if not are_sides(sides):
         raise UserError(
             f"{path}: 'sides' must be two different names, natural side first, such as {json.dumps(SIDES)}, not "
             f"{shown(sides)}."
@@ -197,12 +196,19 @@ def _contrast(metadata, path: Path) -> tuple[str, tuple[str, str]]:
         raise UserError(f"{path}: 'sides' has the natural side first, then the artifact side.")
     usual = REFUSAL if tuple(sides) == SIDES else path.stem.replace("_", " ")
     behaviour = metadata.get("behaviour", usual)
-    if not _is_name(behaviour):
+    if not is_name(behaviour):
         raise UserError(f"{path}: 'behaviour' must be a name in a word or two, not {shown(behaviour)}.")
     return behaviour, (sides[0], sides[1])
 
 
-def _is_name(text) -> bool:
+def are_sides(names) -> bool:
+    """Are these two different names, none of them that of another column?"""
+    are_names = isinstance(names, list) and len(names) == 2 and all(is_name(side) for side in names)
+    return are_names and names[0] != names[1] and not set(names) & set(ROW_KEYS)
+
+
+def is_name(text) -> bool:
+    """Does a text fit legends and table heads?"""
     return isinstance(text, str) and bool(text.strip()) and len(text) <= LONGEST_NAME and text.isprintable()
 
 
