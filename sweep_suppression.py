@@ -26,6 +26,7 @@ from gemma_refactored.configuration import Seed
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.settings import Between, Must, from_constants
+from gemma_refactored.settings import record as recorded
 
 MODEL_NAME = DEFAULT_MODEL
 PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
@@ -156,6 +157,7 @@ def run(constants: Constants) -> None:
             "seed": constants.seed,
             "limits": asdict(constants.limits),
             "random_controls": constants.random_controls,
+            "options": grid_options(constants),
         },
         "pairs": {part: [measured.pairs[i].id for i in rows] for part, rows in bench.rows.items()},
         "chosen": {"setting": setting.record(), "development": records[best]},
@@ -182,6 +184,23 @@ def run(constants: Constants) -> None:
     print_score_tables(result) if score else print_tables(result)
     print("\n" + places.told("Numbers", results / "data" / f"{name}.json"))
     print(places.told("Figure", results / "figures" / f"{name}.png"))
+
+
+def grid_options(constants: Constants) -> list[str]:
+    """What has to be typed for grids other than those on top."""
+    options = []
+    for name, grid, on_top in (
+        ("suppression", constants.suppression, SUPPRESSION),
+        ("amplification", constants.amplification, AMPLIFICATION),
+    ):
+        usual = recorded(on_top)
+        for part, value in recorded(grid).items():
+            if value != usual[part]:
+                options += [
+                    f"--{name}-{part.replace('_', '-')}",
+                    (" " if part == "scales" else ",").join(map(str, value)),
+                ]
+    return options
 
 
 def print_tables(result: dict) -> None:
@@ -214,6 +233,8 @@ def print_tables(result: dict) -> None:
 
 def print_score_tables(result: dict) -> None:
     """80 columns: as `print_tables`, with means of the score instead of refusals."""
+    from alignment_artifacts.suppression.sweep import moves_as_wished
+
     name, (first, second) = result["score"]["name"], result["origin"]["sides"]
     print(
         "\n"
@@ -232,8 +253,7 @@ def print_score_tables(result: dict) -> None:
             f"{number(record['artifact']['score']['mean']):>7} {number(record['artifact']['moved']['mean']):>7} "
             f"{percent(record['natural']['unchanged']['rate']):>5} {number(record['damage']['kl_mean'], 4):>7}"
         )
-    moved = chosen["artifact"]["moved"]["mean"] * (-1 if result["wish"] == "lower" else 1)
-    if moved <= 0:
+    if not moves_as_wished(result):
         print(textwrap.fill(f"No setting that was tried within the limits makes {name} {result['wish']}.", 80))
     test, louder = result["test"], result["amplification"]["test"]
     print(f"\n{'Chosen, on test pairs':<25}{'mean score':>22}{'moved by':>24}{'KL':>9}")

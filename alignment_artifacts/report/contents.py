@@ -20,6 +20,7 @@ from alignment_artifacts.figures.data import (
 )
 from alignment_artifacts.pairs import REFUSAL, SIDES
 from alignment_artifacts.summary import records_of
+from alignment_artifacts.suppression.sweep import moves_as_wished
 from alignment_artifacts.suppression.transcripts import load_transcripts
 from gemma_refactored.files import read_json
 from gemma_refactored.site_names import KIND_WORDS
@@ -47,6 +48,7 @@ def analysis(path: Path) -> dict:
         "excluded": result["excluded"],
         "certificate": result["certificate"],
         "panels": {POSITION_NAMES[positions]: scores for positions, scores in layer_panels(result).items()},
+        "has_words": bool(result["lexical_baseline"]) and result["lexical_baseline"]["cohens_d"] is not None,
         "baselines": _baselines(result),
         "nested": {POSITION_NAMES[positions]: records_of(result, positions)[1] for positions in result["controls"]},
         "independence": result["independence"],
@@ -192,6 +194,7 @@ def sweep(path: Path) -> dict:
         "without_refusals": result.get("without_refusals"),
         "score": score,
         "wish": result.get("wish"),
+        "fails": score is not None and not moves_as_wished(result),
         "repeat": {"config": result["config"]},
         "pairs": {part: len(names) for part, names in result["pairs"].items()},
         "rows": rows,

@@ -118,7 +118,7 @@ def _sweep(of: Experiment, section: dict) -> list[str]:
         line += _option(f"--{name.replace('_', '-')}", config.get(name))
     for name, value in config["limits"].items():
         line += _option(f"--limits-{name}", value)
-    return line
+    return [*line, *config.get("options", [])]
 
 
 def _can_be_named(score: dict | None) -> bool:
