@@ -15,6 +15,7 @@ from alignment_artifacts.pairs import load_pairs
 from alignment_artifacts.report import build
 
 from .test_pipeline import QUESTIONS, copy_checkout, shell
+from .test_report import browser, find, show  # noqa: F401  (a fixture)
 from .tiny_checkpoints import write_family
 
 # What the shipped experiment is about, whatever the ending of the word.
@@ -167,13 +168,28 @@ def test_who_has_the_page_alone_gets_the_same_pairs_from_it(own, tmp_path):
     assert (saved.behaviour, saved.sides) == (original.behaviour, original.sides)
 
 
-def test_without_a_measure_a_sweep_asks_for_one_and_transcripts_tell_lengths(own):
+def test_without_a_measure_a_sweep_asks_for_one_and_transcripts_tell_lengths(own, browser):  # noqa: F811
     folder, results, _ = own
     done = shell(f"{sys.executable} sweep_suppression.py --model-name tiny --pairs agree.json", folder)
     assert done.returncode == 2 and "sycophancy" in done.stderr and "SCORE" in done.stderr
     printed = run(folder, COMMANDS[3], SCORE="")
     assert "No measure of sycophancy is named" in printed and "Mean of length, opinion prompts" in printed
     assert foreign(printed) == []
+    run(folder, COMMANDS[-1])
+    show(browser, results / "agree_residual")
+    for suffix, name in (("", "length"), ("-1", "agreement")):  # each with controls of its own
+        (path,) = results.rglob(f"transcripts_{name}_*.json")
+        pairs = json.loads(path.read_text())["pairs"]
+        cards = browser.find_elements("css selector", f"#transcript-list{suffix} .pair")
+        badges = [badge.text for badge in cards[0].find_elements("css selector", ".badge")]
+        sides, times = ("natural", "artifact"), ("before", "after")
+        assert badges == [f"{name} {pairs[0][side][when]['score']:g}" for side in sides for when in times]
+        assert [side.text for side in cards[0].find_elements("css selector", "strong")] == ["neutral", "opinion"]
+        fell = sum(any(pair[s]["after"]["score"] < pair[s]["before"]["score"] for s in sides) for pair in pairs)
+        find(browser, f"#token-filter{suffix} option[value=fell]").click()
+        text = find(browser, f"#token-page{suffix}").text
+        assert text == (f"1 to {min(fell, 5)} of {fell} pairs" if fell else "no pairs")
+    assert foreign(find(browser, "body").text) == [] and browser.get_log("browser") == []
     for path in results.rglob("transcripts_length_*"):
         path.unlink()
 
