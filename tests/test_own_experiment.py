@@ -133,7 +133,7 @@ def test_figures_on_paper_are_about_this_experiment(own, monkeypatch, tmp_path):
         ("suppression_sweep_agreement_*.json", paper.plot_sweep),
     ):
         (path,) = own[1].rglob(f"data/{name}")
-        plot(json.loads(path.read_text()), tmp_path / "figure.png")
+        plot(json.loads(path.read_text()), str(tmp_path / "figure.png"))
         assert list(own[1].rglob(f"figures/*{path.stem.removesuffix('_results')}*.png")), name
     words = "\n".join(text.get_text() for text in texts)
     assert foreign(words) == [] and "mean agreement of opinion prompts" in words and "unedited" in words
@@ -206,7 +206,7 @@ def test_what_belongs_to_something_else_is_left_out_with_a_sentence(own, spoil, 
     assert 'id="plot-projections"' in build(path.parent.parent)
     path.write_text(json.dumps({**content, "origin": {**content["origin"], **spoil}}))
     try:
-        page = build(path.parent.parent)
+        page = build(str(path.parent.parent))
     finally:
         path.write_text(text)
     assert sentence in page and 'id="plot-projections"' not in page

@@ -154,9 +154,9 @@ class Measurements:
 def measure(
     loaded: LoadedModel,
     pairs: list[Pair],
-    cache: Path,
+    cache: str | Path,
     show_progress: bool = False,
-    collections: Sequence[Path] = (),
+    collections: Sequence[str | Path] = (),
 ) -> Measurements:
     """The measurements of a model, from the cache, from a collection, or made now.
 
@@ -177,15 +177,15 @@ def measure(
     # Not the model's name: the same weights under another path are the same model.
     covered = [{**facts, "model": None}, token_ids, list(loaded.end_tokens)]
     digest = hashlib.sha256(json.dumps(covered).encode()).hexdigest()[:12]
-    folder = cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', loaded.name)}_{digest}"
-    sites = available_sites(loaded)
+    folder = Path(cache) / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', loaded.name)}_{digest}"
+    sites, folders = available_sites(loaded), [Path(collection) for collection in collections]
 
     def vectors_of(site: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
         """Answers to all prompts, and vectors [prompts, layers, hidden] by positions."""
         with locked(folder, wait=True):  # a second process waits, and finds everything measured
             _check_or_write_facts(folder / "model_config.json", facts)
             if not _is_measured(folder, site, len(token_ids)):
-                for collection in collections:
+                for collection in folders:
                     if _matches(collection, loaded, token_ids, site):
                         _take_over(collection, pairs, site, layer_sites(loaded.model, site), folder)
                         break
@@ -199,7 +199,7 @@ def measure(
     # What is there already is enough for answers; other sites are measured when they are requested.
     def is_there(site: str) -> bool:
         return _is_measured(folder, site, len(token_ids)) or any(
-            _matches(collection, loaded, token_ids, site) for collection in collections
+            _matches(collection, loaded, token_ids, site) for collection in folders
         )
 
     first_site = next(filter(is_there, sites), sites[0])

@@ -67,12 +67,13 @@ EXPLAINED = Source(
 TOXICITY_COMMAND = "python -m toxicity_steering.main"
 
 
-def build(folder: Path) -> str:
+def build(folder: str | Path) -> str:
     """The report on a folder of results, as HTML.
 
     Raises:
         UserError: there are no results at all, or a file was not written by this version.
     """
+    folder = Path(folder)
     several = {source.name: _sections(source, folder) for source in (*SOURCES, EXPLAINED)}
     everything = [section for sections in several.values() for section in sections]
     main = next((section["origin"] for section in everything if section["available"]), None)
@@ -213,6 +214,6 @@ def _render(data: dict, **values) -> str:
     )
 
 
-def write_report(folder: Path, output: Path) -> None:
+def write_report(folder: str | Path, output: str | Path) -> None:
     """Build the report and write it, whole or not at all."""
-    write_atomically(output, build(folder).encode())
+    write_atomically(Path(output), build(folder).encode())

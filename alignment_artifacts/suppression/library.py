@@ -120,7 +120,7 @@ class AlignmentArtifacts:
         pairs: str | Path = PAIRS_JSON,
         cache: str | Path | None = None,
         show_progress: bool = True,
-        collections: Sequence[Path] | None = None,
+        collections: Sequence[str | Path] | None = None,
         score: str | Score | Callable[[str, str], float] | None = None,
         wish: Wish = "lower",
     ):

@@ -173,10 +173,10 @@ def _pieces(loaded: LoadedModel, records: list[dict]) -> dict[str, str]:
     return {str(token): loaded.tokenizer.decode([token]) for token in sorted(ids)}
 
 
-def save_transcripts(folder: Path, result: dict, scores: np.ndarray, score: Score | None = None) -> Path:
+def save_transcripts(folder: str | Path, result: dict, scores: np.ndarray, score: Score | None = None) -> Path:
     """The file of texts, named after the score if there is one; the projections are beside it."""
     name = score.file_name(TRANSCRIPTS) if score else TRANSCRIPTS
-    path = folder / f"{name}.json"
+    path = Path(folder) / f"{name}.json"
     buffer = io.BytesIO()
     np.savez_compressed(buffer, scores=scores)
     write_atomically(path.with_suffix(".npz"), buffer.getvalue())
@@ -184,12 +184,13 @@ def save_transcripts(folder: Path, result: dict, scores: np.ndarray, score: Scor
     return path
 
 
-def load_transcripts(path: Path) -> tuple[dict, np.ndarray]:
+def load_transcripts(path: str | Path) -> tuple[dict, np.ndarray]:
     """What `save_transcripts` wrote.
 
     Raises:
         UserError: a file is missing, damaged, or not of the same run as the other.
     """
+    path = Path(path)
     result, projections = read_json(path, "transcripts file"), path.with_suffix(".npz")
     try:
         with np.load(projections, allow_pickle=False) as file:
