@@ -201,7 +201,7 @@ def load_activation_set(
         UserError: no collection there, a damaged file, or a setting that contradicts the files.
     """
     folder = Path(folder)
-    pairs = pairs if isinstance(pairs, PromptPairs) else PromptPairs(pairs)
+    pairs = PromptPairs.of(pairs)
     manifest = read_manifest(folder)
     sources = find_sources(folder, manifest, pairs, subcategory)
     files = _survey(folder, manifest, [source for both in sources for source in both], key_pattern, num_steps, site)
@@ -213,7 +213,10 @@ def load_activation_set(
             raise UserError(f"{name} is {wanted}, but the files in {folder} have {actual}; None takes it from them.")
 
     valid = np.zeros((len(pairs), 2, files.num_steps + 1), bool)
-    reasons = [_check_pair(pair, both, steps, files) for pair, both, steps in zip(pairs, sources, valid, strict=True)]
+    reasons = [
+        _check_pair(pair, both, steps, files, pairs.sides)
+        for pair, both, steps in zip(pairs, sources, valid, strict=True)
+    ]
     kept = [i for i, reason in enumerate(reasons) if reason is None]
     excluded = [
         {"pair": pair.id, "category": pair.category, "reason": reason}
@@ -341,9 +344,11 @@ def _survey(
     return _Files(key_pattern, keys, arrays[keys[0]].size // first.rows, num_steps, reader)
 
 
-def _check_pair(pair: Pair, sources: list[Source], valid: np.ndarray, files: _Files) -> str | None:
+def _check_pair(
+    pair: Pair, sources: list[Source], valid: np.ndarray, files: _Files, sides: tuple[str, str]
+) -> str | None:
     """Fill one pair's [2, steps]; returns why it cannot be used, if it cannot."""
-    if changed := difference(pair, sources):
+    if changed := difference(pair, sources, sides):
         return changed
     for source, steps in zip(sources, valid, strict=True):
         number, problem = source.find_steps(len(steps))
