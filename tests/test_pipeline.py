@@ -92,8 +92,12 @@ def test_every_result_file_says_what_it_belongs_to(workplace, result):
         "model_revision": result["collection"]["model_revision"],
         "pairs_file": "alignment_artifact_prompt_pairs.json",
         "pairs_hash": pairs_hash(pairs),
+        "behaviour": "refusal",
+        "sides": ["natural", "artifact"],
+        "site": "mlp",
     }
-    assert json.loads((workplace / RESULTS / "about.json").read_text()) == origin
+    about = json.loads((workplace / RESULTS / "about.json").read_text())
+    assert about == {**origin, "site": None}  # what is about other sites, or several, may lie there as well
     files = list((workplace / RESULTS / "data").glob("*.json"))
     assert len(files) == 4 and all(json.loads(file.read_text())["origin"] == origin for file in files)
     assert json.loads((workplace / RESULTS / "data/alignment_artifact_analysis_results.json").read_text()) == result
