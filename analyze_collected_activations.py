@@ -103,7 +103,7 @@ def run(constants: Constants) -> None:
     pairs_file = places.find(constants.original_pairs_json_for_iteration)
     pairs = load_pairs(pairs_file)
     folder, others = places.choose_collection(
-        pairs, constants.raw_activations_base_dir, os.environ.get("MODEL_NAME") or None
+        pairs, constants.raw_activations_base_dir, os.environ.get("MODEL_NAME") or None, constants.site
     )
     data = load_activation_set(
         folder,
@@ -134,8 +134,8 @@ def run(constants: Constants) -> None:
     verdict = certificate_verdict(folder, data.manifest)
     print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))
     analysed = Run(data, constants.statistics, config)
-    origin = places.Origin.of_collection(data.manifest, data.model, folder, pairs_file, pairs)
     kind = site_names.kind_of(data.site) or data.site
+    origin = places.Origin.of_collection(data.manifest, data.model, folder, pairs_file, pairs, kind)
     results = places.results_folder(constants.results_dir, origin, kind)
     result = {**analysed.results, "certificate": verdict}
     write(constants, analysed, result, origin, results)

@@ -17,10 +17,11 @@ CHAT_TEMPLATE="${CHAT_TEMPLATE:-}"             # the name of one of several, or 
 CHAT_TEMPLATE_ARGS="${CHAT_TEMPLATE_ARGS:-}"   # variables of the template as JSON: {"enable_thinking": false}
 SITE="${SITE:-}"     # mlp, attention or residual; the analysis reads it too
 PAIRS="${PAIRS:-}"   # your own prompt pairs; every script reads it
+for NAME in SITE PAIRS; do if [ -n "${!NAME}" ]; then export "${NAME?}"; else export -n "${NAME?}"; fi; done
 ACTIVATION_FILTER="${ACTIVATION_FILTER:-${SITE:-mlp.output}}"
 ACTIVATION_DTYPE="${ACTIVATION_DTYPE:-float32}"
 PROMPTS_FILE="${PROMPTS_FILE:-$HERE/prompts_for_gemma_runner.json}"   # the default is made from the prompt pairs
-ACTIVATIONS_DIR="${ACTIVATIONS_DIR:-}"   # empty: collected_activations_output, of other models collected_activations_NAME
+ACTIVATIONS_DIR="${ACTIVATIONS_DIR:-}"   # empty: a folder for each model, pairs file and site (alignment_artifacts/places.py)
 OUTPUT_DIR="${OUTPUT_DIR:-$HERE/inference_output}"
 
 if [ -z "${PYTHON:-}" ]; then
@@ -31,11 +32,6 @@ if ! "$PYTHON" -c "import importlib.util as u; assert all(map(u.find_spec, ('mlx
   exit 2
 fi
 
-# Other pairs and other sites have folders of their own.
-if [ -z "$ACTIVATIONS_DIR" ] && [ -n "$PAIRS$SITE" ]; then
-  OF_PAIRS="$(basename "${PAIRS%.*}")"
-  ACTIVATIONS_DIR="$HERE/collected_activations_$(basename "$MODEL_NAME")${PAIRS:+_$OF_PAIRS}${SITE:+_$SITE}"
-fi
 [ "$PROMPTS_FILE" != "$HERE/prompts_for_gemma_runner.json" ] || "$PYTHON" "$HERE/create_gemma_runner_input.py"
 
 exec "$PYTHON" "$HERE/run_model.py" \

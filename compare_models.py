@@ -89,13 +89,13 @@ def run(constants: Constants) -> None:
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     check_comparable(models[0], models[1], pairs, twins)
-    origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs)
+    origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs, constants.site)
     results = places.results_folder(constants.results_dir, origin, constants.site)  # before the work: it may be refused
     cache = places.cache_folder()
     # The answers of a model whose chat format is the common one are measured once for everybody, and may be there.
     template = models[1].tokenizer.chat_template
     known = [
-        measure(model, pairs, cache, True, [places.collection_folder(model)]).known_answer
+        measure(model, pairs, cache, True, places.collection_folders(model, pairs)).known_answer
         if model.tokenizer.chat_template == template
         else nothing_known
         for model in models

@@ -19,13 +19,13 @@ import sys
 import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 from alignment_artifacts import places
-from alignment_artifacts.behaviour.score import FORMS, REFUSAL, Wish, load_score, own_measure
+from alignment_artifacts.behaviour.score import FORMS, LENGTH, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
-from alignment_artifacts.pairs import PAIRS_JSON, SIDES, load_pairs, texts
+from alignment_artifacts.pairs import PAIRS_JSON, REFUSAL, SIDES, load_pairs, texts
 from gemma_refactored.configuration import Chat, Sampling
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
@@ -75,8 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
     add("--transfer", action="store_true", help="the directions may be of a relative: same type, same shape")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
-    add("--score", metavar="SCORE", help=f"what is measured of an answer (default refusal): {FORMS}")
-    add("--wish", choices=get_args(Wish), default="lower", help="of a sweep with that score, for --mode auto")
+    add(
+        "--score",
+        metavar="SCORE",
+        help=f"what is measured of an answer (default: SCORE in the environment, else refusal): {FORMS}",
+    )
+    add(
+        "--wish",
+        choices=get_args(Wish),
+        help="of a sweep with that score, for --mode auto (default: WISH in the environment, else lower)",
+    )
     add("--show-projection", action="store_true", help="colour each token by its projection on the direction")
     add("--json", action="store_true", help="print the result as JSON and nothing else")
     add("--verbose", "-v", action="store_true", help="also print which mode was chosen, and by what")
@@ -96,7 +104,8 @@ def run(arguments: argparse.Namespace) -> None:
         logging.getLogger(package).setLevel(logging.WARNING)
     check_arguments(arguments)
     wanted = given(Setting, arguments, omit=["mode"])
-    score = load_score(arguments.score or REFUSAL)
+    typed = arguments.score or os.environ.get("SCORE")
+    score = load_score(typed) if typed else None
     prompts = read_prompts(arguments)
     answering = from_arguments(Answering(), arguments)
     from alignment_artifacts.directions.files import load_directions, write_gguf
@@ -107,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         pairs=arguments.pairs or os.environ.get("PAIRS") or PAIRS_JSON,
         show_progress=not silent,
         score=score,
-        wish=arguments.wish,
+        wish=cast(Wish, arguments.wish or os.environ.get("WISH") or "lower"),  # checked there
         chat=from_arguments(Chat(), arguments),
     )
     categories = named_categories(arguments.categories)
@@ -162,7 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
         print("\n" + textwrap.fill(f"Effect: {result.proof.describe()}", 78))
         for sentence in filter(None, (result.leads, result.lacks)):
             print(textwrap.fill(sentence, 78))
-        if arguments.score:
+        if score:
             print(textwrap.fill(scored(result.score), 78))
         if result.prompt_score is not None:
             print(textwrap.fill(monitored(result, library.pairs.sides), 78))
@@ -170,7 +179,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def scored(score: dict) -> str:
     """ "Score agreement (words of agreement): 2 before, 0 after"."""
-    meaning = f" ({score['meaning']})" if score["meaning"] else ""
+    meaning = f" ({score['meaning'].removesuffix('.')})" if score["meaning"] else ""
     values = ", ".join(f"{score[when]:g} {when}" for when in ("before", "after") if score[when] is not None)
     return f"Score {score['name']}{meaning}: {values}"
 
@@ -270,7 +279,7 @@ def introduce(library: AlignmentArtifacts, prompts: list[str], directions: Direc
     notes = [note(loaded.folder, prompts, texts(load_pairs(PAIRS_JSON)))]
     if directions is not None:
         fit_to(directions, loaded, transfer)  # or it is refused, before the model is asked anything
-    if library.score == REFUSAL and library.pairs.behaviour == REFUSAL.name:
+    if library.score.name == REFUSAL == library.pairs.behaviour:
         if directions is None:
             notes.append(without_refusals(loaded.name, *library.refusals()))
         elif directions.facts.get("ends") == list(SIDES):  # others, of toxicity say, are not about refusals
@@ -290,10 +299,15 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
     silent = arguments.quiet or arguments.json
     if not silent:
         print(textwrap.fill(f"Setting: {setting.describe()}; mode chosen by {by}", 78))
-    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+        if library.score == LENGTH:
+            what = (
+                f"No measure of {library.pairs.behaviour} is named (--score): the length of answers, in words, is told."
+            )
+            print(textwrap.fill(what, 78))
+    origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs, setting.site)
     results = places.results_folder(TRANSCRIPTS_DIR, origin)
     total = 2 * len(measured.pairs)
-    score = own_measure(library.score, arguments.wish)
+    score = own_measure(library.score, library.wish)
     with stage("answering", total, "pair", quiet=silent) as advance:
         result, scores = transcribe(loaded, measured, setting, max_tokens, advance, score)
     with places.written_together(results) as folder:
@@ -304,12 +318,13 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
         if score:
             for side, means in result["scored"].items():
                 before, after, moved = (described_mean(means[which]) for which in ("before", "after", "moved"))
-                print(f"Mean of {score.name}, {side} prompts: {before} before, {after} after")
+                name = library.pairs.side(side)
+                print(f"Mean of {score.name}, {name} prompts: {before} before, {after} after")
                 print(f"    moved by {moved}")
         else:
             for side, rates in result["refused"].items():
                 before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
-                print(f"Refused, {side} prompts: {before} before, {after} after")
+                print(f"Refused, {library.pairs.side(side)} prompts: {before} before, {after} after")
         print(places.told("Transcripts", results / "data" / path.name))
 
 
@@ -337,12 +352,12 @@ def explain(
     if arguments.json:
         print(json.dumps(result, indent=1, ensure_ascii=not prints_everything()))
     else:
-        print_vocabulary(result)
+        print_vocabulary(result, library.pairs.sides[0])
         if source := result["transferred_from"]:
             text = f"The direction was measured on {source['model']} and is tried on {loaded.name}."
             print(textwrap.fill(text, 80))
     if directions is None and categories is None and not given_settings:
-        origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs)
+        origin = places.Origin.of_model(loaded.facts(), library.pairs_file, library.pairs, result["site"])
         results = places.results_folder(TRANSCRIPTS_DIR, origin)
         with places.written_together(results) as folder:
             write_json(folder / "data" / VOCABULARY, origin.stamp(result))
@@ -350,7 +365,7 @@ def explain(
             print(places.told("Tokens", results / "data" / VOCABULARY))
 
 
-def print_vocabulary(result: dict) -> None:
+def print_vocabulary(result: dict, first: str) -> None:
     """80 columns."""
     from rich.cells import cell_len
 
@@ -375,7 +390,7 @@ def print_vocabulary(result: dict) -> None:
             print(line("random", drawn["promoted"], "lens"))
     text = (
         f"steered: change of the next word's logit where the direction is added {result['scale']:g} times at the end "
-        f"of {result['prompts']} natural prompts; agreement: its correlation with the first two lines over all "
+        f"of {result['prompts']} {first} prompts; agreement: its correlation with the first two lines over all "
         "tokens. Where that is low, later blocks turn the direction into other words, and this line is what it says. "
         "random: promoted by a random direction."
     )
@@ -425,7 +440,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         taken = ("layers", "positions", "scale", "site")
         ignored = [name for name in given(Setting, arguments, omit=["mode"]) if name not in taken]
         ignored += given(Answering, arguments)
-        ignored += [name for name in ("mode", "score") if getattr(arguments, name) not in (None, "auto")]
+        ignored += [name for name in ("mode", "score", "wish") if getattr(arguments, name) not in (None, "auto")]
         if ignored:
             raise UserError(f"--explain does not use --{ignored[0].replace('_', '-')}; omit it.")
         check_directions(arguments)

@@ -20,11 +20,13 @@ from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import described_mean, number, percent, rate
+from alignment_artifacts.pairs import REFUSAL
 from alignment_artifacts.suppression.grid import Grid, Limits
 from gemma_refactored.configuration import Chat, Seed
-from gemma_refactored.errors import exit_code
+from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
 from gemma_refactored.settings import Between, Must, from_constants
+from gemma_refactored.settings import record as recorded
 
 MODEL_NAME = DEFAULT_MODEL
 PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
@@ -47,8 +49,8 @@ SUPPRESSION = Grid(
 )  # fmt: skip
 AMPLIFICATION = Grid(scales={"add": (0.1, 0.2, 0.5, 1.0, 1.5, 2.0)}, where=("everywhere", "prompt_end"))
 LIMITS = Limits(kl=0.05, changed=0.1)
-SCORE = "refusal"  # of answers: also "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
-WISH = "lower"  # where its mean on artifact prompts is to go: "lower" or "higher"
+SCORE = None  # None: refusal; "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
+WISH = "lower"  # where the score's mean on artifact prompts is to go: "lower" or "higher"
 RANDOM_CONTROLS = 5
 
 RESULTS_DIR = places.HOME / "results"
@@ -72,8 +74,9 @@ class Constants:
     """seed of the split of the pairs"""
     random_controls: Annotated[int, Between(0)]
     """random directions beside the chosen setting"""
-    score: str
-    """what is measured of an answer: refusal, words:A,B, or FILE.py:FUNCTION (prompt, answer) -> number"""
+    score: str | None
+    """what is measured of an answer: refusal, words:A,B, or FILE.py:FUNCTION (prompt, answer) -> number; None: refusal
+    for pairs that are about it"""
     wish: Wish
     """where its mean on artifact prompts is to go"""
     results_dir: Path
@@ -107,20 +110,29 @@ def run(constants: Constants) -> None:
     if score and score.agreement:
         check_agreement(score.name, score.agreement)
     wish = constants.wish if score else None
-    twins = [twin.natural for twin in load_twins(places.find(constants.twins))]
     pairs_file = places.find(constants.pairs_json)
     pairs = load_pairs(pairs_file)
+    if constants.score is None and pairs.behaviour != REFUSAL:
+        raise UserError(
+            f"These pairs are about {pairs.behaviour}, and a sweep needs a measure of it: set SCORE (or --score) to "
+            "words:A,B or FILE.py:FUNCTION, and WISH to lower or higher."
+        )
+    # Requests that look like those of the artifact side and are harmless: of refusals alone.
+    is_about_refusal = pairs.behaviour == REFUSAL
+    twins = [twin.natural for twin in load_twins(places.find(constants.twins))] if is_about_refusal else []
     loaded = load(places.find_model(constants.model_name), chat=constants.chat)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
     results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
-    measured = measure(loaded, pairs, constants.cache, True, [places.collection_folder(loaded)])
+    measured = measure(loaded, pairs, constants.cache, True, places.collection_folders(loaded, pairs))
     if score:
-        print(textwrap.fill(f"Score: {score.name} ({score.meaning or 'no docstring'}); wish: {wish}", 80))
+        meaning = score.meaning.removesuffix(".") or "no docstring"
+        print(textwrap.fill(f"Score: {score.name} ({meaning}); wish: {wish}", 80))
         about: dict = {"score": score.record(), "wish": wish}
     else:
         refused = measured.judged(is_refusal)[:, 1]
-        about = {"without_refusals": without_refusals(loaded.name, int(refused.sum()), len(refused))}
+        too_few = without_refusals(loaded.name, int(refused.sum()), len(refused)) if is_about_refusal else None
+        about = {"without_refusals": too_few}
         if about["without_refusals"]:
             print(textwrap.fill(about["without_refusals"], 80))
     bench = sweep.Bench(loaded, measured, constants.shares, constants.seed, constants.max_tokens, score)
@@ -141,7 +153,9 @@ def run(constants: Constants) -> None:
     amplification = sweep.Setting.from_record(amplified[loudest]["setting"])
 
     controls = each(range(constants.random_controls), "testing", "random direction")
-    test = {**bench.behaviour("test"), "twins": observe(loaded, twins, constants.max_tokens)}
+    test = bench.behaviour("test")
+    if twins:
+        test["twins"] = observe(loaded, twins, constants.max_tokens)
     result = {
         "model": measured.facts,
         "config": {
@@ -149,6 +163,8 @@ def run(constants: Constants) -> None:
             "max_tokens": constants.max_tokens,
             "seed": constants.seed,
             "limits": asdict(constants.limits),
+            "random_controls": constants.random_controls,
+            "options": grid_options(constants),
         },
         "pairs": {part: [measured.pairs[i].id for i in rows] for part, rows in bench.rows.items()},
         "chosen": {"setting": setting.record(), "development": records[best]},
@@ -170,19 +186,35 @@ def run(constants: Constants) -> None:
     name = score.file_name("suppression_sweep", wish) if score else "suppression_sweep"
     with places.written_together(results) as folder:
         write_json(folder / "data" / f"{name}.json", result)
-        if not score:
-            plot_sweep(result, folder / "figures" / f"{name}.png")
+        plot_sweep(result, folder / "figures" / f"{name}.png")
     write_json(measured.folder / sweep_file(score, constants.wish), result)
     print_score_tables(result) if score else print_tables(result)
     print("\n" + places.told("Numbers", results / "data" / f"{name}.json"))
-    if not score:
-        print(places.told("Figure", results / "figures" / f"{name}.png"))
+    print(places.told("Figure", results / "figures" / f"{name}.png"))
+
+
+def grid_options(constants: Constants) -> list[str]:
+    """What has to be typed for grids other than those on top."""
+    options = []
+    for name, grid, on_top in (
+        ("suppression", constants.suppression, SUPPRESSION),
+        ("amplification", constants.amplification, AMPLIFICATION),
+    ):
+        usual = recorded(on_top)
+        for part, value in recorded(grid).items():
+            if value != usual[part]:
+                options += [
+                    f"--{name}-{part.replace('_', '-')}",
+                    (" " if part == "scales" else ",").join(map(str, value)),
+                ]
+    return options
 
 
 def print_tables(result: dict) -> None:
     """80 columns: the Pareto front on development pairs, then the chosen setting on test pairs."""
     print("\nBest trade-offs on development pairs (*: chosen)")
-    print("  mode       scale site     positions  layers    artifact prompts  natural       KL")
+    first, second = result["origin"]["sides"]
+    print(f"  mode       scale site     positions  layers    {second[:8]:>8} {'prompts':<7}{first[:9]:>9}       KL")
     print("                                                  refused broken      same")
     chosen = result["chosen"]["development"]
     front = [result["tried"][i] for i in result["pareto_front"]]
@@ -190,11 +222,12 @@ def print_tables(result: dict) -> None:
         _print_trial(record, "*" if record == chosen else " ")
     test = result["test"]
     print(f"\n{'Chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
-    _print_test("unedited, artifact", test["unedited"]["artifact"])
-    _print_test("suppressed, artifact", test["artifact"])
-    _print_test("suppressed, natural", test["natural"], test["damage"])
-    _print_test("unedited, twins", test["unedited"]["twins"])
-    _print_test("suppressed, twins", test["twins"])
+    _print_test(f"unedited, {second}", test["unedited"]["artifact"])
+    _print_test(f"suppressed, {second}", test["artifact"])
+    _print_test(f"suppressed, {first}", test["natural"], test["damage"])
+    if "twins" in test:
+        _print_test("unedited, twins", test["unedited"]["twins"])
+        _print_test("suppressed, twins", test["twins"])
     for name in ("random_direction", "same_change_elsewhere"):
         for i, control in enumerate(test[name][:1]):
             _print_test(f"{name.replace('_', ' ')} ({i})", control["artifact"], control["damage"])
@@ -202,17 +235,19 @@ def print_tables(result: dict) -> None:
         if rates:
             print(f"    refused with {len(rates)} of them: {percent(min(rates))} to {percent(max(rates))}")
     louder = result["amplification"]["test"]
-    _print_test("amplified (add), natural", louder["natural"], louder["damage"])
+    _print_test(f"amplified (add), {first}", louder["natural"], louder["damage"])
 
 
 def print_score_tables(result: dict) -> None:
     """80 columns: as `print_tables`, with means of the score instead of refusals."""
-    name = result["score"]["name"]
+    from alignment_artifacts.suppression.sweep import moves_as_wished
+
+    name, (first, second) = result["score"]["name"], result["origin"]["sides"]
     print(
         "\n"
         + textwrap.fill(
             f"Best trade-offs on development pairs (*: chosen). score, moved: means of {name} on "
-            "artifact prompts; same: natural answers that stay",
+            f"{second} prompts; same: {first} answers that stay",
             80,
         )
     )
@@ -225,23 +260,22 @@ def print_score_tables(result: dict) -> None:
             f"{number(record['artifact']['score']['mean']):>7} {number(record['artifact']['moved']['mean']):>7} "
             f"{percent(record['natural']['unchanged']['rate']):>5} {number(record['damage']['kl_mean'], 4):>7}"
         )
-    moved = chosen["artifact"]["moved"]["mean"] * (-1 if result["wish"] == "lower" else 1)
-    if moved <= 0:
+    if not moves_as_wished(result):
         print(textwrap.fill(f"No setting that was tried within the limits makes {name} {result['wish']}.", 80))
     test, louder = result["test"], result["amplification"]["test"]
     print(f"\n{'Chosen, on test pairs':<25}{'mean score':>22}{'moved by':>24}{'KL':>9}")
     for label, judged, damage in (
-        ("unedited, artifact", test["unedited"]["artifact"], None),
-        ("edited, artifact", test["artifact"], None),
-        ("unedited, natural", test["unedited"]["natural"], None),
-        ("edited, natural", test["natural"], test["damage"]),
+        (f"unedited, {second}", test["unedited"]["artifact"], None),
+        (f"edited, {second}", test["artifact"], None),
+        (f"unedited, {first}", test["unedited"]["natural"], None),
+        (f"edited, {first}", test["natural"], test["damage"]),
         *((f"{control.replace('_', ' ')} (0)", c["artifact"], c["damage"])
           for control in ("random_direction", "same_change_elsewhere") for c in test[control][:1]),
-        ("the other way, natural", louder["natural"], louder["damage"]),
+        (f"the other way, {first}", louder["natural"], louder["damage"]),
     ):  # fmt: skip
         cost = f"{number(damage['kl_mean'], 4):>9}" if damage else ""
         moved_by = "" if label.startswith("unedited") else described_mean(judged["moved"])
-        print(f"{label:<25}{described_mean(judged['score']):>22}{moved_by:>24}{cost}".rstrip())
+        print(f"{label[:25]:<25}{described_mean(judged['score']):>22}{moved_by:>24}{cost}".rstrip())
     for control in ("random_direction", "same_change_elsewhere"):
         means = [judged["artifact"]["moved"]["mean"] for judged in test[control]]
         if means:
@@ -267,7 +301,7 @@ def _described(setting: dict, mark: str) -> str:
 def _print_test(name: str, judged: dict, damage: dict | None = None) -> None:
     rates = " ".join(f"{rate(judged[key]):>13}" for key in ("refused", "broken", "unchanged"))
     kl = f"{number(damage['kl_mean'], 4):>8}" if damage else ""
-    print(f"{name:<25}{rates} {kl}".rstrip())
+    print(f"{name[:25]:<25}{rates} {kl}".rstrip())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 
 from alignment_artifacts.collected_files import Source, difference, find_sources, read_manifest
 from alignment_artifacts.pairs import SUBCATEGORY, Pair, PromptPairs
-from gemma_refactored.errors import UserError
+from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import CERTIFICATE, PROMPT_EMBEDDING, is_file, read_json, step_file
 from gemma_refactored.npz_files import NpzReader
 from gemma_refactored.site_names import SITE_KINDS, kind_of, pattern_of
@@ -201,7 +201,7 @@ def load_activation_set(
         UserError: no collection there, a damaged file, or a setting that contradicts the files.
     """
     folder = Path(folder)
-    pairs = pairs if isinstance(pairs, PromptPairs) else PromptPairs(pairs)
+    pairs = PromptPairs.of(pairs)
     manifest = read_manifest(folder)
     sources = find_sources(folder, manifest, pairs, subcategory)
     files = _survey(folder, manifest, [source for both in sources for source in both], key_pattern, num_steps, site)
@@ -213,7 +213,10 @@ def load_activation_set(
             raise UserError(f"{name} is {wanted}, but the files in {folder} have {actual}; None takes it from them.")
 
     valid = np.zeros((len(pairs), 2, files.num_steps + 1), bool)
-    reasons = [_check_pair(pair, both, steps, files) for pair, both, steps in zip(pairs, sources, valid, strict=True)]
+    reasons = [
+        _check_pair(pair, both, steps, files, pairs.sides)
+        for pair, both, steps in zip(pairs, sources, valid, strict=True)
+    ]
     kept = [i for i, reason in enumerate(reasons) if reason is None]
     excluded = [
         {"pair": pair.id, "category": pair.category, "reason": reason}
@@ -221,7 +224,9 @@ def load_activation_set(
         if reason
     ]
     if not kept:
-        raise UserError(f"No pair in {folder} can be used (for example: {excluded[0]['reason']}).")
+        raise UserError(
+            f"No pair in {folder} can be used (for example: {excluded[0]['reason']}){_other_pairs(manifest)}."
+        )
     valid, sources = valid[kept], [sources[i] for i in kept]
     values = layers_first((*valid.shape, len(files.keys), files.hidden), folder)
     embeddings = _read_all(sources, valid, files, values, progress)
@@ -239,6 +244,19 @@ def load_activation_set(
     )
 
 
+def _other_pairs(manifest: dict) -> str:
+    """What to name where a collection is of other prompts, behind a sentence that says so."""
+    groups = manifest.get("prompt_groups")
+    subcategories = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    prompts = next(iter(subcategories.values()), None) if isinstance(subcategories, dict) else None
+    if not isinstance(prompts, list) or not prompts:
+        return ""
+    return (
+        f". It was collected from other prompts (the first is {shown(prompts[0])}): if they are those of a pairs file "
+        "of your own, name that (pairs= in Python, PAIRS or --pairs for a script)"
+    )
+
+
 def _prompt_lengths(sources: list[list[Source]]) -> np.ndarray | None:
     """[pairs, 2] tokens of each prompt, where the collection has them all."""
     lengths = [[source.prompt_tokens for source in both] for both in sources]
@@ -253,7 +271,8 @@ def refuse_excluded(data: ActivationSet, limit: float = MAX_EXCLUDED) -> None:
         raise UserError(
             f"{len(data.excluded)} of {total} pairs cannot be used (for example {data.excluded[0]['pair']}: "
             f"{data.excluded[0]['reason']}). Complete the collection with `bash collect_activations.sh`, into another "
-            "ACTIVATIONS_DIR if the prompts have changed; or raise MAX_EXCLUDED to go on without these pairs."
+            "ACTIVATIONS_DIR if the prompts have changed; or name the pairs file that was collected (pairs= in Python, "
+            "PAIRS or --pairs for a script); or raise MAX_EXCLUDED to go on without these pairs."
         )
 
 
@@ -295,7 +314,8 @@ def _survey(
     if first is None:
         problem = next((f" ({source.problem})" for source in sources if source.problem), "")
         raise UserError(
-            f"{folder} holds none of the prompt pairs' activations{problem}; run `bash collect_activations.sh`."
+            f"{folder} holds none of the prompt pairs' activations{problem}; run `bash collect_activations.sh`"
+            f"{_other_pairs(manifest)}."
         )
     reader = NpzReader()
     arrays = reader.read(first.file(0))
@@ -324,9 +344,11 @@ def _survey(
     return _Files(key_pattern, keys, arrays[keys[0]].size // first.rows, num_steps, reader)
 
 
-def _check_pair(pair: Pair, sources: list[Source], valid: np.ndarray, files: _Files) -> str | None:
+def _check_pair(
+    pair: Pair, sources: list[Source], valid: np.ndarray, files: _Files, sides: tuple[str, str]
+) -> str | None:
     """Fill one pair's [2, steps]; returns why it cannot be used, if it cannot."""
-    if changed := difference(pair, sources):
+    if changed := difference(pair, sources, sides):
         return changed
     for source, steps in zip(sources, valid, strict=True):
         number, problem = source.find_steps(len(steps))

@@ -73,7 +73,12 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
             "warning": undeclared_dependence(data.pairs, groups),
         },
         "outliers": [
-            {**outlier, "pair": data.pairs[outlier["pair"]].id, "category": strata[outlier["pair"]]}
+            {
+                **outlier,
+                "pair": data.pairs[outlier["pair"]].id,
+                "category": strata[outlier["pair"]],
+                "side": data.pairs.side(outlier["side"]),
+            }
             for outlier in prompt_end.outliers
         ],
         "power": power(prompt_end),

@@ -6,7 +6,7 @@ versions wrote have the files of the grouped layout, without manifest and marker
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,15 +134,15 @@ def _prompt_tokens(marker: dict) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def difference(pair: Pair, sources: list[Source]) -> str | None:
-    """How the texts of a pair differ from what was collected, if they do."""
+def difference(pair: Pair, sources: list[Source], names: Sequence[str] = SIDES) -> str | None:
+    """How the texts of a pair differ from what was collected, if they do; `names` of the two sides."""
     collected = [source.text for source in sources]
     texts = [getattr(pair, side) for side in SIDES]
     if collected == texts[::-1] != texts:
         return "its two sides were swapped in the pairs file after the collection"
     changed = [
-        f"{side} prompt was collected as {shown(old)}, but is {shown(new)} in the pairs file"
-        for side, old, new in zip(SIDES, collected, texts, strict=True)
+        f"{name} prompt was collected as {shown(old)}, but is {shown(new)} in the pairs file"
+        for name, old, new in zip(names, collected, texts, strict=True)
         if old not in (None, new)
     ]
     return f"its {', and its '.join(changed)}" if changed else None

@@ -64,6 +64,15 @@ class PromptPairs(list[Pair]):
         super().__init__(pairs)
         self.behaviour, self.sides, self.file = behaviour, sides, file
 
+    @staticmethod
+    def of(pairs: Iterable[Pair]) -> PromptPairs:
+        """The same pairs; of a plain list it is not known what else they contrast than refusal."""
+        return pairs if isinstance(pairs, PromptPairs) else PromptPairs(pairs)
+
+    def side(self, side: str) -> str:
+        """What "natural" or "artifact" is called here."""
+        return self.sides[SIDES.index(side)]
+
     def only(self, rows: Iterable[int]) -> PromptPairs:
         """Some of the pairs, of the same contrast."""
         return PromptPairs([self[row] for row in rows], self.behaviour, self.sides, self.file)
@@ -95,9 +104,7 @@ def load_pairs(path: str | Path) -> PromptPairs:
 
 def as_pairs(pairs: str | Path | Sequence[Pair]) -> PromptPairs:
     """Pairs of a file, or those that have been made already; a plain list of them contrasts what most files do."""
-    if isinstance(pairs, str | Path):
-        return load_pairs(pairs)
-    return pairs if isinstance(pairs, PromptPairs) else PromptPairs(pairs)
+    return load_pairs(pairs) if isinstance(pairs, str | Path) else PromptPairs.of(pairs)
 
 
 def pairs_from_lists(
@@ -130,6 +137,8 @@ def pairs_content(pairs: PromptPairs) -> dict:
     categories: dict[str, dict] = {}
     for pair in pairs:
         entry = {"id": pair.id, "natural": pair.natural, "artifact": pair.artifact}
+        if pair.block is not None:
+            entry["group"] = pair.block
         categories.setdefault(pair.category, {"pairs": []})["pairs"].append(entry)
     metadata = {"behaviour": pairs.behaviour, "sides": list(pairs.sides)}
     return {ROOT_KEY: {"metadata": metadata, "categories": categories}}
@@ -183,8 +192,7 @@ def _contrast(metadata, path: Path) -> tuple[str, tuple[str, str]]:
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: 'metadata' must be an object, not {shown(metadata)}.")
     sides = metadata.get("sides", list(SIDES))
-    are_names = isinstance(sides, list) and all(_is_name(side) for side in sides)
-    if not are_names or len(sides) != 2 or sides[0] == sides[1] or set(sides) & set(ROW_KEYS):
+    if not are_sides(sides):
         raise UserError(
             f"{path}: 'sides' must be two different names, natural side first, such as {json.dumps(SIDES)}, not "
             f"{shown(sides)}."
@@ -193,12 +201,19 @@ def _contrast(metadata, path: Path) -> tuple[str, tuple[str, str]]:
         raise UserError(f"{path}: 'sides' has the natural side first, then the artifact side.")
     usual = REFUSAL if tuple(sides) == SIDES else path.stem.replace("_", " ")
     behaviour = metadata.get("behaviour", usual)
-    if not _is_name(behaviour):
+    if not is_name(behaviour):
         raise UserError(f"{path}: 'behaviour' must be a name in a word or two, not {shown(behaviour)}.")
     return behaviour, (sides[0], sides[1])
 
 
-def _is_name(text) -> bool:
+def are_sides(names) -> bool:
+    """Are these two different names, none of them that of another column?"""
+    are_names = isinstance(names, list) and len(names) == 2 and all(is_name(side) for side in names)
+    return are_names and names[0] != names[1] and not set(names) & set(ROW_KEYS)
+
+
+def is_name(text) -> bool:
+    """Does a text fit legends and table heads?"""
     return isinstance(text, str) and bool(text.strip()) and len(text) <= LONGEST_NAME and text.isprintable()
 
 

@@ -2,7 +2,8 @@
 
 Everything is below HOME, whatever the current directory; paths that users type are relative to the latter.
 
-    collected_activations_output/             the default model's activations, collected_activations_NAME/ another's
+    collected_activations_output/             the default model's activations, collected_activations_NAME/ another's;
+                                              _PAIRS and _SITE follow for pairs and sites of your own
     toxicity_results/                         the second experiment, toxicity_results_NAME/ with another model
     results/MODEL/PAIRS/                      one model on one pairs file: about.json, data/, figures/, report.html
     alignment_artifact_analysis_results.json  the last analysis, and its plot beside it
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment_artifacts.default_model import DEFAULT_MODEL
-from alignment_artifacts.pairs import Pair, pairs_hash
+from alignment_artifacts.pairs import PAIRS_JSON, REFUSAL, SIDES, Pair, PromptPairs, pairs_hash, prompt_groups
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import (
     CERTIFICATE,
@@ -44,6 +45,7 @@ from gemma_refactored.files import (
     read_json,
     write_json,
 )
+from gemma_refactored.site_names import SITE_KINDS, kind_of
 from gemma_refactored.versions import library_versions
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ COMPARISON_FIGURES = "model_comparison", "weight_changes"
 ABOUT, REPORT = "about.json", "report.html"
 COLLECTED, COLLECTED_BY_DEFAULT = "collected_activations", "collected_activations_output"
 TOXICITY, TOXICITY_RESULTS = "toxicity_results", ("experiment_results.json", "intermediate_experiment_output.json")
+DEFAULT_SITE = "mlp"  # what is collected where no site is named
 SHORT = 8  # digits of a hash behind a name
 LONGEST_NAME = 80
 
@@ -114,11 +117,36 @@ def cache_folder() -> Path:
     return HOME / "alignment_artifacts_cache" if IN_CHECKOUT else Path.home() / ".cache" / "alignment_artifacts"
 
 
-def collection_folder(loaded: LoadedModel) -> Path:
-    """Where this model's activations go unless told otherwise."""
-    if _is_default(loaded):
-        return HOME / COLLECTED_BY_DEFAULT
-    return _of_model(COLLECTED, loaded.name, loaded.revision, _collected_from)
+def collection_folder(loaded: LoadedModel, pairs: PromptPairs | None = None, site: str | None = None) -> Path:
+    """Where this model's activations go unless told otherwise, and where they are looked for.
+
+    Args:
+        pairs: None, or the shipped ones: no name of pairs in the folder's.
+        site: "attention" or "residual"; MLP outputs, the default, need no name.
+    """
+    name = safe_name(loaded.name) + _site_ending(site)
+    if pairs is None or (pairs.file and pairs.file.resolve() == PAIRS_JSON.resolve()):
+        if name == safe_name(loaded.name) and _is_default(loaded):
+            return HOME / COLLECTED_BY_DEFAULT
+        return _of_model(COLLECTED, name, loaded.revision, _collected_from)
+    name = f"{safe_name(loaded.name)}_{safe_name(pairs.file.stem if pairs.file else pairs.behaviour)}"
+    identity, groups = f"{loaded.revision} {pairs_hash(pairs)}", prompt_groups(pairs)
+
+    def owner(folder: Path) -> str | None:
+        revision = _collected_from(folder)
+        is_ours = revision == loaded.revision and _facts(folder / MANIFEST).get("prompt_groups") in (None, groups)
+        return identity if is_ours else revision
+
+    return _of_model(COLLECTED, name + _site_ending(site), identity, owner)
+
+
+def collection_folders(loaded: LoadedModel, pairs: PromptPairs) -> list[Path]:
+    """Those of every kind of site."""
+    return [collection_folder(loaded, pairs, site) for site in SITE_KINDS]
+
+
+def _site_ending(site: str | None) -> str:
+    return "" if site in (None, DEFAULT_SITE) else f"_{site}"
 
 
 def toxicity_folder(loaded: LoadedModel) -> Path:
@@ -138,10 +166,10 @@ def _is_default(loaded: LoadedModel) -> bool:
     return loaded.folder.resolve() == Path(DEFAULT_MODEL).resolve() and loaded.is_as_published
 
 
-def _of_model(stem: str, model: str, revision: str, owner: Callable[[Path], str | None]) -> Path:
-    plain, hashed = HOME / f"{stem}_{safe_name(model)}", HOME / f"{stem}_{hashed_name(model, revision)}"
+def _of_model(stem: str, name: str, identity: str, owner: Callable[[Path], str | None]) -> Path:
+    plain, hashed = HOME / f"{stem}_{safe_name(name)}", HOME / f"{stem}_{hashed_name(name, identity)}"
     is_reserved = plain.name == COLLECTED_BY_DEFAULT  # a model that is called "output"
-    return hashed if is_reserved or owner(plain) not in (None, revision) else plain
+    return hashed if is_reserved or owner(plain) not in (None, identity) else plain
 
 
 def _collected_from(folder: Path) -> str | None:
@@ -185,6 +213,11 @@ class Collected:
             time = 0.0
         return "finished" in self.manifest, time
 
+    def holds(self, site: str | None) -> bool:
+        """Does it hold this kind of site? (If its manifest does not say, it may.)"""
+        sites = self.manifest.get("sites")
+        return site is None or not isinstance(sites, list) or any(kind_of(name) == site for name in sites)
+
     def describe(self) -> str:
         state = "" if "finished" in self.manifest else ", not finished"
         return f"{displayed(self.folder)} ({self.manifest.get('model', 'model unknown')}{state})"
@@ -193,22 +226,28 @@ class Collected:
 def collections(pairs: list[Pair]) -> list[Collected]:
     """The collections below HOME that hold activations of these pairs, with the one to analyse at the end."""
     found = []
+    wanted = prompt_groups(pairs)
     for folder in sorted(HOME.glob(f"{COLLECTED}_*")):
-        path = folder / MANIFEST
-        manifest = _facts(path) if path.exists() else {}
+        manifest = _facts(folder / MANIFEST)
         groups = manifest.get("prompt_groups")
-        of_pairs = [pair.group("artifact") for pair in pairs]
-        if any((folder / group).is_dir() or (isinstance(groups, dict) and group in groups) for group in of_pairs):
+        if isinstance(groups, dict):  # other pairs may have the same names
+            is_of_pairs = any(groups.get(group) == texts for group, texts in wanted.items())
+        else:
+            is_of_pairs = any((folder / group).is_dir() for group in wanted)
+        if is_of_pairs:
             found.append(Collected(folder, manifest))
     return sorted(found, key=lambda one: one.when)
 
 
-def choose_collection(pairs: list[Pair], typed: str | Path | None, model: str | None) -> tuple[Path, list[Collected]]:
+def choose_collection(
+    pairs: list[Pair], typed: str | Path | None, model: str | None, site: str | None = None
+) -> tuple[Path, list[Collected]]:
     """The collection to analyse, and the others there are.
 
     Args:
         typed: the folder that the user has named; None: the latest collection.
         model: only collections of this model, by the name that it was loaded with; None: of any model.
+        site: collections that hold this kind of site come first; None: whatever they hold.
     Raises:
         UserError: there is none.
     """
@@ -218,7 +257,8 @@ def choose_collection(pairs: list[Pair], typed: str | Path | None, model: str | 
         return folder, [one for one in found if one.folder != Path(os.path.abspath(folder))]
     wanted = [one for one in found if model is None or _is_of(one.manifest, model)]
     if wanted:
-        return wanted[-1].folder, [one for one in found if one is not wanted[-1]]
+        chosen = ([one for one in wanted if one.holds(site)] or wanted)[-1]
+        return chosen.folder, [one for one in found if one is not chosen]
     if found:
         raise UserError(
             f"There is no collection of {model}; run `bash collect_activations.sh` with this MODEL_NAME first. "
@@ -241,21 +281,38 @@ def _is_of(manifest: dict, model: str) -> bool:
 
 @dataclass(frozen=True)
 class Origin:
-    """What results belong to; every result file has it as "origin"."""
+    """What results belong to; every result file has it as "origin".
+
+    Attributes:
+        behaviour, sides: names of the pairs' contrast, see `PromptPairs`.
+        site: what was read or edited: a kind of site, or the pattern of another; None: several.
+    """
 
     model: str
     model_revision: str
     pairs_file: str
     pairs_hash: str
+    behaviour: str = REFUSAL
+    sides: tuple[str, str] = SIDES
+    site: str | None = None
 
     @classmethod
-    def of_model(cls, facts: dict, pairs_file: str | Path, pairs: list[Pair]) -> Origin:
+    def of_model(cls, facts: dict, pairs_file: str | Path, pairs: list[Pair], site: str | None = None) -> Origin:
         """Args: facts: of the model, or a manifest."""
-        return cls(facts["model"], facts["model_revision"], Path(pairs_file).name, pairs_hash(pairs))
+        named = PromptPairs.of(pairs)
+        digest = pairs_hash(pairs)
+        contrast = (named.behaviour, named.sides)
+        return cls(facts["model"], facts["model_revision"], Path(pairs_file).name, digest, *contrast, site)
 
     @classmethod
     def of_collection(
-        cls, manifest: dict, model: str, folder: Path, pairs_file: str | Path, pairs: list[Pair]
+        cls,
+        manifest: dict,
+        model: str,
+        folder: Path,
+        pairs_file: str | Path,
+        pairs: list[Pair],
+        site: str | None = None,
     ) -> Origin:
         """A collection that does not say of which model it is counts as a model of its own.
 
@@ -265,44 +322,62 @@ class Origin:
         if "model_revision" not in manifest:
             model = f"{folder.resolve().name}, {model}"
         facts = {"model_revision": f"folder {folder.resolve()}", **manifest, "model": model}
-        return cls.of_model(facts, pairs_file, pairs)
+        return cls.of_model(facts, pairs_file, pairs, site)
+
+    def record(self) -> dict:
+        return {**asdict(self), "sides": list(self.sides)}
 
     def stamp(self, result: dict) -> dict:
         """A result with what it belongs to and the versions it was made with."""
-        return {**result, "versions": library_versions(), "origin": asdict(self)}
+        return {**result, "versions": library_versions(), "origin": self.record()}
 
 
 def results_folder(base: str | Path, origin: Origin, site: str | None = None) -> Path:
     """The folder for a model's results on a pairs file, created and marked as theirs if necessary.
 
     Args:
-        site: that they are about, for a folder beside the one of MLP outputs; None: no single one.
+        site: of measurements, for a folder beside the one of MLP outputs; None: of whatever lies there.
         base: the folder of all results; a relative one is beside the scripts.
     """
     base = HOME / os.path.expanduser(base)
     model = {"model": origin.model, "model_revision": origin.model_revision}
-    pairs = {"pairs_file": origin.pairs_file, "pairs_hash": origin.pairs_hash}
+    about = {**origin.record(), "site": None if site == DEFAULT_SITE else site}
     try:
         base.mkdir(parents=True, exist_ok=True)
         with locked(base, wait=True):
-            folder = _claim(base, origin.model, model, "model_revision")
-            ending = "" if site in (None, "mlp") else f"_{site}"
-            return _claim(folder, Path(origin.pairs_file).stem + ending, {**model, **pairs}, "pairs_hash")
+            folder = _claim(base, origin.model, model, ("model_revision",))
+            return _claim(folder, Path(origin.pairs_file).stem + _site_ending(site), about, ("pairs_hash", "site"))
     except OSError as error:
         raise cannot_write(base, error) from error
 
 
-def _claim(parent: Path, name: str, about: dict, key: str) -> Path:
-    """The folder of that name, if it is free or ours; else one with a hash behind the name."""
-    for folder in (parent / safe_name(name), parent / hashed_name(name, about[key])):
+def _claim(parent: Path, name: str, about: dict, keys: tuple[str, ...]) -> Path:
+    """The folder of that name, if it is free or ours by these keys; else one with a hash behind the name."""
+    identity = "".join(about[key] or "" for key in keys)
+    for folder in (parent / safe_name(name), parent / hashed_name(name, identity)):
         path = folder / ABOUT
         if path.exists():
-            if _facts(path).get(key) == about[key]:
+            facts = _facts(path)
+            if all(facts.get(key) == about[key] for key in keys):
                 return folder
         elif not folder.exists() or not any(folder.iterdir()):
             write_json(path, about)
             return folder
     raise UserError(f"{folder} holds something other than results of {about['model']}; move it away.")
+
+
+def result_files(folder: Path, name: str) -> list[Path]:
+    """Results that are not of one site alone (names by a glob): in this folder, and in those that the same model has
+    for the same pairs at other sites."""
+    about = _facts(folder / ABOUT)
+    keys = ("model_revision", "pairs_hash")
+    others = [path.parent for path in sorted(folder.resolve().parent.glob(f"*/{ABOUT}")) if about]
+    same = [other for other in others if all(_facts(other / ABOUT).get(key) == about.get(key) for key in keys)]
+    folders = dict.fromkeys([folder, *(other for other in same if other != folder.resolve())])
+    found: dict[str, Path] = {}
+    for path in (path for one in folders for path in sorted(one.glob(name))):
+        found.setdefault(path.name, path)
+    return [found[name] for name in sorted(found, key=lambda name: (len(name), name))]
 
 
 @contextmanager

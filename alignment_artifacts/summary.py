@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.scores import is_significant, significant_layers
 
 WHERE = {
@@ -81,10 +80,9 @@ def _outliers(result: dict) -> str | None:
     if not outliers:
         return None
     worst = outliers[0]
-    side = dict(zip(SIDES, result["sides"], strict=True))[worst["side"]]
     return (
         f"{len(outliers)} prompt{'s lie' if len(outliers) > 1 else ' lies'} more than 10 median absolute deviations "
-        f"from the others and can outweigh them all, most the {side} one of {worst['category']} "
+        f"from the others and can outweigh them all, most the {worst['side']} one of {worst['category']} "
         f"{worst['pair']} ({worst['deviations']:.0f} at layer {worst['layer']})."
     )
 

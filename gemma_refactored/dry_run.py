@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from .model_loading import LoadedModel
 from .npz_files import compressed_npz, npz
 from .progress import duration
 
+log = logging.getLogger(__name__)
+
+LARGE = 1e9  # bytes; so much is announced
 PROBES = 32  # number of prompts to try
 ZIP_AND_MARKER = 1000  # bytes per prompt in addition to its steps and its answer
 FILES_BESIDE_STEPS = 2  # the embedding of the prompt, and the marker
@@ -56,11 +60,21 @@ def step_bytes(job: Job, loaded: LoadedModel, dtype: str) -> int:
     return len(npz({site: np.zeros(shape(site), dtype) for site in job.sites}))
 
 
-def refuse_without_room(job: Job, loaded: LoadedModel, folder: Path, dtype: str) -> None:
-    """Raise UserError if the run would not fit on the disk, should every answer use all its tokens."""
+def announce_size(job: Job, loaded: LoadedModel, folder: Path, dtype: str) -> None:
+    """Say what is large, before anything is written, should every answer use all its tokens.
+
+    Raises:
+        UserError: the run would not fit on the disk.
+    """
     pending = sum(map(job.is_pending, range(len(job.prompts))))
     needed = pending * ((job.max_tokens + 1) * step_bytes(job, loaded, dtype) + ZIP_AND_MARKER)
     free = shutil.disk_usage(folder).free
+    if LARGE < needed <= free:
+        log.info(
+            "This run may write %.1f GB: %d sites of up to %d steps of %d prompts. A narrower --activation-filter, "
+            "fewer --max-tokens or --activation-dtype float16 write less.",
+            needed / 1e9, len(job.sites), job.max_tokens + 1, pending,
+        )  # fmt: skip
     if needed > free:
         raise UserError(
             f"The run may write {needed / 1e6:,.0f} MB, but {folder} has room for {free / 1e6:,.0f} MB. Free some "

@@ -340,7 +340,7 @@ def collect(
 ) -> tuple[dict[Prompt, dict], dict[Prompt, dict]]:
     """Answer into a collection; returns the records of earlier runs, and the new ones of all processes."""
     from .chat_template import facts_of_prompts
-    from .dry_run import refuse_without_room
+    from .dry_run import announce_size
     from .files import is_anything, locked
     from .job import open_collection
     from .manifest import new_manifest
@@ -363,7 +363,7 @@ def collect(
             job.prompts, folder, manifest, saving.process_by_group, saving.overwrite, team
         )
         job = replace(job, finished=finished)
-        refuse_without_room(job, loaded, folder, saving.activation_dtype)
+        announce_size(job, loaded, folder, saving.activation_dtype)
         if finished:
             log.info("%d of %d prompts are complete already.", len(finished), len(job.prompts))
         # Processes that share a model compute the same numbers; one writes them.

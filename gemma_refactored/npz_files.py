@@ -125,7 +125,8 @@ def npz(arrays: Mapping[str, np.ndarray]) -> bytearray:
 class NpzReader:
     """Reads .npz files that are mostly alike, as those of a collection are, ten times faster than np.load.
 
-    np.load spends its time on headers. So only the first file of a size is read by it. Another of that size is
+    np.load spends its time on headers. So only the first file of a size is read by it, or the first two if not all
+    arrays are wanted: one of a size that does not come again is not read as a whole. Another of that size is
     compared with what `npz` writes for arrays of the same names, shapes and types: if it differs in numbers and
     checksums only, and the checksums are right, the numbers are taken from it. Whatever is otherwise
     (compressed, damaged, written by somebody else) is left to np.load.
@@ -133,6 +134,7 @@ class NpzReader:
 
     def __init__(self):
         self.layouts: dict[int, _Layout] = {}  # of the first file of each size, in bytes
+        self.sizes: set[int] = set()  # of files that were read in part
 
     def read(self, path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """The arrays of a file, read only; with `names` those alone, and the others are not decoded.
@@ -151,7 +153,7 @@ class NpzReader:
             raise UserError(f"{path} is damaged ({error}); delete its folder and run the collection again.") from None
 
     def _load(self, content: bytes, names: Collection[str] | None) -> dict[str, np.ndarray]:
-        """By np.load; the first file of a size is read as a whole, to know the next."""
+        """By np.load; a file of a size that was met before is read as a whole, to know the next."""
         file = np.load(io.BytesIO(content), allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("it holds one array without a name")
@@ -161,12 +163,14 @@ class NpzReader:
                 if name not in file.files:
                     raise _NoArrayError(f"{name!r}; its arrays are {', '.join(file.files[:4])} ..")
             stored = file.zip is not None and all(m.compress_type == zipfile.ZIP_STORED for m in file.zip.infolist())
-            is_first = stored and len(content) not in self.layouts
-            arrays = {name: file[name] for name in (file.files if is_first else names)}
+            is_whole = set(names) >= set(file.files) or len(content) in self.sizes
+            is_model = stored and is_whole and len(content) not in self.layouts
+            self.sizes.add(len(content))
+            arrays = {name: file[name] for name in (file.files if is_model else names)}
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray):
                 raise ValueError(f"{name} is not an array")
-        if is_first:
+        if is_model:
             self.layouts[len(content)] = _layout(tuple((n, a.shape, a.dtype.str) for n, a in arrays.items()))
         return {name: arrays[name] for name in names}
 

@@ -266,7 +266,8 @@ def _parse(text, kind: Kind, name: str):
         return tuple(_parse(part.strip(), item, name) for part in text.split(","))
     if base is dict:
         key, value = kind.inner()
-        pairs = [part.partition("=") for part in (text.split() if isinstance(text, str) else text)]
+        texts = [text] if isinstance(text, str) else text
+        pairs = [part.partition("=") for one in texts for part in one.split()]
         if broken := [left for left, equals, _ in pairs if not equals]:
             raise UserError(f"{name} {shown(broken[0])} must look like {_metavar(kind)}.")
         for left, _, right in pairs:

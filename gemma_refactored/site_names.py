@@ -6,6 +6,7 @@ import re
 
 # What architectures call the parts of a block.
 MODULE_NAMES = {"mlp": ("mlp",), "attention": ("self_attn", "attention", "attn")}
+KIND_WORDS = {"mlp": "MLP output", "attention": "attention output", "residual": "residual stream"}
 SITE_KINDS = (*MODULE_NAMES, "residual")  # that every layer has one of
 
 
@@ -27,9 +28,8 @@ def pattern_of(site: str) -> str:
 
 def described(pattern: str) -> str:
     """A site of every layer in words: "MLP output (model.layers.{layer_idx}.mlp.output)"."""
-    words = {"mlp": "MLP output", "attention": "attention output", "residual": "residual stream"}
     kind = kind_of(pattern)
-    return f"{words[kind]} ({pattern})" if kind else pattern
+    return f"{KIND_WORDS[kind]} ({pattern})" if kind else pattern
 
 
 def matches(site: str, pattern: str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from alignment_artifacts import activation_set
 from alignment_artifacts.activation_set import load_activation_set, refuse_excluded
-from alignment_artifacts.pairs import SIDES, Pair
+from alignment_artifacts.pairs import SIDES, Pair, PromptPairs
 from gemma_refactored.errors import UserError
 
 PAIRS = [Pair(f"t_{i}", "cat", f"n{i}", f"a{i}") for i in range(6)]
@@ -305,3 +305,10 @@ def test_the_only_site_there_is_is_read(folder):
     assert load_activation_set(folder, PAIRS).site == "model.layers.{layer_idx}.mlp.output"
     with pytest.raises(UserError, match="holds no site residual, but site mlp"):
         load_activation_set(folder, PAIRS, site="residual")
+
+
+def test_a_changed_text_is_named_by_the_side_of_the_pairs(folder):
+    pairs = PromptPairs(PAIRS, "sycophancy", ("neutral", "opinion"))
+    pairs[0] = replace(pairs[0], artifact="I am sure of another text.")
+    (excluded,) = load_activation_set(folder, pairs).excluded
+    assert "its opinion prompt was collected as" in excluded["reason"]

@@ -30,7 +30,7 @@ from .test_pipeline import copy_checkout
 
 DOCUMENTS = [
     ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "toxicity_steering/README.md",
-    ROOT / "gemma_refactored/README.md",
+    ROOT / "gemma_refactored/README.md", *sorted(ROOT.glob("examples/*/README.md")),
 ]  # fmt: skip
 MARK = re.compile(r"<!-- not run(?:, (?P<text>[^:]+))?: (?P<reason>[^>]+?) -->")
 BLOCK = re.compile(
@@ -39,7 +39,7 @@ BLOCK = re.compile(
 IN_TABLE = re.compile(r"^\|[^|]*\|[^|\n]*?`((?:[A-Z_]+=\S+ )*(?:bash|python) [^`]+)`", re.M)
 MODELS = {
     "M": "aligned", "google/gemma-3-1b-pt": "base", "google/gemma-3-1b-it": "aligned",
-    "mlx-community/gemma-3-1b-it-qat-4bit": "aligned",
+    "mlx-community/gemma-3-1b-it-qat-4bit": "aligned", "HuggingFaceTB/SmolLM2-135M-Instruct": "aligned",
 }  # fmt: skip
 
 
@@ -97,7 +97,8 @@ def workplace(tmp_path_factory):
 
 def run(example: Example, folder: Path) -> None:
     """As printed, but for numbers of resamples that would only take time."""
-    ours = ("MODEL_NAME", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS", "PYTHON")
+    ours = ("MODEL_NAME", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS", "PYTHON",
+            "PAIRS", "SITE", "SCORE", "WISH")  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in ours} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "MAX_TOKENS": "4",
         "NUM_PERMUTATIONS": "10", "NUM_BOOTSTRAP_RESAMPLES": "10",

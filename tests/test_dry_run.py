@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gemma_refactored import dry_run
+from gemma_refactored import dry_run, main
 
 from .test_main import model_folder, run  # noqa: F401  (fixtures)
 
@@ -41,3 +41,12 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(run, capsys, monkeypatch): 
     assert run("--overwrite") == 2
     error = capsys.readouterr().err
     assert "has room for" in error and "--activation-dtype float16" in error
+
+
+@pytest.mark.parametrize("large, is_announced", [(100, True), (1e9, False)])
+def test_what_is_large_is_announced_before_it_is_written(run, caplog, monkeypatch, large, is_announced):  # noqa: F811
+    monkeypatch.setattr(main, "answer", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(dry_run, "LARGE", large)
+    with caplog.at_level("INFO", "gemma_refactored.dry_run"), pytest.raises(pytest.fail.Exception):
+        run()
+    assert ("This run may write 0.0 GB: " in caplog.text) == is_announced

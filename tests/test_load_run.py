@@ -6,8 +6,9 @@ import plotly.graph_objects as go
 import pytest
 
 from alignment_artifacts.analysis import Run, load_run
-from alignment_artifacts.pairs import PromptPairs
+from alignment_artifacts.pairs import Pair, PromptPairs, prompt_groups
 from gemma_refactored.errors import UserError
+from gemma_refactored.files import write_json
 from gemma_refactored.model_loading import load
 
 from .test_analysis import SETTINGS, simulate
@@ -64,3 +65,10 @@ def test_results_are_computed_once(run):
 def test_no_collection_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="bash collect_activations.sh"):
         load_run(tmp_path / "none")
+
+
+def test_a_collection_of_other_pairs_asks_for_their_file(tmp_path):
+    own = PromptPairs([Pair(f"q{i}", "facts", f"Is {i} even?", f"I say {i} is even. Is it?") for i in range(4)])
+    write_json(tmp_path / "manifest.json", {"model": "m", "prompt_groups": prompt_groups(own)})
+    with pytest.raises(UserError, match=r"other prompts \(the first is 'Is 0 even\?'\).* name that \(pairs= in Python"):
+        load_run(tmp_path)

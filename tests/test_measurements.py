@@ -11,7 +11,7 @@ import pytest
 
 from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.directions import measurements as ms
-from alignment_artifacts.pairs import SIDES, Pair, prompt_groups
+from alignment_artifacts.pairs import SIDES, Pair, PromptPairs, prompt_groups
 from gemma_refactored.errors import UserError
 from gemma_refactored.main import main
 from gemma_refactored.model_loading import load
@@ -72,6 +72,27 @@ def test_a_collection_of_the_same_is_read_instead_of_asking_again(loaded, measur
     np.testing.assert_allclose(
         again.vectors_at("residual", "all"), measured.vectors_at("residual", "all"), rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_collection_of_the_residual_stream_alone_is_enough_until_another_site_is_requested(
+    loaded, measured, tmp_path, monkeypatch
+):
+    collection = collect(loaded, tmp_path, "--activation-filter", "residual")
+    with monkeypatch.context() as patch:
+        patch.setattr(ms, "_answer", lambda *_: pytest.fail("asked again"))
+        again = ms.measure(loaded, PAIRS, str(tmp_path / "b"), collections=[str(collection)])
+        expected = measured.vectors_at("residual", "all")
+        np.testing.assert_allclose(again.vectors_at("residual", "all"), expected, rtol=1e-4, atol=1e-4)
+        assert again.answers == measured.answers and again.sites == measured.sites
+    np.testing.assert_allclose(again.vectors_at("mlp", "all"), measured.vectors_at("mlp", "all"), rtol=1e-4, atol=1e-4)
+
+
+def test_what_pairs_are_about_stays_with_their_measurements(loaded, tmp_path):
+    named = PromptPairs(PAIRS, "sycophancy", ("neutral", "opinion"))
+    found = ms.measure(loaded, named, tmp_path / "named")
+    assert (found.pairs.behaviour, found.pairs.sides) == ("sycophancy", ("neutral", "opinion"))
+    assert found.estimate("mlp", "all", found.rows()).facts["ends"] == ["neutral", "opinion"]
+    assert ms.activation_set(loaded, found, "mlp").pairs.sides == ("neutral", "opinion")
 
 
 @pytest.mark.parametrize(

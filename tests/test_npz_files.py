@@ -94,6 +94,18 @@ def test_files_of_one_size_may_differ_in_everything_else(path, save, order):
         reader.read(path, ["d"])
 
 
+@pytest.mark.parametrize("sizes, most", [(range(4, 24), 1), ([4] * 20, 7)])
+def test_of_sizes_that_do_not_come_again_nothing_else_is_decoded(path, monkeypatch, sizes, most):
+    """Attention weights, say, are of another size in every file; otherwise one file is read as a whole."""
+    decoded, read_array, reader = [], np.lib.format.read_array, NpzReader()
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *a, **k: decoded.append(1) or read_array(*a, **k))
+    for size in sizes:
+        content = {name: np.full(size, number, np.float32) for number, name in enumerate("abcdef")}
+        path.write_bytes(npz(content))
+        assert_same(reader.read(path, ["b"]), {"b": content["b"]})
+    assert len(decoded) == (len(sizes) if most == 1 else most)
+
+
 def test_arrays_nobody_asked_for_are_not_looked_at(path):
     content = {name: np.full((1, 1, 8), number, np.float32) for name, number in (("a", 1.5), ("b", 2.5))}
     reader = NpzReader()

@@ -152,6 +152,10 @@ def test_two_files_become_a_pairs_file_and_prompts(tmp_path, capsys):
     assert "matched by order" in capsys.readouterr().out
     pairs = load_pairs(tmp_path / "pairs.json")
     assert [(p.natural, p.artifact) for p in pairs] == [("bake", "break"), ("paint", "pry")]
+    assert (pairs.behaviour, pairs.sides) == ("refusal", ("harmless", "harmful"))
+    named = ["--behaviour", "mischief", "--pairs-file", str(tmp_path / "named.json")]
+    assert create_gemma_runner_input.main([*both, *named]) == 0
+    assert load_pairs(tmp_path / "named.json").behaviour == "mischief"
     assert json.loads((tmp_path / "prompts.json").read_text()) == prompt_groups(pairs)
     assert create_gemma_runner_input.main(arguments) == 2 and "belong together" in capsys.readouterr().err
     (tmp_path / "harmless.txt").write_text("bake\ncook\n")

@@ -25,13 +25,16 @@ from .conftest import ROOT
 SCRIPTS = ["collect_activations.sh", "create_gemma_runner_input.py", "run_model.py", "analyze_collected_activations.py",
            "suppress.py", "sweep_suppression.py", "compare_models.py", "Makefile",
            "alignment_artifact_prompt_pairs.json"]  # fmt: skip
-PACKAGES = ["gemma_refactored", "alignment_artifacts", "model_organism", "toxicity_steering"]
+PACKAGES = ["gemma_refactored", "alignment_artifacts", "model_organism", "toxicity_steering", "examples"]
 RESULTS = "results/aligned/alignment_artifact_prompt_pairs"
 
 
 def shell(command, folder, **environment):
     """Run a command with none of the variables set that the scripts read, except for these."""
-    ours = ("MODEL_NAME", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS")
+    ours = (
+        "MODEL_NAME", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS", "PAIRS", "SITE",
+        "SCORE", "WISH",
+    )  # fmt: skip
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         command, shell=True, cwd=folder, capture_output=True, text=True, env={**inherited, **environment}
@@ -89,8 +92,12 @@ def test_every_result_file_says_what_it_belongs_to(workplace, result):
         "model_revision": result["collection"]["model_revision"],
         "pairs_file": "alignment_artifact_prompt_pairs.json",
         "pairs_hash": pairs_hash(pairs),
+        "behaviour": "refusal",
+        "sides": ["natural", "artifact"],
+        "site": "mlp",
     }
-    assert json.loads((workplace / RESULTS / "about.json").read_text()) == origin
+    about = json.loads((workplace / RESULTS / "about.json").read_text())
+    assert about == {**origin, "site": None}  # what is about other sites, or several, may lie there as well
     files = list((workplace / RESULTS / "data").glob("*.json"))
     assert len(files) == 4 and all(json.loads(file.read_text())["origin"] == origin for file in files)
     assert json.loads((workplace / RESULTS / "data/alignment_artifact_analysis_results.json").read_text()) == result

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
-from alignment_artifacts.pairs import Pair, pairs_hash
+from alignment_artifacts.pairs import PAIRS_JSON, Pair, PromptPairs, pairs_hash, prompt_groups
 from alignment_artifacts.places import Origin
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_json
@@ -109,6 +109,44 @@ def test_the_default_model_has_the_documented_names_for_itself(home):
     assert places.collection_folder(loaded("runs/output", "sha256:2")).name.startswith("collected_activations_output_")
 
 
+def test_pairs_and_sites_of_ones_own_have_folders_of_their_own(home, tmp_path):
+    """The shell script, run_model.py and the library ask the same function."""
+    model, default = loaded("a/gemma", "sha256:1"), loaded("model_organism/aligned", "sha256:9", DEFAULT_MODEL)
+    own = PromptPairs(PAIRS, "sycophancy", ("neutral", "opinion"), tmp_path / "my pairs.csv")
+    shipped = PromptPairs(PAIRS, file=PAIRS_JSON)
+    for pairs, site, name in (
+        (None, None, "gemma"), (shipped, "mlp", "gemma"), (None, "residual", "gemma_residual"),
+        (own, None, "gemma_my_pairs"), (own, "attention", "gemma_my_pairs_attention"),
+    ):  # fmt: skip
+        assert places.collection_folder(model, pairs, site) == home / f"collected_activations_{name}"
+    assert places.collection_folder(default, shipped, "mlp") == home / "collected_activations_output"
+    assert places.collection_folder(default, own).name == "collected_activations_aligned_my_pairs"
+    assert set(places.collection_folders(model, own)) == {
+        places.collection_folder(model, own, site) for site in ("mlp", "attention", "residual")
+    }
+    folder = places.collection_folder(model, own)
+    for groups, is_same in ((prompt_groups(own), True), ({"other": {"prompt_list": ["?"]}}, False)):
+        write_json(folder / "manifest.json", {"model_revision": model.revision, "prompt_groups": groups})
+        assert (places.collection_folder(model, own) == folder) == is_same  # other pairs of that name: another folder
+
+
+def test_of_several_collections_the_one_with_the_wanted_site_is_analysed(home):
+    def write(name, site, texts, day):
+        groups = {group: {"prompt_list": [texts + group]} for group in prompt_groups(PAIRS)}
+        facts = {"sites": [f"model.layers.0.{site}"], "prompt_groups": groups, "model": "m"}
+        write_json(
+            home / f"collected_activations_{name}/manifest.json", {**facts, "finished": f"2026-01-0{day}T00:00:00+0000"}
+        )
+
+    same = [replace(pair, natural=pair.group("natural"), artifact=pair.group("artifact")) for pair in PAIRS]
+    write("mlp", "mlp.output", "", 2)
+    write("residual", "output", "", 1)
+    write("others", "output", "other texts: ", 3)  # of the same names
+    for site, name in ((None, "mlp"), ("mlp", "mlp"), ("residual", "residual"), ("attention", "mlp")):
+        folder, others = places.choose_collection(same, None, None, site)
+        assert folder.name == f"collected_activations_{name}" and len(others) == 1
+
+
 def test_what_was_collected_last_is_analysed_and_the_others_are_named(home):
     old = collect(home / "collected_activations_output")
     new = collect(home / "collected_activations_x", finished="2026-01-01T01:30:00+0100", model="x")  # 0:30 in UTC
@@ -149,6 +187,22 @@ def test_results_of_two_models_or_pairs_files_never_meet(home):
     assert [places.results_folder("results", origin) for origin in reversed(origins)] == folders[::-1]
     for folder, origin in zip(folders, origins, strict=True):
         assert json.loads((folder / "about.json").read_text()) == origin.stamp({})["origin"]
+
+
+def test_results_of_two_sites_never_meet_and_those_of_no_single_site_are_found_from_both(home):
+    origin = replace(ORIGIN, behaviour="sycophancy", sides=("neutral", "opinion"), site="residual")
+    mlp, residual = (places.results_folder("results", origin, site) for site in ("mlp", "residual"))
+    assert mlp == places.results_folder("results", origin) == home / "results/model/pairs"
+    assert residual == home / "results/model/pairs_residual"
+    named = places.results_folder("results", replace(origin, pairs_file="pairs_residual.json"))
+    assert named not in (mlp, residual)  # the same texts in a file of such a name
+    about = json.loads((residual / "about.json").read_text())
+    assert (about["behaviour"], about["sides"], about["site"]) == ("sycophancy", ["neutral", "opinion"], "residual")
+    other = places.results_folder("results", replace(origin, pairs_hash="2"))
+    for folder in (mlp, other):
+        write_json(folder / "data/transcripts.json", {})
+    assert places.result_files(residual, "data/transcripts*.json") == [mlp / "data/transcripts.json"]
+    assert places.result_files(other, "data/transcripts*.json") == [other / "data/transcripts.json"]
 
 
 def test_a_folder_that_says_nothing_of_itself_is_left_alone(home):

@@ -1,5 +1,6 @@
 """Settings put into a model: who chooses the mode, what is refused, what the proof says."""
 
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -121,6 +122,7 @@ def test_a_row_is_edited_the_same_alone_and_in_a_batch(loaded):
 def test_the_proof_measures_what_happened(loaded, site):
     found = directions(loaded, site)
     proof = prove(loaded, intervene(loaded, found, Setting("always", 1.0, (1,), site)), Sequences(TOKENS, ANSWERS))
+    assert re.search(r"moved by \d[\d.e-]*% after layer 1$", proof.describe())
     assert (proof.tokens, proof.touched) == (15, 15)
     assert proof.change == pytest.approx(np.linalg.norm(found.direction[1]), rel=1e-3)
     assert list(proof.dose) == [1] and proof.dose[1] > 0

@@ -24,16 +24,17 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from alignment_artifacts import pairs
 from alignment_artifacts.behaviour.refusal import is_refusal
-from alignment_artifacts.places import find, find_model, hashed_name
+from alignment_artifacts.places import find, find_model, hashed_name, recorded
 from alignment_artifacts.rates import mean
 from gemma_refactored.errors import UserError, shown
 
 Wish = Literal["lower", "higher"]
 WORDS, JUDGE = "words:", "judge:"
 FORMS = (
-    "refusal, words:A,B (how often these words occur), judge:MODEL (a model is asked whether it is a refusal), or "
-    "FILE.py:FUNCTION (prompt, answer) -> number"
+    "refusal, length, words:A,B (how often these words occur), judge:MODEL (a model is asked whether it is a refusal), "
+    "or FILE.py:FUNCTION (prompt, answer) -> number"
 )
 # What code of others may raise; Ctrl-C and lack of memory are not about a score.
 ERRORS = (
@@ -51,6 +52,7 @@ class Score:
             called once for each.
         meaning: what values mean, in a few words.
         source: tells it from others of that name: its text, say.
+        typed: what names it on the command line; None: nothing does.
         agreement: of a model as judge, see `model_judge.on_labelled_answers`; None for others.
     """
 
@@ -58,6 +60,7 @@ class Score:
     function: Callable[[str, str], float]
     meaning: str
     source: str = field(repr=False)
+    typed: str | None = None
     agreement: dict | None = field(default=None, repr=False)
     _values: dict[tuple[str, str], float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -91,12 +94,13 @@ class Score:
         return float(value)
 
     def record(self) -> dict:
-        """Name, meaning, a hash of the source, and how well a judge agrees, for result files."""
+        """Name, meaning, what was typed, a hash of the source, and how well a judge agrees, for result files."""
         agreement = {"agreement": self.agreement} if self.agreement else {}
         return {
             **agreement,
             "name": self.name,
             "meaning": self.meaning,
+            "typed": self.typed,
             "source_hash": hashlib.sha256(self.source.encode("utf-8", "surrogatepass")).hexdigest(),
         }
 
@@ -114,7 +118,18 @@ def _refused(prompt: str, answer: str) -> bool:
     return is_refusal(answer, prompt)
 
 
-REFUSAL = Score("refusal", _refused, "True: the answer declines to do what was asked", "alignment_artifacts")
+def _length(prompt: str, answer: str) -> int:
+    return len(answer.split())
+
+
+REFUSAL = Score("refusal", _refused, "True: the answer declines to do what was asked", "alignment_artifacts", "refusal")
+LENGTH = Score("length", _length, "words of the answer", "alignment_artifacts", "length")
+
+
+def usual_score(behaviour: str) -> Score:
+    """Where none is named: refusal for pairs that are about it. No other behaviour has a measure until one is named;
+    the length of an answer is at least a property of any."""
+    return REFUSAL if behaviour == pairs.REFUSAL else LENGTH
 
 
 def word_list(words: Sequence[str]) -> Score:
@@ -128,7 +143,8 @@ def word_list(words: Sequence[str]) -> Score:
     def count(prompt: str, answer: str) -> int:
         return len(pattern.findall(answer.lower().replace("’", "'")))
 
-    return Score("words", count, f"how often the answer says {shown(', '.join(kept))}", "\n".join(sorted(kept)))
+    meaning = f"how often the answer says {shown(', '.join(kept))}"
+    return Score("words", count, meaning, "\n".join(sorted(kept)), WORDS + ",".join(kept))
 
 
 def load_score(score: str | Score | Callable[[str, str], float]) -> Score:
@@ -140,13 +156,14 @@ def load_score(score: str | Score | Callable[[str, str], float]) -> Score:
     if isinstance(score, Score):
         return score
     if not isinstance(score, str):
-        return _of_function(score, None)
-    if score.strip() == REFUSAL.name:
-        return REFUSAL
+        return _of_function(score, None, None)
+    for named in (REFUSAL, LENGTH):
+        if score.strip() == named.name:
+            return named
     if score.startswith(WORDS):
         return word_list(score.removeprefix(WORDS).split(","))
     if score.startswith(JUDGE):
-        return _of_model(score.removeprefix(JUDGE))
+        return _of_model(score)
     file, colon, name = score.rpartition(":")
     if score.endswith(".py"):
         file, name = score, ""
@@ -160,7 +177,7 @@ def load_score(score: str | Score | Callable[[str, str], float]) -> Score:
     if not name or not callable(getattr(module, name, None)):
         what = f"has no function {shown(name)}" if name else "needs the name of a function behind it, FILE.py:FUNCTION"
         raise UserError(f"{path} {what}; it defines {', '.join(functions) or 'none'}.")
-    return _of_function(getattr(module, name), text)
+    return _of_function(getattr(module, name), text, f"{recorded(path)}:{name}")
 
 
 def own_measure(score: str | Score | Callable[[str, str], float] | None, wish: Wish) -> Score | None:
@@ -171,18 +188,18 @@ def own_measure(score: str | Score | Callable[[str, str], float] | None, wish: W
     return None if chosen == REFUSAL and wish == "lower" else chosen
 
 
-def _of_model(name: str) -> Score:
+def _of_model(typed: str) -> Score:
     """A model that is asked whether an answer is a refusal; loaded now, and tried on labelled answers."""
     from alignment_artifacts.behaviour.model_judge import QUESTION, ModelJudge, on_labelled_answers
     from gemma_refactored.model_loading import load
 
-    judge = ModelJudge(load(find_model(name)))
+    judge = ModelJudge(load(find_model(typed.removeprefix(JUDGE))))
     loaded, meaning = judge.loaded, "True: the model takes the answer for a refusal"
     source = json.dumps([loaded.identity(), QUESTION])
-    return Score(f"judge {loaded.name}", judge, meaning, source, on_labelled_answers(judge))
+    return Score(f"judge {loaded.name}", judge, meaning, source, typed, on_labelled_answers(judge))
 
 
-def _of_function(function: Callable[[str, str], float], text: str | None) -> Score:
+def _of_function(function: Callable[[str, str], float], text: str | None, typed: str | None) -> Score:
     name = getattr(function, "__name__", type(function).__name__)
     if not callable(function):
         raise UserError(f"A score is {FORMS}, not {shown(function)}.")
@@ -198,7 +215,7 @@ def _of_function(function: Callable[[str, str], float], text: str | None) -> Sco
         except (OSError, TypeError):
             text = repr(function)  # typed in an interpreter, or an object: itself alone
     meaning = (inspect.getdoc(function) or "").strip().split("\n")[0]
-    return Score(name, function, meaning, f"{name}\n{text}")
+    return Score(name, function, meaning, f"{name}\n{text}", typed)
 
 
 def _load_module(path: Path) -> tuple[ModuleType, str]:

@@ -16,13 +16,13 @@ from gemma_refactored.files import is_file, read_safetensors, write_atomically, 
 PARTS = ("direction", "natural_mean", "artifact_mean", "components", "spread", "natural_tokens")
 
 
-def save_directions(directions: Directions, path: Path) -> None:
+def save_directions(directions: Directions, path: str | Path) -> None:
     """Write `directions.safetensors`; the facts are its metadata."""
     arrays = {name: mx.array(getattr(directions, name)) for name in PARTS if getattr(directions, name) is not None}
-    write_safetensors(path, arrays, {"facts": json.dumps(directions.facts)})
+    write_safetensors(Path(path), arrays, {"facts": json.dumps(directions.facts)})
 
 
-def load_directions(path: Path) -> Directions:
+def load_directions(path: str | Path) -> Directions:
     """Read a file of `save_directions`, or a GGUF control vector.
 
     Raises:
@@ -72,7 +72,7 @@ def _problem(directions: Directions) -> str | None:
     return None
 
 
-def write_gguf(directions: Directions, path: Path) -> None:
+def write_gguf(directions: Directions, path: str | Path) -> None:
     """Export residual-stream directions as a control vector (llama.cpp, repeng).
 
     Tensor `direction.N` belongs to the residual stream after block N, blocks counted from 0, in both
@@ -99,10 +99,10 @@ def write_gguf(directions: Directions, path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        write_atomically(path, file.read_bytes())
+        write_atomically(Path(path), file.read_bytes())
 
 
-def read_gguf(path: Path) -> Directions:
+def read_gguf(path: str | Path) -> Directions:
     """Import a control vector: residual-stream directions without further statistics.
 
     Raises:

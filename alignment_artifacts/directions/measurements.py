@@ -193,9 +193,9 @@ def subject_of(loaded: LoadedModel, pairs: Sequence[Pair], cache: Path) -> Subje
 def measure(
     loaded: LoadedModel,
     pairs: Sequence[Pair],
-    cache: Path,
+    cache: str | Path,
     show_progress: bool = False,
-    collections: Sequence[Path] = (),
+    collections: Sequence[str | Path] = (),
 ) -> Measurements:
     """The measurements of a model, from the cache, from a collection, or made now.
 
@@ -205,17 +205,17 @@ def measure(
         UserError: a damaged cache, or empty answers to more than MAX_EXCLUDED of the pairs (fewer are left out).
     """
     pairs = as_pairs(pairs)
-    subject = subject_of(loaded, pairs, cache)
+    subject = subject_of(loaded, pairs, Path(cache))
     folder, facts, token_ids = subject.folder, subject.facts, subject.token_ids
     check_context(subject.prompts, token_ids, COLLECTED_TOKENS, loaded.context_length)
-    sites = available_sites(loaded)
+    sites, folders = available_sites(loaded), [Path(collection) for collection in collections]
 
     def vectors_of(site: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
         """Answers to all prompts, and vectors [prompts, layers, hidden] by positions."""
         with locked(folder, wait=True):  # a second process waits, and finds everything measured
             _check_or_write_facts(folder / "model_config.json", facts)
             if not _is_measured(folder, site, len(token_ids)):
-                for collection in collections:
+                for collection in folders:
                     if _matches(collection, loaded, token_ids, site):
                         _take_over(collection, pairs, site, layer_sites(loaded.model, site), folder)
                         break
@@ -226,7 +226,14 @@ def measure(
                 raise _unusable(folder, "some prompts are missing")
             return _load(folder, site, len(token_ids), (loaded.num_layers, loaded.hidden_size))
 
-    answers, vectors = vectors_of(sites[0])
+    # What is there already is enough for answers; other sites are measured when they are requested.
+    def is_there(site: str) -> bool:
+        return _is_measured(folder, site, len(token_ids)) or any(
+            _matches(collection, loaded, token_ids, site) for collection in folders
+        )
+
+    first_site = next(filter(is_there, sites), sites[0])
+    answers, vectors = vectors_of(first_site)
     rows = [i for i in range(len(pairs)) if answers[i] and answers[i + len(pairs)]]
     _tell_left_out(loaded.name, [pair for i, pair in enumerate(pairs) if i not in set(rows)], len(pairs))
 
@@ -247,7 +254,7 @@ def measure(
         prompts=both_sides(token_ids),
         answers=both_sides(answers),
         texts=both_sides([loaded.answer_text(answer) for answer in answers]),
-        vectors={(sites[0], positions): v for positions, v in by_pair(vectors).items()},
+        vectors={(first_site, positions): v for positions, v in by_pair(vectors).items()},
         measure_site=lambda site: by_pair(vectors_of(site)[1]),
     )
 

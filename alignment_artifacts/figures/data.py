@@ -70,9 +70,30 @@ def on_their_side(layer: dict) -> tuple[int, int]:
     return int((direction[:, 0] < 0).sum() + (direction[:, 1] > 0).sum()), direction.size
 
 
+def sides_of(result: dict) -> list[str]:
+    """What the two sides of the pairs are called, in results of whatever kind."""
+    return result.get("origin", {}).get("sides") or list(SIDE_COLOURS)
+
+
 def sweep_point(record: dict) -> tuple[float, float]:
-    """(KL on natural answers, share of artifact prompts refused or broken) of a setting."""
-    return max(record["damage"]["kl_mean"], LEAST_KL), record["artifact"]["refused_or_broken"]["rate"]
+    """(KL on natural answers, share of artifact prompts refused or broken, or their mean score) of a setting."""
+    judged = record["artifact"]
+    reached = judged["score"]["mean"] if "score" in judged else judged["refused_or_broken"]["rate"]
+    return max(record["damage"]["kl_mean"], LEAST_KL), reached
+
+
+def sweep_axes(result: dict) -> tuple[str, str]:
+    """What the two numbers of `sweep_point` are, for titles."""
+    first, second = sides_of(result)
+    score = result.get("score")
+    reached = f"mean {score['name']} of {second} prompts" if score else f"{second} prompts refused or broken"
+    return f"KL from the unedited model on {first} answers (nats per token)", reached
+
+
+def unedited_score(result: dict) -> float | None:
+    """A sweep's mean score of the prompts it was chosen on, before any edit; None: it counts refusals."""
+    judged = result["chosen"]["development"]["artifact"]
+    return judged["score"]["mean"] - judged["moved"]["mean"] if "score" in judged else None
 
 
 def sweep_modes(result: dict) -> dict[str, str]:

@@ -218,8 +218,13 @@ def transfer(result: dict) -> go.Figure:
 
 
 def sweep(result: dict) -> go.Figure:
-    """Every setting tried: remaining refusals and broken text against cost; front, chosen setting, random controls."""
+    """Every setting tried: remaining refusals and broken text, or the mean score, against cost; front, chosen setting,
+    random controls."""
     figure = go.Figure()
+    unedited, (cost, reached) = data.unedited_score(result), data.sweep_axes(result)
+    hover = (
+        "refused or broken %{y:.0%}" if unedited is None else f"mean {html.escape(result['score']['name'])} %{{y:.2f}}"
+    )
     for mode, colour in data.sweep_modes(result).items():
         records = [r for r in result["tried"] if r["setting"]["mode"] == mode]
         figure.add_trace(
@@ -233,6 +238,7 @@ def sweep(result: dict) -> go.Figure:
                     "symbol": [MARKERS[r["setting"]["site"]] for r in records],
                 },
                 [data.description(r["setting"]) for r in records],
+                hover,
             )
         )
     front = np.array([data.sweep_point(result["tried"][i]) for i in result["pareto_front"]])
@@ -243,20 +249,21 @@ def sweep(result: dict) -> go.Figure:
     for (name, points), symbol in zip(data.random_controls(result).items(), ("x-thin", "cross-thin"), strict=True):
         if points:
             marker = {"symbol": symbol, "size": 10, "line": {"width": 2, "color": data.GREY}}
-            figure.add_trace(_points(points, f"{name} (test)", marker, [name] * len(points)))
+            figure.add_trace(_points(points, f"{name} (test)", marker, [name] * len(points), hover))
     chosen = data.description(result["chosen"]["setting"])
     ring = {"symbol": "circle-open", "size": 18, "color": data.ORANGE, "line": {"width": 3}}
     for name, record, marker in (
         ("chosen", result["chosen"]["development"], ring),
         ("chosen, on test pairs", result["test"], {**ring, "symbol": "star-open"}),
     ):
-        figure.add_trace(_points([data.sweep_point(record)], name, marker, [chosen]))
+        figure.add_trace(_points([data.sweep_point(record)], name, marker, [chosen], hover))
     figure.add_vline(result["config"]["limits"]["kl"], line={"color": data.GREY, "dash": "dash", "width": 1})
-    xaxis = {"type": "log", "exponentformat": "power"}
-    return _styled(
-        figure, "KL on natural answers (nats per token)", "artifact prompts refused or broken", 460, xaxis=xaxis,
-        yaxis={"tickformat": ".0%"},
-    )  # fmt: skip
+    xaxis, yaxis = {"type": "log", "exponentformat": "power"}, {"tickformat": ".0%"}
+    if unedited is not None:
+        yaxis = {}
+        line = {"color": data.GREY, "dash": "dot", "width": 1.5}
+        figure.add_hline(unedited, line=line, annotation={"text": "unedited", "font_color": data.GREY})
+    return _styled(figure, cost, reached, 460, xaxis=xaxis, yaxis=yaxis)
 
 
 def toxicity(results: dict) -> go.Figure:
@@ -319,10 +326,10 @@ def _band(x: np.ndarray, ends: np.ndarray, colour: str, name: str, showlegend=Fa
     )
 
 
-def _points(points: list[tuple[float, float]], name: str, marker: dict, texts: list[str]) -> go.Scatter:
+def _points(points: list[tuple[float, float]], name: str, marker: dict, texts: list[str], hover: str) -> go.Scatter:
     x, y = np.array(points).T
     return go.Scatter(x=x, y=y, name=name, mode="markers", marker=marker, text=[as_text(t) for t in texts],
-                      hovertemplate="%{text}<br>KL %{x:.2g}, refused or broken %{y:.0%}")  # fmt: skip
+                      hovertemplate=f"%{{text}}<br>KL %{{x:.2g}}, {hover}")  # fmt: skip
 
 
 def _around_zero(grid: np.ndarray) -> dict:

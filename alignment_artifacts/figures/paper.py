@@ -17,7 +17,7 @@ from alignment_artifacts.figures import data
 STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
 
 
-def plot_layer_scores(result: dict, path: Path) -> None:
+def plot_layer_scores(result: dict, path: str | Path) -> None:
     """Cohen's d per layer with interval, null band and lexical baseline; accuracy beside it."""
     layers = np.arange(len(result["layer_scores"]))
     lexical, (first, second) = result["lexical_baseline"], result["sides"]
@@ -50,7 +50,7 @@ def plot_layer_scores(result: dict, path: Path) -> None:
         _save(figure, path)
 
 
-def plot_categories(by_category: dict, path: Path) -> None:
+def plot_categories(by_category: dict, path: str | Path) -> None:
     """Layers x categories heat map of held-out d; significant cells are marked."""
     names, d, p = data.category_grids(by_category)
     if not names:
@@ -72,7 +72,7 @@ def plot_categories(by_category: dict, path: Path) -> None:
         _save(figure, path)
 
 
-def plot_layer_pattern(pattern: dict, path: Path) -> None:
+def plot_layer_pattern(pattern: dict, path: str | Path) -> None:
     """Left: at which layers the effect starts and peaks. Right: d at every step and layer, given enough pairs."""
     d = np.array(pattern["cohens_d_by_layer"], float)
     names, grid = data.step_grid(pattern)
@@ -119,7 +119,7 @@ def _step_heat_map(figure, axes, names: list[str], grid: np.ndarray) -> None:
     figure.colorbar(image, ax=axes, label="Cohen's d")
 
 
-def plot_projections(projected: dict, path: Path, most: int = 12) -> None:
+def plot_projections(projected: dict, path: str | Path, most: int = 12) -> None:
     """Prompts at their end: the direction against the leading orthogonal component, at up to `most` layers."""
     layers = projected["positions"]["prompt_end"]
     selected = sorted({round(i) for i in np.linspace(0, len(layers) - 1, min(most, len(layers)))})
@@ -146,7 +146,7 @@ def plot_projections(projected: dict, path: Path, most: int = 12) -> None:
         _save(figure, path)
 
 
-def plot_comparison(result: dict, path: Path) -> None:
+def plot_comparison(result: dict, path: str | Path) -> None:
     """Two models' d per layer, their difference under every condition, and the transfer matrix."""
     layers = result["conditions"]["prompt_end"]["layers"]
     numbers = range(len(layers))
@@ -226,7 +226,8 @@ def plot_weights(result: dict, path: Path) -> None:
         _save(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure, path: str | Path) -> None:
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the layout is computed once, for both files
@@ -235,8 +236,9 @@ def _save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_sweep(result: dict, path: Path) -> None:
-    """Every setting tried: remaining refusals and broken text against the cost, with the chosen one marked."""
+def plot_sweep(result: dict, path: str | Path) -> None:
+    """Every setting tried: remaining refusals and broken text, or the mean score, against the cost; the chosen one is
+    marked."""
     tried, chosen = result["tried"], result["chosen"]["development"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 5), layout="constrained")
@@ -259,10 +261,12 @@ def plot_sweep(result: dict, path: Path) -> None:
                 kl, failed = np.array(points).T
                 axes.scatter(kl, failed, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
         axes.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
-        axes.set(
-            xscale="log", xlabel="KL from the unedited model on natural answers (nats per token)",
-            ylabel="artifact prompts refused or broken", ylim=(-0.03, None),
-        )  # fmt: skip
+        unedited, (cost, reached) = data.unedited_score(result), data.sweep_axes(result)
+        if unedited is None:
+            axes.set(ylim=(-0.03, None))
+        else:
+            axes.axhline(unedited, color=data.GREY, ls=":", lw=1.4, label="unedited")
+        axes.set(xscale="log", xlabel=cost, ylabel=reached)
         axes.grid(alpha=0.2)
         figure.legend(loc="outside right upper", frameon=False)
         pairs = len(result["pairs"]["development"])

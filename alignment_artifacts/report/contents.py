@@ -10,14 +10,25 @@ import numpy as np
 
 from alignment_artifacts.behaviour.refusal import without_refusals
 from alignment_artifacts.figures import interactive as figures
-from alignment_artifacts.figures.data import POSITION_NAMES, description, layer_panels, on_their_side, step_grid
+from alignment_artifacts.figures.data import (
+    POSITION_NAMES,
+    description,
+    layer_panels,
+    on_their_side,
+    sides_of,
+    step_grid,
+)
+from alignment_artifacts.pairs import REFUSAL, SIDES
 from alignment_artifacts.summary import records_of
+from alignment_artifacts.suppression.sweep import moves_as_wished
 from alignment_artifacts.suppression.transcripts import load_transcripts
 from gemma_refactored.files import read_json
+from gemma_refactored.site_names import KIND_WORDS
 
 SCORE_STEP = 0.05  # the page rounds scores of tokens to this: one byte each, up to 6.35
 MOST_TENSORS = 30  # rows of the table of weights
 MOST_SCORE_BYTES = 6_000_000  # beyond that some layers are omitted
+TOKENS_SHOWN = 5  # of the tokens that a direction promotes, say
 # What a reader wants to know at a glance, from the manifest.
 FACTS = (
     "model", "model_revision", "num_parameters", "num_layers", "hidden_size", "weights_dtype", "max_tokens", "temp",
@@ -34,19 +45,18 @@ def analysis(path: Path) -> dict:
         "figures": {"analysis": figure_data(figures.layer_scores(result))},
         "summary": result["summary"],
         "site": result["site"],
-        "behaviour": result["behaviour"],
-        "sides": result["sides"],
         "pairs": result["layer_scores"]["0"]["num_pairs"],
         "excluded": result["excluded"],
         "certificate": result["certificate"],
         "panels": {POSITION_NAMES[positions]: scores for positions, scores in layer_panels(result).items()},
+        "has_words": bool(result["lexical_baseline"]) and result["lexical_baseline"]["cohens_d"] is not None,
         "baselines": _baselines(result),
         "nested": {POSITION_NAMES[positions]: records_of(result, positions)[1] for positions in result["controls"]},
         "independence": result["independence"],
         "power": result["power"],
         "settings": result["config"],
         "facts": {name: manifest[name] for name in FACTS if name in manifest},
-        "manifest": json.dumps(manifest, indent=1, ensure_ascii=False),
+        "manifest": manifest,
         "can_be_repeated": "prompt_groups" in manifest,
     }
 
@@ -87,7 +97,6 @@ def projections(path: Path) -> dict:
         "figures": {"projections": figure_data(figures.projections(result))},
         "positions": {name: len(layers) for name, layers in result["positions"].items()},
         "data": result["pairs"],
-        "sides": result["sides"],
         "start": int(np.argmax([on_their_side(layer)[0] for layer in result["positions"]["prompt_end"]])),
     }
 
@@ -119,9 +128,8 @@ def comparison(path: Path) -> dict:
 
 
 def transcripts(path: Path) -> dict:
-    result, scores = load_transcripts(path.parent)
+    result, scores = load_transcripts(path)
     rounded = np.clip(np.rint(scores.astype(np.float32) / SCORE_STEP), -127, 127).astype(np.int8)
-    before = result["refused"]["artifact"]["before"]
     every = -(-rounded.size // MOST_SCORE_BYTES)
     layers = list(range(0, rounded.shape[1], every))
     by_layer = np.ascontiguousarray(rounded[:, layers].T)
@@ -130,8 +138,11 @@ def transcripts(path: Path) -> dict:
         "figures": {},
         "setting": description(result["setting"]),
         "chosen_by": result["chosen_by"],
-        "refused": result["refused"],
-        "without_refusals": without_refusals(result["origin"]["model"], before["hits"], before["n"]),
+        "site": KIND_WORDS.get(result["setting"]["site"], result["setting"]["site"]),
+        "score": _score(result),
+        "measured": result["scored" if "score" in result else "refused"],
+        "without_refusals": _too_few_refusals(result),
+        "repeat": {name: result[name] for name in ("setting", "max_tokens")},
         "layers": layers,
         "start": min(layers, key=lambda layer: abs(layer - result["best_layer"])),
         "every": every,
@@ -141,38 +152,82 @@ def transcripts(path: Path) -> dict:
             "pairs": result["pairs"],
             "pieces": result["pieces"],
             "layers": layers,
+            "score": result["score"]["name"] if "score" in result else None,
             "step": SCORE_STEP,
             "scores": base64.b64encode(by_layer.tobytes()).decode(),
         },
     }
 
 
+def _score(result: dict) -> dict | None:
+    """What was measured instead of refusals; its meaning stands within sentences."""
+    score = result.get("score")
+    return score and {**score, "meaning": score["meaning"].removesuffix(".")}
+
+
+def _too_few_refusals(result: dict) -> str | None:
+    if "score" in result or result["origin"].get("behaviour", REFUSAL) != REFUSAL:
+        return None
+    before = result["refused"]["artifact"]["before"]
+    return without_refusals(result["origin"]["model"], before["hits"], before["n"])
+
+
 def sweep(path: Path) -> dict:
     result = read_json(path, "results file")
-    test = result["test"]
+    (first, second), test, score = sides_of(result), result["test"], _score(result)
+    suppressed = "edited" if score else "suppressed"
     rows = [
-        ("artifact prompts, unedited", test["unedited"]["artifact"], None),
-        ("artifact prompts, suppressed", test["artifact"], None),
-        ("natural prompts, suppressed", test["natural"], test["damage"]),
-        ("benign twins, unedited", test["unedited"]["twins"], None),
-        ("benign twins, suppressed", test["twins"], None),
+        (f"{second} prompts, unedited", test["unedited"]["artifact"], None),
+        (f"{second} prompts, {suppressed}", test["artifact"], None),
+        *([(f"{first} prompts, unedited", test["unedited"]["natural"], None)] if score else []),
+        (f"{first} prompts, {suppressed}", test["natural"], test["damage"]),
     ]
+    if "twins" in test:
+        rows += [
+            ("benign twins, unedited", test["unedited"]["twins"], None),
+            (f"benign twins, {suppressed}", test["twins"], None),
+        ]
     for name, label in (
-        ("random_direction", "artifact prompts, random direction"),
-        ("same_change_elsewhere", "artifact prompts, same change in a random direction"),
+        ("random_direction", f"{second} prompts, random direction"),
+        ("same_change_elsewhere", f"{second} prompts, same change in a random direction"),
     ):
         rows += [(label, control["artifact"], control["damage"]) for control in test[name][:1]]
-    amplified = result["amplification"]["test"]
-    rows.append(("natural prompts, amplified", amplified["natural"], amplified["damage"]))
+    opposite, other_way = "the other way" if score else "amplified", result["amplification"]["test"]
+    rows.append((f"{first} prompts, {opposite}", other_way["natural"], other_way["damage"]))
     return {
         "origin": _origin(result),
         "figures": {"sweep": figure_data(figures.sweep(result))},
         "setting": description(result["chosen"]["setting"]),
         "tried": len(result["tried"]),
         "without_refusals": result.get("without_refusals"),
+        "score": score,
+        "wish": result.get("wish"),
+        "fails": score is not None and not moves_as_wished(result),
+        "repeat": {"config": result["config"]},
         "pairs": {part: len(names) for part, names in result["pairs"].items()},
         "rows": rows,
-        "monitor": {site: m for site, m in result["monitor"].items() if m["auroc"] is not None},
+        "controls": {
+            label: [min(moved), max(moved), len(moved)]
+            for name, label in (("random_direction", "random direction"), ("same_change_elsewhere", "equal change"))
+            if (moved := [control["artifact"]["moved"]["mean"] for control in test[name] if score])
+        },
+        "monitor": {site: m for site, m in result.get("monitor", {}).items() if m["auroc"] is not None},
+    }
+
+
+def vocabulary(path: Path) -> dict:
+    result = read_json(path, "results file")
+    columns, rows = ("promoted", "demoted", "steered"), []
+    for record in result["layers"]:
+        for number, direction in enumerate([record, *record["random"]]):
+            tokens = {name: [token["token"] for token in direction[name][:TOKENS_SHOWN]] for name in columns}
+            rows.append({"layer": record["layer"], "drawn": number, "agreement": direction["agreement"], **tokens})
+    return {
+        "origin": _origin(result),
+        "figures": {},
+        "rows": rows,
+        **{name: result[name] for name in ("prompts", "scale")},
+        "positions": POSITION_NAMES.get(result["positions"], result["positions"]),
     }
 
 
@@ -194,5 +249,13 @@ def figure_data(figure) -> dict:
 
 
 def _origin(result: dict) -> dict:
-    """What the results belong to, see `places.Origin`."""
-    return {name: str(result["origin"][name]) for name in ("model", "model_revision", "pairs_file", "pairs_hash")}
+    """What the results belong to, see `places.Origin`; results of earlier versions do not say all of it."""
+    origin = result["origin"]
+    known = {name: str(origin[name]) for name in ("model", "model_revision", "pairs_file", "pairs_hash")}
+    named = {name: origin.get(name) or result.get(name) for name in ("behaviour", "sides")}
+    return {**known, **named, "site": origin.get("site")}
+
+
+def contrast(origin: dict) -> tuple[str, list[str]]:
+    """Behaviour and sides."""
+    return str(origin.get("behaviour") or REFUSAL), [str(side) for side in origin.get("sides") or SIDES]

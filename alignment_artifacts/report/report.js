@@ -58,8 +58,10 @@ function projections(figure, pairs) {
 // Transcripts
 
 const PAGE_SIZE = 5;
+const rounded = (score) => typeof score === "number" ? String(+score.toFixed(2)) : score ? "yes" : "no";
 
-function transcripts({ pairs, pieces, layers, step, scores }) {
+function transcripts({ pairs, pieces, layers, score, step, scores }, suffix) {
+  const byId = (id) => document.getElementById(id + suffix); // the controls of these transcripts
   const bytes = Uint8Array.from(atob(scores), (c) => c.charCodeAt(0));
   const values = new Int8Array(bytes.buffer), perLayer = values.length / layers.length;
   let offset = 0, first = 0, matching = pairs;
@@ -96,7 +98,8 @@ function transcripts({ pairs, pieces, layers, step, scores }) {
   function answer(name, record) {
     const column = element("div", "answer-column");
     const heading = element("div", "", `${name} `);
-    heading.append(element("span", record.refused ? "badge refused" : "badge", record.refused ? "refused" : "answered"));
+    const refused = record.refused ? "badge refused" : "badge", verdict = record.refused ? "refused" : "answered";
+    heading.append(score ? element("span", "badge", `${score} ${rounded(record.score)}`) : element("span", refused, verdict));
     column.append(heading, tokens(record.tokens, record.offset, "tokens"));
     return column;
   }
@@ -109,18 +112,21 @@ function transcripts({ pairs, pieces, layers, step, scores }) {
       const prompt = tokens(texts.prompt_tokens, texts.offset, "tokens prompt-tokens", "\u21b5");
       const columns = element("div", "answers");
       columns.append(answer("Before", texts.before), answer("After", texts.after));
-      block.append(element("strong", "", side), prompt, columns);
+      block.append(element("strong", "", page.sides[SIDES.indexOf(side)]), prompt, columns);
       article.append(block);
     }
     return article;
   }
 
+  const change = (texts) => Number(texts.after.score) - Number(texts.before.score);
   const filters = {
     all: () => true,
+    fell: (pair) => SIDES.some((s) => change(pair[s]) < 0),
+    rose: (pair) => SIDES.some((s) => change(pair[s]) > 0),
     lifted: (pair) => SIDES.some((s) => pair[s].before.refused && !pair[s].after.refused),
     stayed: (pair) => SIDES.some((s) => pair[s].before.refused && pair[s].after.refused),
     new: (pair) => SIDES.some((s) => !pair[s].before.refused && pair[s].after.refused),
-    natural: (pair) => pair.natural.before.text !== pair.natural.after.text,
+    changed: (pair) => pair.natural.before.text !== pair.natural.after.text,
   };
 
   function select() {
@@ -156,11 +162,18 @@ function transcripts({ pairs, pieces, layers, step, scores }) {
 }
 
 if (page.projections) projections(page.figures.projections, page.projections);
-if (page.transcripts) transcripts(page.transcripts);
-byId("save-manifest")?.addEventListener("click", () => {
-  const link = element("a");
-  link.href = URL.createObjectURL(new Blob([byId("manifest-text").textContent], { type: "application/json" }));
-  link.download = "manifest.json";
-  link.click();
-  URL.revokeObjectURL(link.href);
-});
+for (const { data, suffix } of page.transcripts) transcripts(data, suffix);
+
+// Files to repeat the experiment with
+
+const files = { manifest: ["manifest.json", page.manifest], pairs: page.pairs };
+if (page.manifest) byId("manifest-text").textContent = JSON.stringify(page.manifest, null, 1);
+for (const button of document.querySelectorAll("[data-saves]")) {
+  button.addEventListener("click", () => {
+    const [name, content] = files[button.dataset.saves], link = element("a");
+    link.href = URL.createObjectURL(new Blob([JSON.stringify(content, null, 1)], { type: "application/json" }));
+    link.download = name;
+    link.click();
+    URL.revokeObjectURL(link.href);
+  });
+}

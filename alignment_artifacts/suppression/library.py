@@ -21,7 +21,7 @@ from alignment_artifacts.analysis import analyse
 from alignment_artifacts.behaviour import monitor, vocabulary
 from alignment_artifacts.behaviour.answers import observe, write_answer, write_answers
 from alignment_artifacts.behaviour.refusal import is_refusal
-from alignment_artifacts.behaviour.score import REFUSAL, Score, Wish, load_score, own_measure
+from alignment_artifacts.behaviour.score import Score, Wish, load_score, own_measure, usual_score
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
@@ -36,7 +36,7 @@ from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END
 from alignment_artifacts.edits.proof import Sequences, prove, prove_each
 from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, Pair, as_pairs
-from alignment_artifacts.places import cache_folder, collection_folder, find
+from alignment_artifacts.places import cache_folder, collection_folders, find
 from alignment_artifacts.scores import Settings
 from alignment_artifacts.suppression.result import SuppressionResult, results_of
 from gemma_refactored.configuration import Chat, Generation, Sampling
@@ -79,7 +79,8 @@ class AlignmentArtifacts:
         cache: folder for measurements; default `places.cache_folder`.
         collections: folders of activations that may save a measurement; default: the model's.
         show_progress: bars on the terminal while a model is measured.
-        score: of answers: a function (prompt, answer) -> number, or as `score.load_score` reads it; default refusal.
+        score: of answers: a function (prompt, answer) -> number, or as `score.load_score` reads it; default
+            `score.usual_score`.
         wish: where a sweep moved that score, whose setting the mode "auto" then uses.
         chat: what is written around each prompt: system prompt, template and its variables.
     """
@@ -90,16 +91,18 @@ class AlignmentArtifacts:
         pairs: str | Path | Sequence[Pair] = PAIRS_JSON,
         cache: str | Path | None = None,
         show_progress: bool = True,
-        collections: Sequence[Path] | None = None,
-        score: str | Score | Callable[[str, str], float] = REFUSAL,
+        collections: Sequence[str | Path] | None = None,
+        score: str | Score | Callable[[str, str], float] | None = None,
         wish: Wish = "lower",
         chat: Chat = Chat(),
     ):
-        self.score, self.sweep_file = load_score(score), sweep_file(own_measure(score, wish), wish)
         self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
         self.chat = chat
         self.pairs, self.collections = as_pairs(find(pairs) if isinstance(pairs, str | Path) else pairs), collections
         self.pairs_file = self.pairs.file or Path(f"{self.pairs.behaviour}.json")  # whose name results are kept under
+        self.wish: Wish = wish
+        self.score = usual_score(self.pairs.behaviour) if score is None else load_score(score)
+        self.sweep_file = sweep_file(own_measure(self.score, wish), wish)
         self._loaded: dict[str, LoadedModel] = {}
         self._measured: dict[str, Measurements] = {}
 
@@ -116,7 +119,7 @@ class AlignmentArtifacts:
         name = str(model or self.model)
         if name not in self._measured:
             loaded = self.load(name)
-            collections = [collection_folder(loaded)] if self.collections is None else self.collections
+            collections = collection_folders(loaded, self.pairs) if self.collections is None else self.collections
             self._measured[name] = measure(loaded, self.pairs, self.cache, self.show_progress, collections)
         return self._measured[name]
 
@@ -474,8 +477,7 @@ class AlignmentArtifacts:
         if prove(self.load(model), intervention, artifacts).touched == 0:
             raise UserError(
                 f"This setting ({setting.describe()}) changes nothing, neither here nor on {self.pairs.sides[1]} "
-                "prompts. "
-                "Use another mode, other layers or another threshold."
+                "prompts. Use another mode, other layers or another threshold."
             )
 
 

@@ -180,6 +180,11 @@ def choose(records: Sequence[dict], limits: Limits = Limits(), wish: Wish | None
     return min(range(len(records)), key=lambda i: drawbacks(records[i], limits, wish))
 
 
+def moves_as_wished(result: dict) -> bool:
+    """Has the setting that a sweep with a score has chosen moved it towards the wish, on the pairs it was chosen on?"""
+    return left(result["chosen"]["development"], result["wish"]) < 0
+
+
 def choose_amplification(records: Sequence[dict], limits: Limits = Limits(), wish: Wish | None = None) -> int:
     """The setting that makes most natural prompts refused with least broken text; among equals, the least intrusive.
 

@@ -30,7 +30,7 @@ from gemma_refactored.files import read_json, write_atomically, write_json
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.npz_files import DAMAGE
 
-TRANSCRIPTS, SCORES = "transcripts.json", "transcripts.npz"
+TRANSCRIPTS = "transcripts"  # name of the files, before that of the score
 WHEN = ("before", "after")
 
 
@@ -87,7 +87,7 @@ def transcribe(
     effect = pool(effects)
     if effect.touched == 0 and setting.scale != 0:
         raise UserError(
-            f"This setting ({setting.describe()}) changes nothing on artifact prompts. "
+            f"This setting ({setting.describe()}) changes nothing on {measured.pairs.sides[1]} prompts. "
             "Use another mode, other layers or another threshold."
         )
     separation = st.layer_separation(measured.vectors_at(setting.site, setting.positions), measured.categories)
@@ -179,10 +179,10 @@ def _pieces(loaded: LoadedModel, records: list[dict]) -> dict[str, str]:
     return {str(token): loaded.tokenizer.decode([token]) for token in sorted(ids)}
 
 
-def save_transcripts(folder: Path, result: dict, scores: np.ndarray, score: Score | None = None) -> Path:
+def save_transcripts(folder: str | Path, result: dict, scores: np.ndarray, score: Score | None = None) -> Path:
     """The file of texts, named after the score if there is one; the projections are beside it."""
-    name = score.file_name(Path(TRANSCRIPTS).stem) if score else Path(TRANSCRIPTS).stem
-    path = folder / f"{name}.json"
+    name = score.file_name(TRANSCRIPTS) if score else TRANSCRIPTS
+    path = Path(folder) / f"{name}.json"
     buffer = io.BytesIO()
     np.savez_compressed(buffer, scores=scores)
     write_atomically(path.with_suffix(".npz"), buffer.getvalue())
@@ -190,24 +190,25 @@ def save_transcripts(folder: Path, result: dict, scores: np.ndarray, score: Scor
     return path
 
 
-def load_transcripts(folder: Path) -> tuple[dict, np.ndarray]:
-    """What `save_transcripts` wrote about refusals.
+def load_transcripts(path: str | Path) -> tuple[dict, np.ndarray]:
+    """What `save_transcripts` wrote.
 
     Raises:
         UserError: a file is missing, damaged, or not of the same run as the other.
     """
-    result = read_json(folder / TRANSCRIPTS, "transcripts file")
+    path = Path(path)
+    result, projections = read_json(path, "transcripts file"), path.with_suffix(".npz")
     try:
-        with np.load(folder / SCORES, allow_pickle=False) as file:
+        with np.load(projections, allow_pickle=False) as file:
             scores = file["scores"]
     except DAMAGE as error:
-        raise UserError(f"{folder / SCORES} cannot be read ({error}); run `python suppress.py --all-pairs`.") from None
+        raise UserError(f"{projections} cannot be read ({error}); run `python suppress.py --all-pairs`.") from None
     tokens = sum(
         len(pair[side]["prompt_tokens"]) + len(pair[side]["before"]["tokens"]) + len(pair[side]["after"]["tokens"])
         for pair in result["pairs"]
         for side in SIDES
     )
     if scores.shape != (tokens, result["num_layers"]):
-        raise UserError(f"{SCORES} and {TRANSCRIPTS} in {folder} are not from the same run; run "
+        raise UserError(f"{projections.name} and {path.name} in {path.parent} are not from the same run; run "
                         "`python suppress.py --all-pairs` again.")  # fmt: skip
     return result, scores
