@@ -64,6 +64,15 @@ def test_so_is_the_output_of_work_that_goes_nowhere():
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_no_room_for_a_temporary_file_is_one_sentence(blocks, tmp_path):
+    """Not even for an empty one, or not for the copy of the config that loading a model makes."""
+    command = f"{sys.executable} run_model.py --prompts hi --output-dir {tmp_path} 2>&1 | cat"
+    ended = shell(f"set -o pipefail; ulimit -f {blocks}; {command}")
+    assert ended.returncode == 2
+    assert ended.stdout.startswith("Error: A file could not be written: ") and ended.stdout.count("\n") == 1
+
+
 def test_another_error_of_the_system_is_not_taken_for_one_of_printing():
     with pytest.raises(OSError, match="a pump"):
         exit_code(lambda: raise_(OSError(5, "a pump")))
