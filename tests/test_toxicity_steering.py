@@ -21,7 +21,7 @@ from toxicity_steering.data import ToxicityData, load_organism_prompts, load_rea
 from toxicity_steering.metrics import distinct_n, toxicity_metrics
 from toxicity_steering.scorers import RobertaScorer, WordListScorer, load_scorer
 
-from .conftest import ROOT
+from .conftest import ROOT, no_file_larger_than
 from .tiny_checkpoints import COMMON, write_family
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -167,6 +167,14 @@ def test_plots_are_drawn_twice_each(steered):
     names = {f.name for f in (steered[1] / "plots").iterdir()}
     stems = ("alpha_sweep_results", "toxicity_heatmaps", "summary_statistics")
     assert names == {f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf")}
+
+
+def test_plots_that_do_not_fit_the_disk_are_not_left_in_part(steered, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ActivationSteeringExperiment, "run", lambda self: steered[0])
+    with no_file_larger_than(20_000):
+        assert script.main(["--output-dir", str(tmp_path / "out")]) == 2
+    assert "could not be written: File too large" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*"))
 
 
 @pytest.fixture
