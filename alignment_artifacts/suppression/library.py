@@ -24,7 +24,13 @@ from alignment_artifacts.behaviour.score import REFUSAL, Score, Wish, load_score
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
-from alignment_artifacts.directions.measurements import Measurements, activation_set, available_sites, measure
+from alignment_artifacts.directions.measurements import (
+    COLLECTED_TOKENS,
+    Measurements,
+    activation_set,
+    available_sites,
+    measure,
+)
 from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END, Mode, ModeOptions, Setting
 from alignment_artifacts.edits.proof import Proof, Sequences, prove
 from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene, where_it_leads
@@ -41,7 +47,6 @@ from gemma_refactored.settings import check, check_given
 
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
 WHEN = ("before", "after")
-OPENING_TOKENS = 24  # of an answer, enough to tell a refusal
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
 
 P = ParamSpec("P")
@@ -161,6 +166,8 @@ class AlignmentArtifacts:
     def refusals(self, model: str | Path | None = None, at_most: int | None = None) -> tuple[int, int]:
         """Of how many artifact prompts the unedited model refuses how many: (refused, asked).
 
+        Judged by the first COLLECTED_TOKENS tokens of each answer, which is what is measured.
+
         Args:
             at_most: ask so many of them (at least one), without measuring the model; None: all.
         """
@@ -169,7 +176,7 @@ class AlignmentArtifacts:
             return int(refused.sum()), len(refused)
         prompts = [pair.artifact for pair in self.pairs[:: max(-(-len(self.pairs) // max(at_most, 1)), 1)]]
         loaded = self.load(model)
-        answers = observe(loaded, prompts, OPENING_TOKENS).answers
+        answers = observe(loaded, prompts, COLLECTED_TOKENS).answers
         texts = loaded.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return sum(map(is_refusal, texts)), len(prompts)
 
