@@ -67,7 +67,7 @@ def exit_code(
 def print_every_character() -> None:
     """From now on a terminal in Latin-1 gets \\u2192 for an arrow, instead of an error."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):  # of LC_ALL=C
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -78,9 +78,10 @@ def test_another_error_of_the_system_is_not_taken_for_one_of_printing():
         exit_code(lambda: raise_(OSError(5, "a pump")))
 
 
-def test_a_terminal_without_the_character_gets_its_number():
+@pytest.mark.parametrize("terminal", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_without_the_character_gets_its_number(terminal):
     action = r"from gemma_refactored.errors import exit_code; exit_code(lambda: print('a \u2192 b'))"
-    ended = shell(f'{sys.executable} -c "{action}"', PYTHONIOENCODING="latin-1")
+    ended = shell(f'{sys.executable} -c "{action}"', **terminal)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a \\u2192 b\n", "")
 
 
