@@ -223,6 +223,19 @@ def test_an_interrupted_experiment_is_continued_and_gives_the_same(small, monkey
     assert len(calls) <= 4  # alpha 1 and its control, and the refined alpha: no baseline again
 
 
+def test_wrong_content_of_what_is_continued_is_one_sentence_with_the_file(small):
+    path = small[3] / steering.INTERMEDIATE
+    whole = ActivationSteeringExperiment(*small).run()
+    contents = [[], None, "x", {}, {"experiment": []}, {"experiment": {"config": 1}}]
+    contents += [
+        {**whole, part: wrong} for part in ("baseline", "pairs", "sweep") for wrong in ([], "x", {"a": 1}, None)
+    ]
+    for content in contents:
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"{path} cannot be continued from|holds another experiment"):
+            ActivationSteeringExperiment(*small).run()
+
+
 def test_a_failure_leaves_what_there_was_and_the_error(small, monkeypatch):
     def broken(self):
         raise RuntimeError("out of luck")
@@ -238,7 +251,7 @@ def test_another_experiment_in_the_folder_is_refused(small):
     ActivationSteeringExperiment(*small).run()
     before = (small[3] / steering.INTERMEDIATE).read_text()
     other = (*small[:4], Config(alphas=(0.0, 2.0), layers=(1,)))
-    with pytest.raises(UserError, match="another experiment"):
+    with pytest.raises(UserError, match=r"another experiment \(other alphas, num_pairs, samples, max_tokens\); name"):
         ActivationSteeringExperiment(*other).run()
     assert (small[3] / steering.INTERMEDIATE).read_text() == before
 
