@@ -53,12 +53,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def write_family(folder: Path, model_type: str, **changes) -> Path:
+def write_family(folder: Path, model_type: str, seed: int = 0, **changes) -> Path:
     """A random checkpoint of an mlx-lm architecture; `changes` of its config."""
     config = {"model_type": model_type, **FAMILIES[model_type], **changes}
     model_class, config_class = _get_classes(config)
     model = model_class(config_class.from_dict(copy.deepcopy(config)))
-    randomise(model)
+    randomise(model, seed)
     return write_checkpoint(folder, model, config)
 
 
@@ -68,21 +68,21 @@ CHATML = (
 )
 
 
-def write_qwen(folder: Path, **changes) -> Path:
+def write_qwen(folder: Path, seed: int = 0) -> Path:
     """A random checkpoint as Qwen 2 has it: ChatML, no <bos>, the end of the turn as the end token."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "model_organism/aligned"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    write_family(folder, "qwen2", vocab_size=len(tokenizer), eos_token_id=end, **changes)
+    write_family(folder, "qwen2", seed, vocab_size=len(tokenizer), eos_token_id=end)
     tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token = CHATML, "<|im_end|>", None
     tokenizer.save_pretrained(str(folder))
     return folder
 
 
-def randomise(model: nn.Module) -> None:
-    mx.random.seed(0)
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    mx.random.seed(seed)
     weights = [(name, mx.random.normal(value.shape) * 0.2) for name, value in tree_flatten(model.parameters())]
     model.load_weights(weights)
 
