@@ -51,7 +51,8 @@ def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Cal
             if is_silent or not is_time or (done <= first and done < total):
                 return
             left = (seconds - first_seconds) / (done - first) * (total - done) if done < total else 0.0
-            text = f"{counted(total, unit)}, about {duration(seconds + left)}"
+            bound = "at most " if is_first and done < total else ""
+            text = f"{counted(total, unit)}, {bound}about {duration(seconds + left)}"
             if told is not None:
                 text = f"{done} of {counted(total, unit)}, about {duration(left)} left"
             told = seconds
