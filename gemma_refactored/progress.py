@@ -45,17 +45,19 @@ def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Cal
             if told is None:
                 # The first call's time has more in it than its share (the prompts before the first token, say).
                 is_enough = seconds > SECONDS or done >= SHARE * total
-                is_time = seconds > EVERY or done >= total or (is_enough and not is_first)
+                is_time = done >= total or (is_enough and not is_first) or (is_first and seconds > EVERY)
             else:
                 is_time = seconds >= told + EVERY and done < total
             if is_silent or not is_time or (done <= first and done < total):
                 return
             left = (seconds - first_seconds) / (done - first) * (total - done) if done < total else 0.0
-            bound = "at most " if is_first and done < total else ""
-            text = f"{counted(total, unit)}, {bound}about {duration(seconds + left)}"
+            text = f"{counted(total, unit)}, about {duration(seconds + left)}"
             if told is not None:
                 text = f"{done} of {counted(total, unit)}, about {duration(left)} left"
-            told = seconds
+            if is_first and done < total:
+                text = f"{done} of {counted(total, unit)} after {duration(seconds)}"
+            else:
+                told = seconds
             print(f"{name}: {text}", file=sys.stderr, flush=True)
 
         yield advance

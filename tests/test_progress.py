@@ -45,7 +45,10 @@ def test_slow_work_is_estimated_before_a_twentieth_is_done(clock, capsys):
     with progress.stage("reading", 1000, "text") as advance:
         clock[0] += 60
         advance(1)
-        assert "reading: 1000 texts, at most about 1000 minutes" in capsys.readouterr().err
+        assert capsys.readouterr().err == "reading: 1 of 1000 texts after 60 seconds\n"
+        clock[0] += 60
+        advance(1)
+        assert capsys.readouterr().err == "reading: 1000 texts, about 1000 minutes\n"
 
 
 def test_what_comes_before_the_first_piece_is_not_taken_for_the_speed(clock, capsys):
