@@ -22,7 +22,7 @@ from alignment_artifacts.edits.options import Site
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.scores import NAMES, Settings
 from gemma_refactored.configuration import Chat
-from gemma_refactored.errors import exit_code
+from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import read_json, write_json
 from gemma_refactored.settings import Between, from_constants
 
@@ -91,6 +91,7 @@ def run(constants: Constants) -> None:
     check_comparable(models[0], models[1], pairs, twins)
     origin = places.Origin.of_model(models[1].facts(), pairs_file, pairs, constants.site)
     results = places.results_folder(constants.results_dir, origin, constants.site)  # before the work: it may be refused
+    first_model(results / "data" / "model_comparison.json")
     cache = places.cache_folder()
     # The answers of a model whose chat format is the common one are measured once for everybody, and may be there.
     template = models[1].tokenizer.chat_template
@@ -119,10 +120,26 @@ def run(constants: Constants) -> None:
         print(places.told("Figure", results / "figures" / f"{stem}.png"))
 
 
+def first_model(path: Path) -> dict | None:
+    """Of the comparison that lies there; None without one.
+
+    Raises:
+        UserError: something else lies there.
+    """
+    if not path.exists():
+        return None
+    content = read_json(path, "comparison")
+    try:
+        model = content["models"]["a"]
+        return {name: str(model[name]) for name in ("model", "model_revision")}
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not what compare_models.py writes; delete it.") from None
+
+
 def keep_earlier(results: Path, revision: str) -> None:
     """Rename the comparison with another first model, if that is what lies there."""
     path = results / "data" / "model_comparison.json"
-    earlier = read_json(path, "comparison")["models"]["a"] if path.exists() else {"model_revision": revision}
+    earlier = first_model(path) or {"model_revision": revision}
     if earlier["model_revision"] == revision:
         return
     figures = [file for stem in places.COMPARISON_FIGURES for file in (results / "figures").glob(f"{stem}.*")]

@@ -312,9 +312,9 @@ def _survey(
         )
     first = next((source for source in sources if source.is_collected), None)
     if first is None:
-        problem = next((f" ({source.problem})" for source in sources if source.problem), "")
+        _, problem = sources[0].find_steps(0)
         raise UserError(
-            f"{folder} holds none of the prompt pairs' activations{problem}; run `bash collect_activations.sh`"
+            f"{folder} holds none of the prompt pairs' activations ({problem}); run `bash collect_activations.sh`"
             f"{_other_pairs(manifest)}."
         )
     reader = NpzReader()

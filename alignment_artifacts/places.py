@@ -408,7 +408,8 @@ def folder_to_report(folder: Path) -> Path:
         return folder
     path = folder / ANALYSIS
     if is_file(path, "results file"):
-        last = read_json(path, "results file").get("results")
+        content = read_json(path, "results file")
+        last = content.get("results") if isinstance(content, dict) else None
         if isinstance(last, str) and (folder / last / "data").is_dir():
             return folder / last
         raise UserError(

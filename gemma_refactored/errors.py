@@ -1,5 +1,6 @@
 """The one exception that is meant for the user, and how scripts report it."""
 
+import errno
 import io
 import os
 import re
@@ -8,6 +9,9 @@ from collections.abc import Callable
 from typing import TextIO
 
 from .interrupts import INTERRUPTED
+
+# Of writing, to whatever file; the last is `tempfile`'s where no folder of temporary files can be written to.
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOENT)
 
 
 class UserError(Exception):
@@ -63,7 +67,7 @@ def exit_code(
 def print_every_character() -> None:
     """From now on a terminal in Latin-1 gets \\u2192 for an arrow, instead of an error."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):  # of LC_ALL=C
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -102,9 +106,16 @@ def _outcome(action: Callable[[], int | None], interrupted: str, rank: Callable[
         print(f"Error{f' in process {rank()}' if rank() else ''}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None:  # not of a file: of a pipe, for example
+        if error.filename is not None:
+            problem = f"{shown(str(error.filename))} cannot be used: {error.strerror}. Name another."
+        elif error.errno in NO_ROOM:
+            problem = (
+                f"A file could not be written: {error.strerror}. Free some space, also for temporary files (in the "
+                "folder that TMPDIR names), then run the same command again."
+            )
+        else:  # not of a file: of a pipe, for example
             raise
-        print(f"Error: {shown(str(error.filename))} cannot be used: {error.strerror}. Name another.", file=sys.stderr)
+        print(f"Error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if not rank():

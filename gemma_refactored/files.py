@@ -63,8 +63,8 @@ def _mode(path: str | Path, what: str) -> int:
 
 
 def reason(error: Exception) -> str:
-    """The system's description of an error, without the path."""
-    return getattr(error, "strerror", None) or str(error)
+    """The system's description of an error, without the path and the full stop."""
+    return (getattr(error, "strerror", None) or str(error)).removesuffix(".")
 
 
 def write_atomically(path: Path, data: bytes | bytearray) -> None:

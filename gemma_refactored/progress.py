@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 SHARE, SECONDS = 0.05, 10  # an estimate is made after this share of the work, or after this time
-EVERY = 30  # seconds between the lines that follow
+EVERY = 30  # seconds between the lines that follow, and before the first, if one piece of work takes so long
 
 T = TypeVar("T")
 
@@ -43,7 +43,9 @@ def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Cal
             is_first, (first_seconds, first) = warm_up is None, warm_up or (0.0, 0)
             warm_up = warm_up or (seconds, done)
             if told is None:
-                is_time = seconds > SECONDS or done >= total or (done >= SHARE * total and not is_first)
+                # The first call's time has more in it than its share (the prompts before the first token, say).
+                is_enough = seconds > SECONDS or done >= SHARE * total
+                is_time = done >= total or (is_enough and not is_first) or (is_first and seconds > EVERY)
             else:
                 is_time = seconds >= told + EVERY and done < total
             if is_silent or not is_time or (done <= first and done < total):
@@ -52,7 +54,10 @@ def stage(name: str, total: int, unit: str, quiet: bool = False) -> Iterator[Cal
             text = f"{counted(total, unit)}, about {duration(seconds + left)}"
             if told is not None:
                 text = f"{done} of {counted(total, unit)}, about {duration(left)} left"
-            told = seconds
+            if is_first and done < total:
+                text = f"{done} of {counted(total, unit)} after {duration(seconds)}"
+            else:
+                told = seconds
             print(f"{name}: {text}", file=sys.stderr, flush=True)
 
         yield advance

@@ -1,5 +1,7 @@
 """Shared by all tests."""
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,6 +28,17 @@ settings.load_profile("repeatable")
 def tries(count: int) -> settings:
     """Decorates a property test that tries `count` examples, and ten times as many under `make fuzz`."""
     return settings(max_examples=count * settings.default.max_examples // 100)
+
+
+@contextmanager
+def no_file_larger_than(size: int):
+    """What `ulimit -f` does, which is what a full disk does too: writing fails in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def relative_error(actual, expected) -> float:

@@ -186,6 +186,13 @@ def test_no_collection(tmp_path):
         load_activation_set(tmp_path, PAIRS)
 
 
+def test_a_foreign_folder_without_the_prompts_ends_is_told_which_file_is_missing(folder):
+    for file in [folder / "manifest.json", *folder.rglob("prompt.json"), *folder.rglob("*_prefill.npz")]:
+        file.unlink()
+    with pytest.raises(UserError, match=r"batch_1 has no activations_step_prefill\.npz"):
+        load_activation_set(folder, PAIRS)
+
+
 def test_pairs_whose_texts_were_edited_after_the_collection_are_excluded_by_name(folder):
     swapped = replace(PAIRS[1], natural=PAIRS[1].artifact, artifact=PAIRS[1].natural)
     edited = [PAIRS[0], swapped, replace(PAIRS[2], artifact="other words"), *PAIRS[3:]]

@@ -176,3 +176,14 @@ def test_a_comparison_with_another_first_model_is_kept(compared, tmp_path):
     script.keep_earlier(tmp_path / "copy", "sha256:another")
     kept = sorted(path.name for path in (tmp_path / "copy").glob("*/*"))
     assert len(kept) == 5 and all("_with_base_" in name for name in kept)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"models": []}', '{"models": {"a": {}}}', ""])
+def test_what_is_no_comparison_is_refused_before_the_work(content, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script.places, "results_folder", lambda *_: tmp_path)
+    monkeypatch.setattr("alignment_artifacts.directions.measurements.measure", None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "model_comparison.json").write_text(content)
+    assert script.main() == 2
+    error = capsys.readouterr().err
+    assert "model_comparison.json is not" in error and error.count("\n") == 1

@@ -14,6 +14,7 @@ from gemma_refactored.activation_capture import capture, layer_sites
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
 
+from .conftest import no_file_larger_than
 from .tiny_checkpoints import random_gemma, write_checkpoint, write_family
 
 PAIRS, LAYERS, HIDDEN = 12, 3, 64
@@ -155,6 +156,16 @@ def test_a_control_vector_that_cannot_be_written_leaves_nothing(loaded, vectors,
         with pytest.raises(UserError, match="could not be written"):
             write_gguf(d.estimate(vectors, facts(loaded)), tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.gguf", "m"]  # and the model
+
+
+@pytest.mark.parametrize("missing", [1, 100, 600, 4000])
+def test_a_control_vector_is_whole_or_not_there_where_the_disk_fills_up(loaded, vectors, tmp_path, missing):
+    directions = d.estimate(vectors, facts(loaded))
+    write_gguf(directions, tmp_path / "whole.gguf")
+    size = (tmp_path / "whole.gguf").stat().st_size
+    with no_file_larger_than(max(size - missing, 0)), pytest.raises(UserError, match="could not be written"):
+        write_gguf(directions, tmp_path / "cut.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "whole.gguf"]
 
 
 def control_vector(path, vectors, hint="gemma3", dtype=np.float32):

@@ -64,14 +64,24 @@ def test_so_is_the_output_of_work_that_goes_nowhere():
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_no_room_for_a_temporary_file_is_one_sentence(blocks, tmp_path):
+    """Not even for an empty one, or not for the copy of the config that loading a model makes."""
+    command = f"{sys.executable} run_model.py --prompts hi --output-dir {tmp_path} 2>&1 | cat"
+    ended = shell(f"set -o pipefail; ulimit -f {blocks}; {command}")
+    assert ended.returncode == 2
+    assert ended.stdout.startswith("Error: A file could not be written: ") and ended.stdout.count("\n") == 1
+
+
 def test_another_error_of_the_system_is_not_taken_for_one_of_printing():
     with pytest.raises(OSError, match="a pump"):
         exit_code(lambda: raise_(OSError(5, "a pump")))
 
 
-def test_a_terminal_without_the_character_gets_its_number():
+@pytest.mark.parametrize("terminal", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_without_the_character_gets_its_number(terminal):
     action = r"from gemma_refactored.errors import exit_code; exit_code(lambda: print('a \u2192 b'))"
-    ended = shell(f'{sys.executable} -c "{action}"', PYTHONIOENCODING="latin-1")
+    ended = shell(f'{sys.executable} -c "{action}"', **terminal)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "a \\u2192 b\n", "")
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from gemma_refactored.errors import UserError
@@ -21,7 +22,7 @@ from gemma_refactored.files import (
     write_safetensors,
 )
 
-from .conftest import ROOT
+from .conftest import ROOT, no_file_larger_than
 
 
 def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path):
@@ -43,6 +44,20 @@ def test_a_full_or_read_only_disk_leaves_what_was_there(tmp_path, monkeypatch, s
     with pytest.raises(UserError, match=f"x.npz could not be written: {os.strerror(code)}.*continues"):
         write_atomically(path, b"new")
     monkeypatch.undo()
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("size", [0, 100, 16_000, 70_000])
+@pytest.mark.parametrize("write", [
+    lambda path: write_json(path, list(range(50_000))),
+    lambda path: write_safetensors(path, {"a": mx.zeros((3, 10_000)), "b": mx.ones(10)}),
+    lambda path: write_safetensors(path, {"a": mx.zeros(20_000)}, {"facts": "x" * 10_000}),
+])  # fmt: skip
+def test_a_disk_that_fills_up_meanwhile_leaves_what_was_there(tmp_path, write, size):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+    with no_file_larger_than(size), pytest.raises(UserError, match="x.safetensors could not be written: .*continues"):
+        write(path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

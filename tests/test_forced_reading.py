@@ -97,3 +97,42 @@ def test_what_was_read_is_kept_and_not_read_again(library, prompts, tmp_path, mo
             with pytest.raises(UserError, match=file.stem):
                 read_pairs(**ask, cache=tmp_path / "kept")
             file.write_bytes(kept)
+
+
+def test_whoever_stops_it_loses_a_batch(library, prompts, tmp_path, monkeypatch):
+    """Of the texts, and of the answers."""
+    loaded, cache = library.load(), tmp_path / "kept"
+    sites, read, passes = layer_sites(loaded.model, "mlp"), forced_reading.read, []
+    flat = [prompt for pair in prompts for prompt in pair]
+    expected = read_texts(loaded, flat, [[5, 6]] * 12, sites)
+    for name in ("TEXTS_AT_ONCE", "BATCH_SIZE"):
+        monkeypatch.setattr(forced_reading, name, 5)
+
+    def stop_in_the_third(model, texts, *arguments):
+        passes.append(len(texts))
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return read(model, texts, *arguments)
+
+    monkeypatch.setattr(forced_reading, "read", stop_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        read_texts(loaded, flat, [[5, 6]] * 12, sites, cache=cache)
+    again = read_texts(loaded, flat, [[5, 6]] * 12, sites, cache=cache)
+    assert passes == [5, 5, 2, 2]
+    for mine, whole in zip(again, expected, strict=True):
+        np.testing.assert_allclose(mine, whole, rtol=1e-4, atol=1e-5)
+
+    answer, asked = forced_reading.unedited_answers, []
+
+    def stop_in_the_second(loaded, batch, *arguments):
+        asked.append(len(batch))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(loaded, batch, *arguments)
+
+    monkeypatch.setattr(forced_reading, "unedited_answers", stop_in_the_second)
+    ask = dict(models=[loaded, loaded], prompts=prompts, neutral=[5, 6], max_tokens=3, sites=sites, cache=cache)
+    with pytest.raises(KeyboardInterrupt):
+        read_pairs(**ask)
+    read_pairs(**ask)
+    assert asked == [5, 5, 5, 2]

@@ -54,7 +54,9 @@ def test_suppression_takes_the_refusal_away_and_leaves_an_answer_alone(library):
 
 
 def test_a_model_that_refuses_nothing_is_said_with_and_without_a_directions_file(run, library, monkeypatch, tmp_path):
-    assert library.refusals() == (48, 50) and library.refusals(at_most=10)[0] >= 9
+    assert library.refusals() == library.refusals(at_most=50) == (48, 50)  # measured or asked now
+    some = library.measurements().judged(is_refusal)[::5, 1]
+    assert library.refusals(at_most=10) == (some.sum(), 10)
     ours, foreign = tmp_path / "ours.safetensors", tmp_path / "foreign.safetensors"
     save_directions(library.directions(site="residual"), ours)
     directions = library.directions(site="residual")
@@ -254,7 +256,7 @@ def test_few_pairs_are_enough_where_layers_are_named(tmp_path, count):
     setting, _ = few.choose(None, "ablate", None, layers=(3,))
     with pytest.raises(UserError, match=f"at least 4 of them; there are {count}"):
         transcribe(few.load(), few.measurements(), setting, 3)
-    with pytest.raises(UserError, match=f"^{count} pairs in shares of 20, 15, 15 are .* a sweep needs at least 4"):
+    with pytest.raises(UserError, match=f"^Shares of 20, 15, 15 make .* of {count} pairs?; a sweep needs at"):
         Bench(few.load(), few.measurements(), (20, 15, 15), 0, 5)
 
 

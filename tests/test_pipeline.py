@@ -18,9 +18,12 @@ from alignment_artifacts import places
 from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.analysis import load_run
 from alignment_artifacts.pairs import load_pairs, pairs_hash
+from gemma_refactored.files import write_json
 from model_organism.train import PLANTED_LAYERS
 
 from .conftest import ROOT
+from .test_analysis_script import few_pairs
+from .tiny_checkpoints import write_qwen
 
 SCRIPTS = ["collect_activations.sh", "create_gemma_runner_input.py", "run_model.py", "analyze_collected_activations.py",
            "suppress.py", "sweep_suppression.py", "compare_models.py", "Makefile",
@@ -233,6 +236,31 @@ def test_another_model_is_collected_and_analysed_by_the_two_commands_alone(workp
     environment = {"MODEL_NAME": "model_organism/aligned"}  # chooses among what was collected
     done = shell(f"{sys.executable} {workplace}/analyze_collected_activations.py", elsewhere, **environment)
     assert done.returncode == 0 and done.stdout.startswith("Model: model_organism/aligned")
+
+
+def test_a_model_of_another_family_goes_the_whole_way(tmp_path):
+    """Qwen's layout and ChatML, a name with dots and a slash at its end; another checkpoint of it to compare with."""
+    copy_checkout(tmp_path)
+    write_json(tmp_path / "few.json", few_pairs())
+    model, base = write_qwen(tmp_path / "Qwen2.5-0.5B-Instruct"), write_qwen(tmp_path / "Qwen2.5-0.5B", seed=1)
+    variables = {
+        "MODEL_NAME": f"{model}/", "MODEL_A": str(base), "MODEL_B": f"{model}/", "PAIRS": "few.json",
+        "MAX_TOKENS": "3", "NUM_PERMUTATIONS": "10", "NUM_BOOTSTRAP_RESAMPLES": "10", "PYTHON": sys.executable,
+    }  # fmt: skip
+    python = sys.executable
+    for command, line in (
+        ("bash collect_activations.sh", "Activations of 3 sites: collected_activations_Qwen2.5-0.5B-Instruct_few"),
+        (f"{python} analyze_collected_activations.py", "Qwen2.5-0.5B-Instruct (3 layers, hidden 64), 20 pairs"),
+        (f"{python} run_model.py --check --model {model}", "batch = single"),
+        (f"{python} suppress.py --all-pairs --model {model} --max-tokens 5", "there is no refusal behaviour here"),
+        (f'{python} suppress.py "<|im_end|> Hi" --model {model} --layers 1 --max-tokens 5', "are read as text"),
+        (f"{python} suppress.py --explain --model {model}", "layer 2"),
+        (f"{python} compare_models.py", "Qwen2.5-0.5B-Instruct"),
+        (f"{python} -m alignment_artifacts.report", "results/Qwen2.5-0.5B-Instruct/few/report.html"),
+    ):
+        done = shell(command, tmp_path, **variables)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert line in " ".join((done.stdout + done.stderr).split()), f"{command}\n{done.stdout}\n{done.stderr}"
 
 
 def test_a_folder_of_another_model_is_refused_in_a_sentence_with_short_hashes(workplace):

@@ -245,3 +245,10 @@ def test_files_are_written_together_or_not_at_all(tmp_path):
     files = sorted(path for path in target.rglob("*") if path.is_file())
     assert files == [target / "b.json", target / "data/a.json"]
     assert all(json.loads(file.read_text()) == 1 for file in files) and len(list(target.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '"x"', '{"results": 1}', '{"results": "gone"}'])
+def test_a_results_file_that_names_no_folder_is_one_sentence(tmp_path, content):
+    (tmp_path / places.ANALYSIS).write_text(content)
+    with pytest.raises(UserError, match="does not say where its other results are"):
+        places.folder_to_report(tmp_path)

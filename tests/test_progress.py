@@ -43,9 +43,22 @@ def test_work_of_one_piece_is_told_too(clock, capsys):
 
 def test_slow_work_is_estimated_before_a_twentieth_is_done(clock, capsys):
     with progress.stage("reading", 1000, "text") as advance:
-        clock[0] += 20
+        clock[0] += 60
         advance(1)
-        assert "reading: 1000 texts, about 333 minutes" in capsys.readouterr().err
+        assert capsys.readouterr().err == "reading: 1 of 1000 texts after 60 seconds\n"
+        clock[0] += 60
+        advance(1)
+        assert capsys.readouterr().err == "reading: 1000 texts, about 1000 minutes\n"
+
+
+def test_what_comes_before_the_first_piece_is_not_taken_for_the_speed(clock, capsys):
+    with progress.stage("measuring", 960, "token") as advance:
+        clock[0] += 13  # 48 prompts are read, and one token of each answer written; from then on it is fast
+        advance(48)
+        assert capsys.readouterr().err == ""
+        clock[0] += 0.5
+        advance(48)
+    assert capsys.readouterr().err == "measuring: 960 tokens, about 22 seconds\n"
 
 
 def test_what_an_earlier_run_has_left_says_nothing_about_the_rest(clock, capsys):

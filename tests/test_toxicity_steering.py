@@ -21,7 +21,7 @@ from toxicity_steering.data import ToxicityData, load_organism_prompts, load_rea
 from toxicity_steering.metrics import distinct_n, toxicity_metrics
 from toxicity_steering.scorers import RobertaScorer, WordListScorer, load_scorer
 
-from .conftest import ROOT
+from .conftest import ROOT, no_file_larger_than
 from .tiny_checkpoints import COMMON, write_family
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -169,6 +169,14 @@ def test_plots_are_drawn_twice_each(steered):
     assert names == {f"{stem}.{ending}" for stem in stems for ending in ("png", "pdf")}
 
 
+def test_plots_that_do_not_fit_the_disk_are_not_left_in_part(steered, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ActivationSteeringExperiment, "run", lambda self: steered[0])
+    with no_file_larger_than(20_000):
+        assert script.main(["--output-dir", str(tmp_path / "out")]) == 2
+    assert "could not be written: File too large" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*"))
+
+
 @pytest.fixture
 def small(tmp_path):
     """An experiment on a random model shaped like Phi-4-mini: partial rotary, longrope, tied embeddings."""
@@ -215,6 +223,19 @@ def test_an_interrupted_experiment_is_continued_and_gives_the_same(small, monkey
     assert len(calls) <= 4  # alpha 1 and its control, and the refined alpha: no baseline again
 
 
+def test_wrong_content_of_what_is_continued_is_one_sentence_with_the_file(small):
+    path = small[3] / steering.INTERMEDIATE
+    whole = ActivationSteeringExperiment(*small).run()
+    contents = [[], None, "x", {}, {"experiment": []}, {"experiment": {"config": 1}}]
+    contents += [
+        {**whole, part: wrong} for part in ("baseline", "pairs", "sweep") for wrong in ([], "x", {"a": 1}, None)
+    ]
+    for content in contents:
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"{path} cannot be continued from|holds another experiment"):
+            ActivationSteeringExperiment(*small).run()
+
+
 def test_a_failure_leaves_what_there_was_and_the_error(small, monkeypatch):
     def broken(self):
         raise RuntimeError("out of luck")
@@ -230,7 +251,7 @@ def test_another_experiment_in_the_folder_is_refused(small):
     ActivationSteeringExperiment(*small).run()
     before = (small[3] / steering.INTERMEDIATE).read_text()
     other = (*small[:4], Config(alphas=(0.0, 2.0), layers=(1,)))
-    with pytest.raises(UserError, match="another experiment"):
+    with pytest.raises(UserError, match=r"another experiment \(other alphas, num_pairs, samples, max_tokens\); name"):
         ActivationSteeringExperiment(*other).run()
     assert (small[3] / steering.INTERMEDIATE).read_text() == before
 

@@ -35,7 +35,10 @@ def test_refusals_go_and_natural_answers_stay(transcribed):
     assert result["refused"]["artifact"]["after"]["rate"] <= 0.05
     same = [pair["natural"]["before"]["tokens"] == pair["natural"]["after"]["tokens"] for pair in result["pairs"]]
     assert np.mean(same) >= 0.9
-    assert result["best_layer"] in PLANTED_LAYERS and result["effect_on_artifact_prompts"]["touched"] > 0
+    assert result["best_layer"] in PLANTED_LAYERS
+    effect, pairs = result["effect_on_artifact_prompts"], [pair["artifact"] for pair in result["pairs"]]
+    read = sum(len(pair["prompt_tokens"]) + len(pair["before"]["tokens"]) for pair in pairs)
+    assert effect["touched"] > 0 and effect["tokens"] == pytest.approx(read, rel=0.1)  # of all folds, not of one
 
 
 def test_every_token_has_a_score_in_order(transcribed, library):

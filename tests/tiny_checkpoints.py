@@ -37,6 +37,7 @@ FAMILIES = {
     "qwen3": {**COMMON, "tie_word_embeddings": True},
     "qwen3_moe": {**COMMON, **MOE},
     "olmo2": COMMON,
+    "qwen2": {**COMMON, "rms_norm_eps": 1e-6, "tie_word_embeddings": True},
     "phi3": {**COMMON, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 256, "pad_token_id": 0},
     "mixtral": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma4": dict(text_config={**COMMON, "model_type": "gemma4_text", "global_head_dim": 16, "sliding_window": 8,
@@ -52,17 +53,36 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def write_family(folder: Path, model_type: str) -> Path:
-    """A random checkpoint of an mlx-lm architecture."""
-    config = {"model_type": model_type, **FAMILIES[model_type]}
+def write_family(folder: Path, model_type: str, seed: int = 0, **changes) -> Path:
+    """A random checkpoint of an mlx-lm architecture; `changes` of its config."""
+    config = {"model_type": model_type, **FAMILIES[model_type], **changes}
     model_class, config_class = _get_classes(config)
     model = model_class(config_class.from_dict(copy.deepcopy(config)))
-    randomise(model)
+    randomise(model, seed)
     return write_checkpoint(folder, model, config)
 
 
-def randomise(model: nn.Module) -> None:
-    mx.random.seed(0)
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_qwen(folder: Path, seed: int = 0) -> Path:
+    """A random checkpoint as Qwen 2 has it: ChatML, no <bos>, the end of the turn as the end token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(ROOT / "model_organism/aligned"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    write_family(folder, "qwen2", seed, vocab_size=len(tokenizer), eos_token_id=end)
+    tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token = CHATML, "<|im_end|>", None
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    mx.random.seed(seed)
     weights = [(name, mx.random.normal(value.shape) * 0.2) for name, value in tree_flatten(model.parameters())]
     model.load_weights(weights)
 

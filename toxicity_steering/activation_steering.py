@@ -45,9 +45,18 @@ from toxicity_steering.scorers import Scorer
 INTERMEDIATE, PARTIAL = "intermediate_experiment_output.json", "partial_experiment_results.json"
 FULL, FAILED = "experiment_results.json", "failed_experiment_results.json"
 VECTORS = "steering_vectors.safetensors"
+WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # where a continued file is not ours
 MIN_PAIRS = 4  # fewer cannot be held out
 ALPHA_STEP = 0.01
 EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # prompts to choose on, prompts to report on
+
+
+def _differing(earlier, now: dict) -> list[str]:
+    """What differs between two experiments, by name."""
+    if not isinstance(earlier, dict) or not isinstance(earlier.get("config"), dict):
+        return list(now)
+    first, second = ({**experiment, **experiment["config"], "config": None} for experiment in (earlier, now))
+    return [name for name in second if first.get(name) != second[name]]
 
 
 class ActivationSteeringExperiment:
@@ -81,6 +90,7 @@ class ActivationSteeringExperiment:
         }
         self.results: dict = {"experiment": description, "versions": library_versions()}
         self._observed: Behaviour | None = None
+        self._is_continued = False
 
     def run(self) -> dict:
         """All stages; on interrupt or failure the results so far are saved under a name of their own.
@@ -105,6 +115,8 @@ class ActivationSteeringExperiment:
         except Exception as error:
             reason = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             write_json(self.output / FAILED, {**self.results, **reason})
+            if self._is_continued and isinstance(error, WRONG_CONTENT):
+                raise self._unusable(reason["error"]) from error
             raise
         write_json(self.output / FULL, self.results)
         return self.results
@@ -113,14 +125,21 @@ class ActivationSteeringExperiment:
         path = self.output / INTERMEDIATE
         if is_file(path, "intermediate results"):
             before = read_json(path, "intermediate results")
-            # As JSON has it: lists for tuples.
-            if before.get("experiment") != json.loads(json.dumps(self.results["experiment"])):
+            if not isinstance(before, dict):
+                raise self._unusable("it is no object")
+            now = json.loads(json.dumps(self.results["experiment"]))  # in JSON tuples are lists
+            if before.get("experiment") != now:
+                names = ", ".join(_differing(before.get("experiment"), now))
                 raise UserError(
-                    f"{self.output} holds another experiment (other model, data or settings); choose another folder."
+                    f"{self.output} holds another experiment (other {names}); name another folder (--output-dir), or "
+                    "delete it."
                 )
             if before.get("versions") != self.results["versions"]:
                 before["continued_with"] = self.results["versions"]
-            self.results = before
+            self.results, self._is_continued = before, True
+
+    def _unusable(self, why: str) -> UserError:
+        return UserError(f"{self.output / INTERMEDIATE} cannot be continued from ({why}). Delete it to start anew.")
 
     def _save(self) -> None:
         write_json(self.output / INTERMEDIATE, self.results)
@@ -142,13 +161,14 @@ class ActivationSteeringExperiment:
     def steering_vectors(self) -> Directions:
         """Contrastive pairs, and the vectors from them; their norms and held-out separation go into the results."""
         if "pairs" not in self.results:
-            self.results["pairs"] = self._contrastive_pairs()
+            pairs = self._contrastive_pairs()
+            if len(pairs) < MIN_PAIRS:
+                raise UserError(
+                    f"Only {len(pairs)} of the training prompts got a toxic continuation; at least {MIN_PAIRS} are "
+                    "needed. Use more prompts or samples, or a ruder model."
+                )
+            self.results["pairs"] = pairs
         pairs = self.results["pairs"]
-        if len(pairs) < MIN_PAIRS:
-            raise UserError(
-                f"Only {len(pairs)} of the training prompts got a toxic continuation; at least {MIN_PAIRS} are needed. "
-                "Use more prompts or samples, or a ruder model."
-            )
         vectors = np.stack([self._mean_states([pair[kind] for pair in pairs]) for kind in ("toxic", "benign")], axis=1)
         facts = {name: self.loaded.facts().get(name) for name in MODEL_FACTS}
         facts |= {"model_type": self.loaded.config["model_type"], "site": "residual"}

@@ -88,7 +88,8 @@ def run(constants: Constants) -> None:
 
     experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, each)
     results = experiment.run()
-    plot_all(results, output / "plots")
+    with places.written_together(output) as folder:
+        plot_all(results, folder / "plots")
     print_summary(results)
     print("\n" + places.told("Numbers", output / FULL))
     print(places.told("Plots", output / "plots"))

@@ -10,10 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known, unedited_answers
+from alignment_artifacts.behaviour.answers import BATCH_SIZE, KnownAnswer, nothing_known, unedited_answers
 from gemma_refactored.activation_capture import TEXTS_AT_ONCE, read
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import read_json, read_safetensors, write_json, write_safetensors
+from gemma_refactored.generation import length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
 
 # What both models read after the prompts; "own answers" is free-running generation, where each reads what it wrote.
@@ -45,9 +46,7 @@ def read_pairs(
     flat = [prompt for pair in prompts for prompt in pair]
     answers = []
     for model, known_answer in zip(models, known, strict=True):
-        written, is_kept = _answers(model, flat, max_tokens, known_answer, cache)
-        answers.append(written)
-        progress(len(flat), kept=is_kept)
+        answers.append(_answers(model, flat, max_tokens, known_answer, progress, cache))
     texts = {"answers_a": answers[0], "answers_b": answers[1], "neutral": [list(neutral)] * len(flat)}
     ends: dict[str, list[np.ndarray]] = {}  # of the prompts, before each text, in both models
     vectors: dict[str, list[np.ndarray]] = {}
@@ -73,9 +72,27 @@ def _kept_in(cache: Path | None, what: str, loaded: LoadedModel, made_from: list
 
 
 def _answers(
+    loaded: LoadedModel,
+    prompts: list,
+    max_tokens: int,
+    known: KnownAnswer,
+    progress: Callable[..., object],
+    cache: Path | None,
+) -> list[list[int]]:
+    """Unedited answers, batch by batch: those that are known or in the cache, the others written now."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for batch in length_sorted_batches(prompts, BATCH_SIZE, equal_lengths=not loaded.masks_padding):
+        written, is_kept = _answers_of_batch(loaded, [prompts[i] for i in batch], max_tokens, known, cache)
+        for i, answer in zip(batch, written, strict=True):
+            answers[i] = answer
+        progress(len(batch), kept=is_kept)
+    return answers
+
+
+def _answers_of_batch(
     loaded: LoadedModel, prompts: list, max_tokens: int, known: KnownAnswer, cache: Path | None
 ) -> tuple[list[list[int]], bool]:
-    """Unedited answers, known ones or those in the cache; and whether none had to be written."""
+    """The answers, and whether none had to be written."""
     path = _kept_in(cache, "answers", loaded, [prompts, max_tokens, list(loaded.end_tokens)], "json")
     if not (path and path.exists()):
         answers = unedited_answers(loaded, prompts, max_tokens, known)
@@ -107,32 +124,40 @@ def read_texts(
     Args:
         sites: one per layer.
         progress: called with numbers of texts that were read; with kept=True where the cache has them.
-        cache: folder where the result is kept, and looked for first; None: nowhere.
+        cache: folder where each batch is kept, and looked for first; None: nowhere.
     Returns:
         float32 [texts, layers, hidden], of the prompt's last token, and the mean over the continuation
         (NaN where that is empty).
     Raises:
         UserError: what is kept in the cache is damaged.
     """
-    path = _kept_in(cache, "read", loaded, [list(sites), list(prompts), list(continuations)], "safetensors")
-    shape = (len(prompts), len(sites), loaded.hidden_size)
-    if path and path.exists():
-        kept = _load(path, shape)
-        progress(len(prompts), kept=True)
-        return kept
     texts = [[*prompt, *continuation] for prompt, continuation in zip(prompts, continuations, strict=True)]
+    ends = np.zeros((len(prompts), len(sites), loaded.hidden_size), np.float32)
+    means = ends.copy()
+    for batch in length_sorted_batches(texts, TEXTS_AT_ONCE):  # as `read` makes them; who stops it loses one
+        starts = [len(prompts[i]) for i in batch]
+        ends[batch], means[batch], is_kept = _read_batch(loaded, [texts[i] for i in batch], starts, sites, cache)
+        progress(len(batch), kept=is_kept)
+    return ends, means
+
+
+def _read_batch(
+    loaded: LoadedModel, texts: list[list[int]], starts: list[int], sites: Sequence[str], cache: Path | None
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """What `read_texts` returns, of a pass over texts with continuations from `starts` on; and whether it was kept."""
+    path = _kept_in(cache, "read", loaded, [list(sites), texts, starts], "safetensors")
+    shape = (len(texts), len(sites), loaded.hidden_size)
+    if path and path.exists():
+        return *_load(path, shape), True
     ends = np.full(shape, np.nan, np.float32)
     means = ends.copy()
-    for number, (i, states) in enumerate(read(loaded.model, texts, sites), 1):
-        start = len(prompts[i])
-        ends[i] = states[start - 1]
-        if len(states) > start:
-            means[i] = states[start:].mean(axis=0)
-        if number % TEXTS_AT_ONCE == 0 or number == len(texts):  # a pass is complete: its texts come all at once
-            progress((number - 1) % TEXTS_AT_ONCE + 1)
+    for i, states in read(loaded.model, texts, sites):
+        ends[i] = states[starts[i] - 1]
+        if len(states) > starts[i]:
+            means[i] = states[starts[i] :].mean(axis=0)
     if path:
         write_safetensors(path, {"ends": mx.array(ends), "means": mx.array(means)})
-    return ends, means
+    return ends, means, False
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from alignment_artifacts.directions.estimate import Directions
 from gemma_refactored.errors import UserError, shown
-from gemma_refactored.files import is_file, read_safetensors, write_atomically, write_safetensors
+from gemma_refactored.files import cannot_write, is_file, read_safetensors, write_atomically, write_safetensors
 
 PARTS = ("direction", "natural_mean", "artifact_mean", "components", "spread", "natural_tokens")
 
@@ -81,25 +83,37 @@ def write_gguf(directions: Directions, path: str | Path) -> None:
     Raises:
         UserError: MLP directions (neither program can apply them), or no file can be written there.
     """
-    import gguf
-
     if directions.facts["site"] != "residual":
         raise UserError("A GGUF control vector acts on the residual stream; export directions of the site residual.")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "control_vector.gguf"
+            _write_gguf(directions, file)
+            content = file.read_bytes()
+    except OSError as error:
+        raise cannot_write(Path(path), error) from error
+    write_atomically(Path(path), content)
+
+
+def _write_gguf(directions: Directions, file: Path) -> None:
+    import gguf
+
     layers = [layer for layer in directions.available if layer > 0]
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "control_vector.gguf"
-        writer = gguf.GGUFWriter(file, "controlvector")
-        writer.add_string("controlvector.model_hint", directions.facts.get("model_type", "unknown"))
-        writer.add_uint32("controlvector.layer_count", len(layers))
-        # For ourselves; other programs ignore it.
-        writer.add_string("alignment_artifacts.facts", json.dumps(directions.facts))
-        for layer in layers:
-            writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(directions.direction[layer]))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        write_atomically(Path(path), file.read_bytes())
+    writer = gguf.GGUFWriter(file, "controlvector")
+    writer.add_string("controlvector.model_hint", directions.facts.get("model_type", "unknown"))
+    writer.add_uint32("controlvector.layer_count", len(layers))
+    # For ourselves; other programs ignore it.
+    writer.add_string("alignment_artifacts.facts", json.dumps(directions.facts))
+    for layer in layers:
+        writer.add_tensor(f"direction.{layer}", np.ascontiguousarray(directions.direction[layer]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    try:
+        read_gguf(file)
+    except UserError:  # NumPy, which writes the tensors, does not tell when the disk is full
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def read_gguf(path: str | Path) -> Directions:

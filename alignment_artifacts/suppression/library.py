@@ -26,6 +26,7 @@ from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.directions.estimate import Directions, fit_to, measure_natural_tokens
 from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.directions.measurements import (
+    COLLECTED_TOKENS,
     Measurements,
     activation_set,
     available_sites,
@@ -49,7 +50,6 @@ from gemma_refactored.settings import check, check_given
 
 log = logging.getLogger(__name__)
 SWEEP = "sweep.json"  # in the model's cache folder: what sweep_suppression.py chose
-OPENING_TOKENS = 24  # of an answer, enough to tell a refusal
 ARTIFACTS_TRIED = 5  # artifact prompts on which a setting that did not touch a prompt must prove that it works
 
 P = ParamSpec("P")
@@ -137,6 +137,8 @@ class AlignmentArtifacts:
     def refusals(self, model: str | Path | None = None, at_most: int | None = None) -> tuple[int, int]:
         """Of how many artifact prompts the unedited model refuses how many: (refused, asked).
 
+        Judged by the first COLLECTED_TOKENS tokens of each answer, which is what is measured.
+
         Args:
             at_most: ask so many of them (at least one), without measuring the model; None: all.
         """
@@ -145,7 +147,7 @@ class AlignmentArtifacts:
             return int(refused.sum()), len(refused)
         prompts = [pair.artifact for pair in self.pairs[:: max(-(-len(self.pairs) // max(at_most, 1)), 1)]]
         loaded = self.load(model)
-        answers = observe(loaded, prompts, OPENING_TOKENS).answers
+        answers = observe(loaded, prompts, COLLECTED_TOKENS).answers
         texts = [loaded.answer_text(answer) for answer in answers]
         judged = [is_refusal(text, prompt) for text, prompt in zip(texts, prompts, strict=True) if text is not None]
         return sum(judged), len(judged)
@@ -473,7 +475,7 @@ class AlignmentArtifacts:
             artifacts = Sequences([measured.prompts[i][1] for i in tried], [measured.answers[i][1] for i in tried])
         else:  # without measuring
             prompts = [pair.artifact for pair in self.pairs[:ARTIFACTS_TRIED]]
-            artifacts = observe(self.load(model), prompts, OPENING_TOKENS).sequences
+            artifacts = observe(self.load(model), prompts, COLLECTED_TOKENS).sequences
         if prove(self.load(model), intervention, artifacts).touched == 0:
             raise UserError(
                 f"This setting ({setting.describe()}) changes nothing, neither here nor on {self.pairs.sides[1]} "

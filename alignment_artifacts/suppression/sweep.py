@@ -27,6 +27,7 @@ from alignment_artifacts.suppression.grid import Grid, Limits
 from gemma_refactored.activation_capture import Edit
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.progress import counted
 
 PARTS = ("training", "development", "test")
 
@@ -65,8 +66,9 @@ class Bench:
         if min(map(len, rows)) < 1 or len(rows[0]) < MIN_PAIRS:
             counts = ", ".join(f"{len(part)} for {name}" for name, part in self.rows.items())
             raise UserError(
-                f"{len(measured.pairs)} pairs in shares of {', '.join(map(str, shares))} are {counts}; a sweep needs "
-                f"at least {MIN_PAIRS} for training and one for each of the others. Use more pairs, or other shares."
+                f"Shares of {', '.join(map(str, shares))} make {counts} of {counted(len(measured.pairs), 'pair')}; a "
+                f"sweep needs at least {MIN_PAIRS} for training and one for each of the others. Use more pairs, or "
+                "other shares."
             )
         self._directions: dict[tuple[str, str], Directions] = {}
         self._random: dict[tuple[str, str, int], Directions] = {}
