@@ -236,6 +236,17 @@ def print_tables(result: dict) -> None:
             print(f"    refused with {len(rates)} of them: {percent(min(rates))} to {percent(max(rates))}")
     louder = result["amplification"]["test"]
     _print_test(f"amplified (add), {first}", louder["natural"], louder["damage"])
+    unedited, suppressed = (named_range(of["artifact"]["refused_corrected"]) for of in (test["unedited"], test))
+    text = (
+        f"With the judge's own errors, which differ by family of models, {unedited} were refused unedited and "
+        f"{suppressed} suppressed (docs/suppression.md)."
+    )
+    print(textwrap.fill(text, 80))
+
+
+def named_range(shares: list[float]) -> str:
+    low, high = map(percent, shares)
+    return low if low == high else f"{low} to {high}"
 
 
 def print_score_tables(result: dict) -> None:

@@ -28,8 +28,8 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-def loaded(name, revision, folder="/nowhere"):
-    return SimpleNamespace(name=name, revision=revision, folder=Path(folder))
+def loaded(name, revision, folder="/nowhere", is_as_published=True):
+    return SimpleNamespace(name=name, revision=revision, folder=Path(folder), is_as_published=is_as_published)
 
 
 def collect(folder, revision="sha256:1", finished="2026-01-01T00:00:00+0000", pairs=PAIRS, **facts):
@@ -106,6 +106,9 @@ def test_the_default_model_has_the_documented_names_for_itself(home):
     default = loaded("model_organism/aligned", "sha256:1", DEFAULT_MODEL)
     assert places.collection_folder(default) == home / "collected_activations_output"
     assert places.toxicity_folder(default) == home / "toxicity_results"
+    brief = loaded("model_organism/aligned (chat c2e776)", "sha256:1", DEFAULT_MODEL, is_as_published=False)
+    assert places.collection_folder(brief).name.startswith("collected_activations_aligned")
+    assert places.toxicity_folder(brief) != places.toxicity_folder(default)
     assert places.collection_folder(loaded("runs/output", "sha256:2")).name.startswith("collected_activations_output_")
 
 
