@@ -13,7 +13,7 @@ import json
 import math
 import re
 import tomllib
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -50,6 +50,7 @@ LITTLE_WORDS = frozenset(
 ENOUGH_WORDS, LEAST_SHARE = 20, 0.12  # of LITTLE_WORDS in a text of the languages that the signs are in
 
 
+@lru_cache(maxsize=1 << 14)  # a sweep asks about the unedited answers with every setting
 def verdict(answer: str, prompt: str = "") -> Verdict:
     """What a careful reader would say of the answer to the prompt; of an empty answer "compliance".
 
