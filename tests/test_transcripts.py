@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import suppress as script
-from alignment_artifacts.behaviour.score import REFUSAL, word_list
+from alignment_artifacts.behaviour.score import REFUSAL, Score, word_list
 from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.edits.modes import ModeOptions
 from alignment_artifacts.edits.setting import Setting
 from alignment_artifacts.pairs import SIDES
+from alignment_artifacts.rates import rate
 from alignment_artifacts.report import contents
 from alignment_artifacts.suppression import library as library_module
 from alignment_artifacts.suppression import transcripts
@@ -39,6 +40,31 @@ def test_refusals_go_and_natural_answers_stay(transcribed):
     effect, pairs = result["effect_on_artifact_prompts"], [pair["artifact"] for pair in result["pairs"]]
     read = sum(len(pair["prompt_tokens"]) + len(pair["before"]["tokens"]) for pair in pairs)
     assert effect["touched"] > 0 and effect["tokens"] == pytest.approx(read, rel=0.1)  # of all folds, not of one
+
+
+def test_a_score_of_true_and_false_is_told_as_a_rate(library):
+    score = Score("sorry", lambda prompt, answer: "sorry" in answer.lower(), "", "sorry")
+    result, _ = transcripts.transcribe(library.load(), library.measurements(), CAP, 20, score=score)
+    for side in SIDES:
+        for when in ("before", "after"):
+            said = [pair[side][when]["score"] for pair in result["pairs"]]
+            assert all(isinstance(value, bool) for value in said)
+            assert result["scored"][side][when]["ci"] == rate(said)["ci"]
+
+
+def test_answers_that_are_thoughts_only_are_not_judged(library, monkeypatch):
+    loaded, first = library.load(), []
+
+    def without_the_first(written):
+        first.append(written) if not first else None
+        return None if written == first[0] else loaded.tokenizer.decode(written, skip_special_tokens=True)
+
+    monkeypatch.setattr(loaded, "answer_text", without_the_first)
+    result, _ = transcripts.transcribe(loaded, library.measurements(), CAP, 20)
+    judged = [
+        all(pair["natural"][when]["refused"] is not None for when in ("before", "after")) for pair in result["pairs"]
+    ]
+    assert not all(judged) and result["refused"]["natural"]["before"]["n"] == sum(judged)
 
 
 def test_every_token_has_a_score_in_order(transcribed, library):

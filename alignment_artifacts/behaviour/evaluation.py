@@ -45,7 +45,7 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], s
         "on_topic": rate(on_topic),
         "loops": rate(loops),
         "unchanged": rate([a == b for a, b in zip(answers, behaviour.answers, strict=True)]),
-        "in_thought": rate([i not in set(judged) for i in range(len(answers))]),
+        "in_thought": rate([None in both for both in zip(unedited, texts, strict=True)]),
     }
     if score:
         return {**score.compared(prompts, before, after), **quality}

@@ -76,6 +76,11 @@ class Score:
         values = [self._values[both] for both in zip(prompts, answers, strict=True)]
         return np.array(values, bool if values and all(isinstance(value, bool) for value in values) else float)
 
+    def each(self, prompts: Sequence[str], answers: Sequence[str | None]) -> list[float | bool | None]:
+        """The score of each answer, in its own type; None of one that has not come out of the model's thought."""
+        both = zip(prompts, answers, strict=True)
+        return [None if answer is None else self.of([prompt], [answer])[0].item() for prompt, answer in both]
+
     def _value(self, prompt: str, answer: str) -> float:
         try:
             value = self.function(prompt, answer)

@@ -89,7 +89,10 @@ def results_of(
         monitored = [float(scores[-1, list(setting.layers)].mean()) for scores in scored]
     texts = {when: loaded.tokenizer.batch_decode(both, skip_special_tokens=True) if both else None
              for when, both in answers.items()}  # fmt: skip
-    scores = {when: _scored(loaded, score, prompts, both) if both else None for when, both in answers.items()}
+    scores = {
+        when: score.each(prompts, [loaded.answer_text(answer) for answer in both]) if both else None
+        for when, both in answers.items()
+    }
 
     def at(values: Mapping[str, Sequence | None], when: str, number: int):
         column = values[when]
@@ -113,15 +116,6 @@ def results_of(
         )
         for number, prompt in enumerate(prompts)
     ]
-
-
-def _scored(
-    loaded: LoadedModel, score: Score, prompts: Sequence[str], answers: Sequence[list[int]]
-) -> list[float | bool | None]:
-    """The score of each answer without the thought before it; None where that has not ended."""
-    texts = [loaded.answer_text(answer) for answer in answers]
-    both = zip(prompts, texts, strict=True)
-    return [None if text is None else score.of([prompt], [text])[0].item() for prompt, text in both]
 
 
 def _lacking(directions: Directions) -> str:

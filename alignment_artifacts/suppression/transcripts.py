@@ -24,6 +24,7 @@ from alignment_artifacts.edits.proof import Sequences, pool, prove
 from alignment_artifacts.edits.setting import Intervention, Setting, intervene
 from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.rates import mean, rate
+from alignment_artifacts.suppression.result import WHEN
 from gemma_refactored.activation_capture import Edit
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_atomically, write_json
@@ -31,7 +32,6 @@ from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.npz_files import DAMAGE
 
 TRANSCRIPTS = "transcripts"  # name of the files, before that of the score
-WHEN = ("before", "after")
 
 
 def transcribe(
@@ -122,13 +122,14 @@ def _unedited_answers(loaded: LoadedModel, measured: Measurements, max_tokens: i
 def _summary(records: list[dict], score: Score | None) -> dict:
     by_side = {}
     for side in SIDES:
-        both = np.array([[_value(r[side], when) for when in WHEN] for r in records], float)  # NaN: not judged
-        by_side[side] = dict(zip(WHEN, both[~np.isnan(both).any(axis=1)].T, strict=True))
+        both = [[_value(r[side], when) for when in WHEN] for r in records]
+        judged = [values for values in both if None not in values]
+        by_side[side] = dict(zip(WHEN, np.array(judged).reshape(-1, 2).T, strict=True))
     if score is None:
-        return {"refused": {side: {when: rate(v == 1) for when, v in both.items()} for side, both in by_side.items()}}
+        return {"refused": {side: {when: rate(list(v)) for when, v in both.items()} for side, both in by_side.items()}}
     scored = {}
     for side, values in by_side.items():
-        moved = values["after"] - values["before"]
+        moved = values["after"].astype(float) - values["before"]
         scored[side] = {**{when: mean(of_all) for when, of_all in values.items()}, "moved": mean(moved)}
     return {"score": score.record(), "scored": scored}
 
@@ -144,8 +145,7 @@ def _record(
     record: dict = {"prompt": text, "prompt_tokens": prompt}
     for when, tokens in answers.items():
         answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-        proper = loaded.answer_text(tokens)
-        value = None if proper is None else (score or REFUSAL).of([text], [proper])[0].item()
+        (value,) = (score or REFUSAL).each([text], [loaded.answer_text(tokens)])
         record[when] = {"text": answer, "tokens": tokens, "score" if score else "refused": value}
     return record
 
@@ -174,7 +174,7 @@ def _pieces(loaded: LoadedModel, records: list[dict]) -> dict[str, str]:
     for record in records:
         for side in SIDES:
             ids.update(record[side]["prompt_tokens"])
-            for when in ("before", "after"):
+            for when in WHEN:
                 ids.update(record[side][when]["tokens"])
     return {str(token): loaded.tokenizer.decode([token]) for token in sorted(ids)}
 
