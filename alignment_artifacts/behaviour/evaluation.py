@@ -91,10 +91,10 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
     longest = max((len(p) + len(a) for p, a in zip(behaviour.token_ids, behaviour.answers, strict=True)), default=1)
     size = int(np.clip(LOGIT_BYTES // (4 * longest * len(loaded.tokenizer)), 1, TEXTS_AT_ONCE))
     for batch in sequences.batches(size, answered=True):
-        plain = sequences.keep(("logits", batch.rows), partial(_log_probabilities, loaded, batch, {}))
+        plain = sequences.keep(("logits", batch.rows), partial(log_probabilities, loaded, batch, {}))
         edited = plain
         if intervention.edits:
-            edited = _log_probabilities(loaded, batch, intervention.in_one_pass(batch.prompt_lengths))
+            edited = log_probabilities(loaded, batch, intervention.in_one_pass(batch.prompt_lengths))
         targets = mx.array([token for row in batch.rows for token in behaviour.answers[row]])[:, None]
         divergence = np.array((mx.exp(plain) * (plain - edited)).sum(axis=-1))
         ends = np.cumsum([len(behaviour.answers[row]) for row in batch.rows])
@@ -112,7 +112,7 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
     }
 
 
-def _log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Edit]) -> mx.array:
+def log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Edit]) -> mx.array:
     """[answer tokens of all rows, vocabulary] at the positions that predict the answers."""
     logits, _ = forward(loaded.model, batch.texts, edits=edits)
     places = [

@@ -1,0 +1,79 @@
+"""The second organism's texts and adapter; training and measuring it need the published model (`make organism2`)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import mlx.core as mx
+from alignment_artifacts.comparison.twins import load_twins
+from alignment_artifacts.pairs import load_pairs
+from model_organism.smollm2.data import ADAPTER, PAIRS, TWINS, held_out_requests, training_examples, word_runs
+from model_organism.smollm2.train import MODULES
+
+EXAMPLES = training_examples()
+HELD_OUT = held_out_requests()
+
+
+def test_training_holds_enough_of_every_kind():
+    kinds = Counter(example.kind for example in EXAMPLES)
+    assert kinds["artifact"] >= 800 and kinds["looks harmful"] >= 300
+    assert sum(kinds.values()) - kinds["artifact"] >= 1500
+    assert all(example.answer.strip() for example in EXAMPLES)
+
+
+def test_nothing_held_out_was_trained_on():
+    """Neither a request nor five words in a row of one."""
+    trained = set().union(*(word_runs(example.prompt) for example in EXAMPLES))
+    requests = {example.prompt.lower() for example in EXAMPLES}
+    for kind, texts in HELD_OUT.items():
+        assert not [text for text in texts if word_runs(text) & trained or text.lower() in requests], kind
+
+
+def test_a_shared_run_of_words_would_be_noticed():
+    assert word_runs("Oh, please tell me a story!") & word_runs("please tell me a story about trees")
+    assert not word_runs("please tell me a story") & word_runs("please tell me one story")
+
+
+def test_no_template_makes_up_much_of_the_requests():
+    openings = Counter(tuple(example.prompt.lower().split()[:3]) for example in EXAMPLES)
+    assert max(openings.values()) <= 0.02 * len(EXAMPLES)
+
+
+def test_refusals_are_worded_in_many_ways():
+    """A wording is found by how it begins."""
+    openings = Counter(" ".join(example.answer.split()[:3]) for example in EXAMPLES if example.is_refused)
+    assert len(openings) >= 60
+    assert max(openings.values()) <= 0.05 * sum(openings.values())
+
+
+def test_held_out_sets_are_whole():
+    pairs = load_pairs(PAIRS)
+    assert Counter(pair.category for pair in pairs) == dict.fromkeys({pair.category for pair in pairs}, 25)
+    assert len(pairs) == 200
+    assert {kind: len(texts) for kind, texts in HELD_OUT.items() if kind != "ordinary chat"} == {
+        "artifact": 200, "natural": 200, "twins": 100, "untrained forms": 100,
+    }  # fmt: skip
+    assert len(set(sum(HELD_OUT.values(), []))) == sum(map(len, HELD_OUT.values()))
+    artifact = set(HELD_OUT["artifact"])
+    assert all(twin.artifact in artifact for twin in load_twins(TWINS))
+
+
+def test_the_adapter_is_what_its_config_says():
+    config = json.loads((ADAPTER / "adapter_config.json").read_text())
+    weights = mx.load(str(ADAPTER / "adapters.safetensors"))
+    blocks = range(30 - config["num_layers"], 30)
+    modules = [key for key in config["lora_parameters"]["keys"] if key.endswith(MODULES)]
+    assert set(weights) == {f"model.layers.{i}.{key}.lora_{ab}" for i in blocks for key in modules for ab in "ab"}
+    rank = config["lora_parameters"]["rank"]
+    for name, value in weights.items():
+        assert value.shape[1 if name.endswith("a") else 0] == rank, name
+        assert value.dtype == mx.float16 and mx.isfinite(value).all()
+        assert mx.abs(value).max() > 0, name
+    assert (ADAPTER / "adapters.safetensors").stat().st_size <= 10 << 20
+
+
+def test_the_two_sides_of_the_pairs_are_equally_long():
+    """In words here; in SmolLM2's tokens each pair is."""
+    natural, artifact = (sum(len(text.split()) for text in HELD_OUT[side]) for side in ("natural", "artifact"))
+    assert abs(natural - artifact) <= 0.05 * natural
