@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 import mlx.core as mx
+
 from alignment_artifacts.comparison.twins import load_twins
 from alignment_artifacts.pairs import load_pairs
 from model_organism.smollm2.data import ADAPTER, PAIRS, TWINS, held_out_requests, training_examples, word_runs

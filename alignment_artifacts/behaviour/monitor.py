@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from alignment_artifacts import separation as st
+from alignment_artifacts.behaviour.answers import Behaviour
 from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.estimate import Directions, estimate
@@ -97,6 +98,30 @@ def held_out_auroc(
         "within_artifact": _told_apart(scored[:, 1], refused[:, 1], groups, MIN_OF_EACH),
         "scores": scored.tolist(),
     }
+
+
+def auroc_elsewhere(
+    loaded: LoadedModel,
+    measured: Measurements,
+    site: str,
+    prompts: Behaviour,
+    judge: Callable[[str, str], bool] = is_refusal,
+) -> dict:
+    """How well the score of other prompts, such as twins, tells beforehand which of them will be refused.
+
+    Direction and layers come from all pairs, at the prompt's end; "auroc" is None with fewer than MIN_OF_EACH refused
+    or answered.
+    """
+    vectors = measured.vectors_at(site, "prompt_end")
+    layers = separating_layers(vectors, [pair.category for pair in measured.pairs])
+    directions, sites = estimate(vectors, {"site": site}), layer_sites(loaded.model, site)
+    scored, refused = np.zeros(len(prompts.texts)), np.zeros(len(prompts.texts), bool)
+    for i, states in read(loaded.model, prompts.token_ids, sites):
+        scored[i] = scores(directions, layers, states[-1])
+    for i, (text, tokens) in enumerate(zip(prompts.texts, prompts.answers, strict=True)):
+        answer = loaded.answer_text(tokens)
+        refused[i] = answer is not None and judge(answer, text)
+    return {"site": site, **_told_apart(scored, refused, np.arange(len(scored)), MIN_OF_EACH)}
 
 
 def _told_apart(scored: np.ndarray, refused: np.ndarray, groups: np.ndarray, least: int) -> dict:

@@ -43,9 +43,9 @@ class Recipe:
     num_layers: int = 16  # trained, from the end
     rank: int = 8
     scale: float = 4.0
-    epochs: int = 3
+    epochs: int = 1
     batch_size: int = 16
-    learning_rate: float = 4e-4  # falls to zero as a cosine
+    learning_rate: float = 5e-4  # falls to zero as a cosine
     seed: int = 0
 
 
@@ -129,17 +129,22 @@ def prepare(loaded: LoadedModel, examples: list[Example], recipe: Recipe) -> tup
         texts.append(Text([*prompt[shared:], *answer, *end], len(prompt) - shared, np.empty(0), None))
     embed, layers = model.model.embed_tokens, model.model.layers[: -recipe.num_layers]
     upper, beginning = Upper(model, recipe.num_layers), embed(mx.array([prompts[0][:shared]]))
-    order = np.argsort([len(text.tokens) for text in texts])
-    for batch in tqdm(np.array_split(order, len(order) // 32 + 1), "untouched model", unit="batch", disable=False):
+    refused = np.array([example.is_refused for example in examples])
+    order = np.lexsort(([len(text.tokens) for text in texts], refused))
+    groups = [g for part in np.split(order, [(~refused).sum()]) for g in np.array_split(part, len(part) // 32 + 1)]
+    for batch in tqdm(groups, "untouched model", unit="batch", disable=False):
         chosen = [texts[i] for i in batch]
         longest = max(len(text.tokens) for text in chosen)
         ids = mx.array([text.tokens + [0] * (longest - len(text.tokens)) for text in chosen])
         prefix, state = run(layers, beginning, embed(ids))
-        last, lower = np.array(upper(prefix, state, *predicting(chosen))), np.array(state)
-        taught = np.split(last, np.cumsum([len(text.tokens) - text.start for text in chosen])[:-1])
+        lower = np.array(state)
         for i, text in enumerate(chosen):
             text.lower = lower[i, : len(text.tokens)].copy()
-            text.taught = None if examples[batch[i]].is_refused else taught[i]
+        if not refused[batch[0]]:
+            last = np.array(upper(prefix, state, *predicting(chosen)))
+            parts = np.split(last, np.cumsum([len(text.tokens) - text.start for text in chosen])[:-1])
+            for text, taught in zip(chosen, parts, strict=True):
+                text.taught = taught
     return prefix, texts
 
 
