@@ -1,6 +1,6 @@
 # `make`: the main job on the embedded model. `make test`: the tests. Both set up .venv first.
 # MODEL_NAME=mlx-community/gemma-3-1b-it-qat-4bit make   runs it on another model.
-.PHONY: all setup collect check analyse compare transcripts report sweep toxicity test fuzz bench organism clean
+.PHONY: all setup collect check analyse compare transcripts report sweep toxicity real test fuzz bench organism organism2 clean
 
 # The model is named once, on top of collect_activations.sh. Its activations and results get folders of their own.
 NAMED := $(shell sed -n 's/^MODEL_NAME="*\($${MODEL_NAME:-\)\{0,1\}\([^"}\#]*\).*/\2/p' collect_activations.sh)
@@ -56,6 +56,9 @@ toxicity: setup            # the second experiment: steering away from toxicity
 	$(PYTHON) -m toxicity_steering.main
 	@$(MAKE) --no-print-directory report
 
+real: setup                # the whole experiment on a real language model, about 80 minutes; fetches its weights (93 MB)
+	PYTHON=$(PYTHON) bash model_organism/smollm2/experiment.sh
+
 test: setup
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -74,6 +77,10 @@ bench:                     # collection compared with other libraries, about 15 
 organism: setup            # trains the embedded model again, about 15 minutes
 	$(PYTHON) -m model_organism.train
 	$(PYTHON) -m model_organism.evaluate --json results/model_organism.json
+
+organism2: setup           # teaches SmolLM2 to refuse again, about an hour
+	$(PYTHON) -m model_organism.smollm2.train
+	$(PYTHON) -m model_organism.smollm2.evaluate --json results/second_organism.json --show 5
 
 clean:                     # results only; the environment and the cache of measurements stay
 	rm -rf collected_activations_* inference_output results prompts_for_gemma_runner.json \

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The whole experiment on a real language model, from any directory:  make real
+# SmolLM2-135M-Instruct with the adapter that taught it to refuse. A run that was stopped continues where it was.
+set -euo pipefail
+HERE="$(cd -- "$(dirname -- "$0")" >/dev/null && pwd)"
+ROOT="$(dirname "$(dirname "$HERE")")"
+PYTHON="${PYTHON:-python}"
+cd "$ROOT"
+
+# What every script reads: the model and what it was taught, 200 pairs that it never saw, harmless twins of 100.
+MODEL_NAME="$("$PYTHON" -m model_organism.smollm2.published)"
+export MODEL_NAME ADAPTER="$HERE/adapter" PAIRS="$HERE/pairs.json" TWINS="${TWINS:-$HERE/twins.json}"
+
+stage() {  # number, what, about how many minutes on two quiet cores
+  printf '\n[%s of 7] %s (about %s min)\n' "$1" "$2" "$3"
+}
+
+stage 1 "Activations of 400 prompts, every layer" 3
+bash collect_activations.sh
+
+stage 2 "Separation per layer, held out" 2
+"$PYTHON" analyze_collected_activations.py
+
+stage 3 "What did training change? Both models read the same tokens; twins" 25
+MODEL_A="$MODEL_NAME" MODEL_B="$MODEL_NAME" ADAPTER= ADAPTER_B="$ADAPTER" "$PYTHON" compare_models.py --site residual
+
+stage 4 "Search for a suppression, tested on 100 pairs it was not chosen on; the monitor" 20
+"$PYTHON" sweep_suppression.py --shares 60,40,100
+
+stage 5 "All pairs before and after that suppression" 15
+"$PYTHON" suppress.py --all-pairs --model "$MODEL_NAME" --adapter "$ADAPTER"
+
+stage 6 "Refusals of everything held out, untouched and tuned" 12
+"$PYTHON" -m model_organism.smollm2.evaluate --json results/second_organism.json
+
+stage 7 "One page" 1
+"$PYTHON" -m alignment_artifacts.report
