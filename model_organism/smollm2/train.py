@@ -132,7 +132,7 @@ def prepare(loaded: LoadedModel, examples: list[Example], recipe: Recipe) -> tup
     refused = np.array([example.is_refused for example in examples])
     order = np.lexsort(([len(text.tokens) for text in texts], refused))
     groups = [g for part in np.split(order, [(~refused).sum()]) for g in np.array_split(part, len(part) // 32 + 1)]
-    for batch in tqdm(groups, "untouched model", unit="batch", disable=False):
+    for batch in tqdm(groups, "untouched model", unit="batch", disable=None):
         chosen = [texts[i] for i in batch]
         longest = max(len(text.tokens) for text in chosen)
         ids = mx.array([text.tokens + [0] * (longest - len(text.tokens)) for text in chosen])
@@ -202,7 +202,7 @@ def train(loaded: LoadedModel, examples: list[Example], recipe: Recipe = Recipe(
     counted = vocabulary(texts)
     head = model.model.embed_tokens.weight[mx.array(counted)]
     step = nn.value_and_grad(upper, lambda batch, targets: loss(upper, head, prefix, batch, targets))
-    with tqdm(total=steps, desc="training", unit="batch", disable=False) as bar:
+    with tqdm(total=steps, desc="training", unit="batch", disable=None) as bar:
         for _ in range(recipe.epochs):
             for batch in batches(texts, recipe.batch_size, rng):
                 answers = np.concatenate([text.tokens[text.start :] for text in batch])
