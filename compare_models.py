@@ -29,6 +29,8 @@ from gemma_refactored.settings import Between, from_constants
 # The embedded model before and after its change; for example google/gemma-3-1b-pt and google/gemma-3-1b-it.
 MODEL_A = str(places.HOME / "model_organism/base")
 MODEL_B = str(places.HOME / "model_organism/aligned")
+ADAPTER_A = None  # LoRA adapters to add to them, of mlx-lm or PEFT: to see what one changed, set MODEL_B = MODEL_A
+ADAPTER_B = None
 PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
 TWINS = None  # harmless prompts that look like artifact prompts: JSON, or XSTest's CSV; None: the built-in pairs' own
 SITE = "mlp"  # or "residual"
@@ -51,6 +53,10 @@ class Constants:
     """local folder, GGUF file or Hugging Face id of the model before"""
     model_b: str
     """of the model after"""
+    adapter_a: str | None
+    """LoRA adapter of mlx-lm or PEFT to add to the model before: folder or Hugging Face id"""
+    adapter_b: str | None
+    """to add to the model after; with it, that may be the same as the one before"""
     pairs_json: Path
     """the matched prompt pairs"""
     twins: Path | None
@@ -85,7 +91,13 @@ def run(constants: Constants) -> None:
     pairs_file = places.find(constants.pairs_json)
     pairs = load_pairs(pairs_file)
     twins = twins_for(pairs, constants.twins and places.find(constants.twins))
-    models = [load(places.find_model(name), chat=constants.chat) for name in (constants.model_a, constants.model_b)]
+    models = [
+        load(places.find_model(name), chat=constants.chat, adapter=adapter and places.find_model(adapter))
+        for name, adapter in (
+            (constants.model_a, constants.adapter_a),
+            (constants.model_b, constants.adapter_b),
+        )
+    ]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     check_comparable(models[0], models[1], pairs, twins)

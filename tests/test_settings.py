@@ -292,7 +292,7 @@ def test_the_shell_script_names_what_the_runtime_has():
     constants = set(re.findall(r'^([A-Z_]+)="\$\{\1:-', text, re.M))
     settings = [*s.settings_of(Generation), *s.settings_of(Saving)]
     by_variable = {"PAIRS", "SITE"}  # which make the prompts file, the filter and the folder
-    others = {"MODEL_NAME", "PROMPTS_FILE", "OUTPUT_DIR"}
+    others = {"MODEL_NAME", "ADAPTER", "PROMPTS_FILE", "OUTPUT_DIR"}
     assert constants - {item.constant for item in settings} == by_variable | others
     passed = dict(re.findall(r'(--[a-z-]+) "\$([A-Z_]+)"', text))
     flags = {item.flag: item.constant for item in settings}

@@ -50,7 +50,8 @@ def check_comparable(first: LoadedModel, second: LoadedModel, pairs: Sequence[Pa
         )
     if first.revision == second.revision:
         raise UserError(
-            f"{first.name} and {second.name} have the same weights; set MODEL_A and MODEL_B to two different models."
+            f"{first.name} and {second.name} have the same weights; set MODEL_A and MODEL_B to two different models, "
+            "or ADAPTER_B to what training added."
         )
 
 
