@@ -178,6 +178,7 @@ def print_tables(result: dict) -> None:
         )
     print("moved: how far training moved an activation, by its own size (mean over prompts)")
     print_weights(result["weights"])
+    print_change_space(result["change_space"])
     print("\nB - A on generated tokens (* p <= 0.05 over layers)")
     shown = {"neutral": "neutral text", "answers_a": "answers of A", "answers_b": "answers of B",
              "own_answers": "own answers"}  # fmt: skip
@@ -196,7 +197,8 @@ def print_tables(result: dict) -> None:
     if result["planted_truth"]:
         cosines = ", ".join(f"{layer}: {number(c, 3)}" for layer, c in result["planted_truth"].items())
         print("\n" + textwrap.fill(f"Cosine of the change of direction with the planted one, by layer: {cosines}", 78))
-    for text in (result["summary"], result["weights"]["summary"], result["transfer_summary"]):
+    parts = result["weights"], result["change_space"]
+    for text in (result["summary"], *(part["summary"] for part in parts), result["transfer_summary"]):
         print("\n" + textwrap.fill(text, 78))
 
 
@@ -230,6 +232,24 @@ def print_weights(changes: dict) -> None:
         "module moved at the prompt's end; in B: with what separates the two sides there."
     )
     print(textwrap.fill(text, 80))
+
+
+def print_change_space(changes: dict) -> None:
+    """How far both directions lie in the changes of the residual stream; 80 columns."""
+    most = len(changes["random_95"])
+    print("\nShare of the direction in what training changed in the residual stream")
+    print("at the end of other prompts: in the first singular vector, in the first " + str(most))
+    print(
+        f"layer{'A, 1':>10}{f'A, {most}':>10}{'B, 1':>10}{'over folds':>14}{f'B, {most}':>10}{'of all changes, 1':>20}"
+    )
+    for layer, r in enumerate(changes["layers"]):
+        low, high = (percent(end) for end in r["b_range"][0])
+        print(
+            f"{layer:>5}{percent(r['a'][0]):>10}{percent(r['a'][-1]):>10}{percent(r['b'][0]):>10}"
+            f"{f'{low} to {high}':>14}{percent(r['b'][-1]):>10}{percent(r['of_changes'][0]):>20}"
+        )
+    limits = [percent(changes["random_95"][i], 1) for i in (0, -1)]
+    print(f"95 % of random directions stay below {limits[0]} (1) and {limits[1]} ({most}) at all layers.")
 
 
 if __name__ == "__main__":
