@@ -244,9 +244,10 @@ def print_change_space(changes: dict) -> None:
     )
     for layer, r in enumerate(changes["layers"]):
         low, high = (percent(end) for end in r["b_range"][0])
+        folds = "-" if r["b_range"][0][0] is None else f"{low} to {high}"
         print(
             f"{layer:>5}{percent(r['a'][0]):>10}{percent(r['a'][-1]):>10}{percent(r['b'][0]):>10}"
-            f"{f'{low} to {high}':>14}{percent(r['b'][-1]):>10}{percent(r['of_changes'][0]):>20}"
+            f"{folds:>14}{percent(r['b'][-1]):>10}{percent(r['of_changes'][0]):>20}"
         )
     limits = [percent(changes["random_95"][i], 1) for i in (0, -1)]
     print(f"95 % of random directions stay below {limits[0]} (1) and {limits[1]} ({most}) at all layers.")
