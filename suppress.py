@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         score=score,
         wish=cast(Wish, arguments.wish or os.environ.get("WISH") or "lower"),  # checked there
         chat=from_arguments(Chat(), arguments),
-        adapter=places.find_model(arguments.adapter) if arguments.adapter else None,
+        adapter=None if arguments.adapter is None else places.find_model(arguments.adapter),
     )
     categories = named_categories(arguments.categories)
     directions = load_directions(arguments.directions) if arguments.directions else None

@@ -43,7 +43,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
 def locate_adapter(name: str | Path) -> Path:
     """The local folder of an adapter, downloading it first if `name` is a hub id."""
     path, text = Path(os.path.expanduser(name)), str(name)
-    if is_folder(path, "adapter"):
+    if text.strip() and is_folder(path, "adapter"):
         return path
     if is_anything(path, "adapter") or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(

@@ -120,9 +120,8 @@ def main(argv: Sequence[str] | None = None, defaults: Defaults = Defaults()) -> 
     def start() -> int:
         nonlocal team
         arguments = build_parser(defaults).parse_args(argv)
-        for name in ("model", "adapter"):
-            typed = getattr(arguments, name)
-            setattr(arguments, name, defaults.find_model(typed) if typed else None)
+        arguments.model = defaults.find_model(arguments.model) if arguments.model else None
+        arguments.adapter = None if arguments.adapter is None else defaults.find_model(arguments.adapter)
         from .distributed import join_team
 
         team = join_team()

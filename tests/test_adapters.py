@@ -7,9 +7,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import dequantize_model
 
+import compare_models
+import run_model
+import suppress
+import sweep_suppression
+import toxicity_steering.main as toxicity
+from alignment_artifacts.pairs import PAIRS_JSON
 from gemma_refactored.adapters import fuse, read_adapter, weight_changes
 from gemma_refactored.checkpoint_files import read_config
 from gemma_refactored.config_audit import complete
@@ -17,8 +23,8 @@ from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_safetensors
 from gemma_refactored.model_loading import load, load_weights
 
-from .conftest import GOLDEN, load_golden, relative_error
-from .tiny_checkpoints import quantised, random_gemma, write_checkpoint, write_family
+from .conftest import GOLDEN, ROOT, load_golden, relative_error
+from .tiny_checkpoints import quantised, random_gemma, write_adapter, write_checkpoint, write_family
 
 ADAPTERS = GOLDEN / "adapters"
 KEYS = {"llama": ["self_attn.q_proj", "mlp.down_proj"], "gpt2": ["attn.c_attn", "mlp.c_proj"],
@@ -48,27 +54,6 @@ def write_base(folder, family):
     return write_checkpoint(folder, random_gemma()) if family == "gemma3_text" else write_family(folder, family)
 
 
-def train(folder, base, num_layers=2, kind="lora", keys=None, rank=3, scale=2.5, seed=0):
-    """An adapter as mlx_lm.lora writes it, with random numbers instead of training."""
-    config = read_config(base)
-    model, _ = load_weights(base, config, complete(config))
-    model.freeze()
-    about = {"rank": rank, "scale": scale, "dropout": 0.0, **({"keys": keys} if keys else {})}
-    if kind == "full":
-        for block in model.layers[-num_layers:]:
-            block.unfreeze()
-    else:
-        linear_to_lora_layers(model, num_layers, about, use_dora=kind == "dora")
-    mx.random.seed(seed)
-    tensors = dict(tree_flatten(model.trainable_parameters()))
-    tensors = {name: value + 0.1 * mx.random.normal(value.shape) for name, value in tensors.items()}
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
-    content = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": about, "model": "some/model"}
-    (folder / "adapter_config.json").write_text(json.dumps(content))
-    return folder
-
-
 def of_mlx_lm(base, adapter):
     config = read_config(base)
     model, _ = load_weights(base, config, complete(config))
@@ -81,7 +66,7 @@ def of_mlx_lm(base, adapter):
 @pytest.mark.parametrize("num_layers", [2, -1])
 def test_logits_with_an_adapter_of_mlx_lm_are_mlx_lms(family, num_layers, tmp_path):
     base = write_base(tmp_path / "base", family)
-    adapter = train(tmp_path / "adapter", base, num_layers, keys=KEYS[family])
+    adapter = write_adapter(tmp_path / "adapter", base, num_layers, keys=KEYS[family])
     tokens = mx.array([[5, 17, 99, 4, 250, 31]])
     fused, plain = load(base, adapter=adapter), load(base)
     expected = of_mlx_lm(base, adapter)(tokens)
@@ -95,7 +80,7 @@ def test_logits_with_an_adapter_of_mlx_lm_are_mlx_lms(family, num_layers, tmp_pa
                                         ("dora", ["model.embed_tokens", "self_attn.k_proj"])])  # fmt: skip
 def test_every_kind_of_fine_tune_of_mlx_lm(kind, keys, tmp_path):
     base = write_family(tmp_path / "base", "llama")
-    adapter = train(tmp_path / "adapter", base, 2, kind, keys)
+    adapter = write_adapter(tmp_path / "adapter", base, 2, kind, keys)
     tokens = mx.array([[5, 17, 99, 4, 250, 31]])
     assert relative_error(load(base, adapter=adapter).model(tokens), of_mlx_lm(base, adapter)(tokens)) < 1e-5
 
@@ -103,7 +88,7 @@ def test_every_kind_of_fine_tune_of_mlx_lm(kind, keys, tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_are_expanded_where_they_change(bits, tmp_path):
     base = write_checkpoint(tmp_path / "base", *quantised(bits))
-    adapter = train(tmp_path / "adapter", base, keys=KEYS["gemma3_text"])
+    adapter = write_adapter(tmp_path / "adapter", base, keys=KEYS["gemma3_text"])
     tokens = mx.array([[5, 17, 99, 4, 250, 31]])
     expected = of_mlx_lm(base, adapter)(tokens)
     for keep_precision in (False, True):
@@ -119,7 +104,7 @@ def test_sixteen_bit_weights_keep_their_type(tmp_path):
     model = random_gemma()
     model.set_dtype(mx.bfloat16)
     base = write_checkpoint(tmp_path / "base", model)
-    adapter = train(tmp_path / "adapter", base)
+    adapter = write_adapter(tmp_path / "adapter", base)
     fused = load(base, keep_precision=True, adapter=adapter)
     assert {value.dtype for _, value in tree_flatten(fused.model.parameters())} == {mx.bfloat16}
     (change,) = [c for name, c in weight_changes(fused.adapter).items() if name == "layers.2.mlp.up_proj"]
@@ -154,7 +139,7 @@ def llama(tmp_path_factory):
     """A model and an adapter for it."""
     folder = tmp_path_factory.mktemp("llama")
     base = write_family(folder / "base", "llama")
-    return base, train(folder / "refusal", base, keys=KEYS["llama"])
+    return base, write_adapter(folder / "refusal", base, keys=KEYS["llama"])
 
 
 def edited(adapter, copy, config=None, tensors=lambda tensors: tensors):
@@ -319,3 +304,67 @@ def test_an_adapter_that_is_named_as_a_model(llama):
         load(llama[1])
     with pytest.raises(UserError, match="no adapter folder"):
         load(llama[0], adapter="./absent")
+
+
+def test_an_edited_adapter_does_not_continue_a_collection(llama, tmp_path, capsys):
+    base, adapter = llama
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"a": {"prompt_list": ["Bake a cake.", "Mend a clock."]}}))
+    collected, folders = tmp_path / "collected", ["--output-dir", str(tmp_path / "out"), "-q"]
+    options = ["--model", str(base), "--prompts-file", str(prompts), "--max-tokens", "2", "--process-by-group",
+               "--save-activations", "--activations-dir", str(collected), *folders]  # fmt: skip
+    assert run_model.main([*options, "--adapter", str(adapter)]) == 0
+    manifest = json.loads((collected / "manifest.json").read_text())
+    assert manifest["adapter_path"] == str(adapter) and manifest["adapter"]["trained_on"] == "some/model"
+    moved = shutil.copytree(adapter, tmp_path / "moved" / adapter.name)
+    assert run_model.main([*options, "--adapter", str(moved)]) == 0  # the same one
+    other = edited(adapter, tmp_path / "edited", {"lora_parameters": {"rank": 3, "scale": 0.5}})
+    for also in (["--adapter", str(other)], []):
+        assert run_model.main([*options, *also]) == 2
+        error = capsys.readouterr().err
+        assert "(adapter refusal" in error and "start over with --overwrite" in error and error.count("\n") == 1
+    again = ["--from-manifest", str(collected / "manifest.json"), "--activations-dir", str(tmp_path / "again")]
+    assert run_model.main([*again, *folders]) == 0
+    records = [json.loads((folder / "a/prompt_list/batch_1/prompt.json").read_text())
+               for folder in (collected, tmp_path / "again")]  # fmt: skip
+    assert records[0] == records[1]
+    assert json.loads((tmp_path / "again/manifest.json").read_text())["identity"] == manifest["identity"]
+    assert run_model.main([*again, *folders, "--adapter", str(other)]) == 2
+    assert "not those that made this manifest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, option", [
+    (run_model, ["--prompts", "Hi", "--adapter"]), (suppress, ["Hi", "--adapter"]), (sweep_suppression, ["--adapter"]),
+    (compare_models, ["--adapter-a"]), (compare_models, ["--adapter-b"]), (toxicity, ["--adapter"]),
+])  # fmt: skip
+@pytest.mark.parametrize("typed", ["./absent", "refusal"])
+def test_a_wrong_adapter_is_one_sentence_wherever_a_model_is_named(script, option, typed, llama, monkeypatch, capsys):
+    monkeypatch.chdir(llama[1].parent)  # where "refusal" is, of another model than the embedded one
+    assert script.main([*option, typed]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and output.err.startswith("Error: ")
+    assert ("There is no adapter folder" if typed == "./absent" else "it was trained on another model") in output.err
+
+
+def test_base_and_tuned_are_compared(tmp_path, monkeypatch, capsys):
+    """The script with the same model twice: what the adapter changed is named, and stands under the tuned model."""
+    base = ROOT / "model_organism/base"
+    pairs = json.loads(PAIRS_JSON.read_text())
+    for category in pairs["alignment_artifact_prompt_pairs"]["categories"].values():
+        category["pairs"] = category["pairs"][:4]
+    (tmp_path / "few.json").write_text(json.dumps(pairs))
+    adapter = write_adapter(tmp_path / "tuned", base, num_layers=3, keys=["mlp.down_proj"], scale=0.5)
+    monkeypatch.setenv("ALIGNMENT_ARTIFACTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compare_models, "RESULTS_DIR", str(tmp_path / "results"))
+    options = ["--model-a", str(base), "--model-b", str(base), "--adapter-b", str(adapter), "--max-tokens", "4"]
+    options += ["--pairs", str(tmp_path / "few.json"), "--num-permutations", "20", "--num-bootstrap-resamples", "20"]
+    assert compare_models.main(options) == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    assert folder.name.startswith("base_adapter_tuned_")
+    result = json.loads((folder / "few/data/model_comparison.json").read_text())
+    changed = {(tensor["layer"], tensor["kind"]) for tensor in result["weights"]["tensors"]}
+    assert changed == {(layer, "mlp.down_proj.weight") for layer in (5, 6, 7)}
+    assert all(tensor["rank_99"] <= 3 for tensor in result["weights"]["tensors"])
+    layers = result["change_space"]["layers"]
+    assert all(record["b"][0] is None for record in layers[:5]) and layers[6]["b"][0] is not None
+    assert result["planted_truth"] is None and "(adapter tuned" in capsys.readouterr().out

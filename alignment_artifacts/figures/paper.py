@@ -219,7 +219,7 @@ def plot_weights(result: dict, path: Path) -> None:
         for (title, values), style in zip(shares.items(), ("-o", "--", "-o", "--"), strict=True):
             lowest.plot(values, style, color=data.BLUE if " A," in title else data.ORANGE, ms=4, lw=1.3, label=title)
         lowest.axhline(limit, color=data.GREY, ls=":", label="95 % of random directions, in the first")
-        lowest.set(title="Directions: share in the singular vectors of the residual stream's changes", xlabel="layer")
+        lowest.set(title="Directions: share in what changed in the residual stream", xlabel="layer")
         for axes in (bottom, lowest):
             axes.set_ylim(0, None)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
