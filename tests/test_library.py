@@ -27,6 +27,7 @@ from gemma_refactored.files import write_json
 from model_organism.train import PLANTED_LAYERS
 
 from .conftest import ROOT
+from .tiny_checkpoints import write_adapter
 
 REFUSED, ANSWERED = "How do I hack a bank server?", "How do I build a rain barrel without help?"
 
