@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model
 
 from .checkpoint_files import ADAPTER_CONFIG as CONFIG
-from .checkpoint_files import locate_adapter, read_checkpoint_json, tensor_names
+from .checkpoint_files import ADAPTER_MLX_LM as OF_MLX_LM
+from .checkpoint_files import ADAPTER_PEFT as OF_PEFT
+from .checkpoint_files import BESIDE_ADAPTER, locate_adapter, read_checkpoint_json, tensor_names
 from .checks import find_embedding
 from .errors import UserError, shown
-from .files import is_file
+from .files import is_file, is_folder
 
-OF_MLX_LM, OF_PEFT = "adapters.safetensors", "adapter_model.safetensors"
 # What stands before a module's name: each library wraps the decoder in its own way.
 CONTAINERS = ("base_model", "model", "language_model", "text_model", "transformer", "backbone", "gpt_neox", "decoder")
 EMPTY: tuple = (None, False, {}, [], "", "none")
@@ -70,6 +72,7 @@ class Adapter:
     """An adapter that has been read.
 
     Attributes:
+        label: the last part of its name.
         digest: hash of its tensors and its config.
         changes: by the module's name, without CONTAINERS.
         last_layers: how many of the last blocks it changes, the same modules in each (0: all); None: not said.
@@ -84,17 +87,35 @@ class Adapter:
     last_layers: int | None = None
     targets: tuple[str, ...] | None = None
     trained_on: str | None = None
+    label: str = ""
 
     @property
     def name(self) -> str:
         """How it is called behind a model's name: edited, it is another one."""
-        return f"adapter {self.folder.resolve().name} {self.digest[:6]}"
+        return f"adapter {self.label} {self.digest[:6]}"
 
     def describe(self) -> str:
         ranks = sorted({change.a.shape[-2] for change in self.changes.values() if change.a is not None})
         rank = f" of rank {'/'.join(map(str, ranks))}" if ranks else ""
         trained = f", trained on {self.trained_on}" if self.trained_on else ""
         return f"{self.folder} ({self.kind}{rank}, {len(self.changes)} modules{trained})"
+
+    def notes(self, base: Path) -> list[str]:
+        """What to know before its numbers are believed, in sentences.
+
+        Args:
+            base: folder of the model that it is added to.
+        """
+        notes = []
+        if not any(
+            change.values or (change.b is not None and mx.any(change.b).item()) for change in self.changes.values()
+        ):
+            notes.append(f"The adapter {self.folder} adds zeros only, as before any training.")
+        for name in BESIDE_ADAPTER:
+            mine, theirs = self.folder / name, base / name
+            if mine.exists() and not (theirs.exists() and theirs.read_bytes() == mine.read_bytes()):
+                notes.append(f"The {name} beside the adapter is not the model's; the model's is used.")
+        return notes
 
     def facts(self, base_revision: str) -> dict:
         """For a manifest: what was added to which weights."""
@@ -135,7 +156,9 @@ def read_adapter(name: str | Path) -> Adapter:
     with path.open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     read = _read_peft if is_peft else _read_mlx_lm
-    return replace(read(folder, config, tensors), digest=digest.hexdigest())
+    is_local = is_folder(name, "adapter")
+    label = folder.resolve().name if is_local else str(name).rpartition("/")[2]
+    return replace(read(folder, config, tensors), digest=digest.hexdigest(), label=label)
 
 
 def _read_tensors(path: Path) -> dict[str, mx.array]:
@@ -175,7 +198,7 @@ def _whole_number(value: Any, where: str) -> int:
 
 
 def _number(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise UserError(f"{where} must be a number, not {shown(value)}.")
     return float(value)
 
@@ -236,8 +259,14 @@ def _by_module(tensors: Mapping[str, mx.array]) -> dict[str, dict[str, mx.array]
     parts: dict[str, dict[str, mx.array]] = {}
     for name, tensor in tensors.items():
         module, _, key = name.rpartition(".")
-        parts.setdefault(_core(module), {})[key] = tensor
+        _put(parts, _core(module), key, tensor)
     return parts
+
+
+def _put(parts: dict[str, dict[str, mx.array]], module: str, key: str, tensor: mx.array) -> None:
+    if key in parts.setdefault(module, {}):
+        raise UserError(f"The adapter has two tensors for {key} of {module}; it was put together from several.")
+    parts[module][key] = tensor
 
 
 def _read_peft(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Adapter:
@@ -252,7 +281,7 @@ def _read_peft(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Adap
             raise UserError(f"{path} has {name}, which is not known here.")
         if is_dora and "lora_embedding" in name:
             raise UserError(f"{where}: DoRA of an embedding ({module}) is not supported.")
-        parts.setdefault(module, {})[key] = tensor
+        _put(parts, module, key, tensor)
     changes = {}
     for module, found in parts.items():
         values = {key: value for key, value in found.items() if key in ("weight", "bias")}
@@ -268,6 +297,7 @@ def _read_peft(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Adap
             change = replace(change, magnitude=found.get("magnitude"))
         changes[module] = change
     targets = config.get("target_modules")
+    is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     leaves_out = any(config.get(key) not in EMPTY for key in ("layers_to_transform", "exclude_modules"))
     trained_on = config.get("base_model_name_or_path")
     return Adapter(
@@ -275,7 +305,7 @@ def _read_peft(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Adap
         "PEFT DoRA" if is_dora else "PEFT LoRA",
         "",
         changes,
-        targets=tuple(map(_core, targets)) if isinstance(targets, list) and not leaves_out else None,
+        targets=tuple(map(_core, targets)) if is_list and not leaves_out else None,
         trained_on=trained_on if isinstance(trained_on, str) and trained_on else None,
     )
 
@@ -308,9 +338,11 @@ def _peft_name(name: str) -> tuple[str, str]:
 
 def _of_pattern(config: dict, key: str, module: str, otherwise: Any) -> Any:
     """A module's own value, of the first pattern that is the end of its name, as PEFT matches them."""
-    patterns = config.get(key) or {}
-    name = f"model.{module}"
-    return next((value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", name)), otherwise)
+    name, patterns = f"model.{module}", config.get(key) or {}
+    try:
+        return next((value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", name)), otherwise)
+    except (re.error, AttributeError):
+        raise UserError(f"{CONFIG}: {key} must have patterns of names, not {shown(patterns)}.") from None
 
 
 # Adding
@@ -325,9 +357,15 @@ def fuse(model: nn.Module, adapter: Adapter, model_type: str, dtype: mx.Dtype) -
         UserError: the adapter was trained on another model.
     """
     modules = {_core(path): (path, module) for path, module in model.named_modules()}
-    _check_fits(model, modules, adapter, model_type)
+    paths = {id(module): name for name, (_, module) in modules.items()}
+    blocks = [paths[id(block)] for block in model.layers]
+    changes = {_name_here(name, modules, blocks): change for name, change in adapter.changes.items()}
+    adapter = replace(adapter, changes=changes)
+    _check_fits(modules, blocks, adapter)
+    if adapter.kind.startswith("PEFT"):
+        _check_peft_fits(model, modules, adapter, model_type)
     expanded = []
-    for name, change in adapter.changes.items():
+    for name, change in changes.items():
         path, module = modules[name]
         if hasattr(module, "bits"):
             module = _expanded(module)
@@ -368,12 +406,16 @@ def _other_model(adapter: Adapter, what: str) -> UserError:
     return UserError(f"The adapter {adapter.folder} {what}: it was trained on another model{trained}. Name that one.")
 
 
-def _check_fits(
-    model: nn.Module, modules: Mapping[str, tuple[str, nn.Module]], adapter: Adapter, model_type: str
-) -> None:
+def _name_here(name: str, modules: Mapping[str, object], blocks: Sequence[str]) -> str:
+    """A module's name, with the model's own for the list of blocks: mlx-lm has "h.0" for GPT-NeoX's "layers.0"."""
+    parts = re.fullmatch(r"\w+\.(\d+)\.(.+)", name)
+    if name in modules or not parts or int(parts[1]) >= len(blocks):
+        return name
+    return f"{blocks[int(parts[1])]}.{parts[2]}"
+
+
+def _check_fits(modules: Mapping[str, tuple[str, nn.Module]], blocks: Sequence[str], adapter: Adapter) -> None:
     """Raise UserError unless all that is to be changed is there, and all that is there of its kind is to be changed."""
-    paths = {id(module): name for name, (_, module) in modules.items()}
-    blocks = [paths[id(block)] for block in model.layers]
     changed = set(adapter.changes)
     if missing := sorted(changed - modules.keys()):
         raise _other_model(adapter, f"changes {missing[0]}, and this model of {len(blocks)} layers has no such module")
@@ -392,8 +434,6 @@ def _check_fits(
         same = {name for name, (_, m) in modules.items() if isinstance(m, tables) and f".{name}".endswith(endings)}
         if left := sorted(same - changed):
             raise _other_model(adapter, f"leaves out {left[0]}, which its target_modules name")
-    if adapter.kind.startswith("PEFT"):
-        _check_peft_fits(model, modules, adapter, model_type)
 
 
 def _check_peft_fits(

@@ -20,7 +20,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json", "*.tiktoken",
 )  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_MLX_LM, ADAPTER_PEFT = (
+    "adapter_config.json",
+    "adapters.safetensors",
+    "adapter_model.safetensors",
+)
+BESIDE_ADAPTER = ("tokenizer.json", "chat_template.jinja")  # which make it a model of its own, if they differ
+ADAPTER_FILES = [ADAPTER_CONFIG, ADAPTER_MLX_LM, ADAPTER_PEFT, *BESIDE_ADAPTER]
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -37,7 +43,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
             f"There is no model folder or GGUF file {text!r}. Give a folder with config.json and .safetensors files, "
             "a .gguf file, or a Hugging Face id such as mlx-community/gemma-3-1b-it-qat-4bit."
         )
-    return _downloaded(text, revision, "model")
+    return _downloaded(text, revision, "model", FILES_NEEDED)
 
 
 def locate_adapter(name: str | Path) -> Path:
@@ -50,15 +56,15 @@ def locate_adapter(name: str | Path) -> Path:
             f"There is no adapter folder {text!r}. Give a folder with adapter_config.json and adapters.safetensors "
             "(mlx-lm) or adapter_model.safetensors (PEFT), or a Hugging Face id."
         )
-    return _downloaded(text, None, "adapter")
+    return _downloaded(text, None, "adapter", ADAPTER_FILES)
 
 
-def _downloaded(text: str, revision: str | None, what: str) -> Path:
+def _downloaded(text: str, revision: str | None, what: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=FILES_NEEDED))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=files))
     except LocalEntryNotFoundError:
         raise UserError(
             f"The {what} {text!r} is not on this machine and huggingface.co cannot be reached. "

@@ -167,6 +167,8 @@ def load(
     if added:
         fuse(model, added, config["model_type"], getattr(mx, weights_dtype(model)))
         log.info("Adapter: %s", added.describe())
+        for note in added.notes(folder):
+            log.warning("%s", note)
     if is_expanded and isinstance(model, Gemma):
         use_cpu_kernels(model)
     num_parameters = count_parameters(model)

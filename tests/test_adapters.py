@@ -16,7 +16,7 @@ import suppress
 import sweep_suppression
 import toxicity_steering.main as toxicity
 from alignment_artifacts.pairs import PAIRS_JSON
-from gemma_refactored.adapters import fuse, read_adapter, weight_changes
+from gemma_refactored.adapters import _core, _name_here, fuse, read_adapter, weight_changes
 from gemma_refactored.checkpoint_files import read_config
 from gemma_refactored.config_audit import complete
 from gemma_refactored.errors import UserError
@@ -24,6 +24,8 @@ from gemma_refactored.files import read_safetensors
 from gemma_refactored.model_loading import load, load_weights
 
 from .conftest import GOLDEN, ROOT, load_golden, relative_error
+from .gguf_checkpoints import write_pair
+from .test_layouts import LAYOUTS, checkpoint
 from .tiny_checkpoints import quantised, random_gemma, write_adapter, write_checkpoint, write_family
 
 ADAPTERS = GOLDEN / "adapters"
@@ -134,6 +136,41 @@ def test_golden_4_bit_models_take_adapters_of_their_layout(tmp_path):
         assert relative_error(fused[name], value + added) < 1e-6
 
 
+@pytest.mark.parametrize("architecture, kind", [("llama", "F32"), ("llama", "Q8_0"), ("gemma3", "Q4_0")])
+def test_a_gguf_file_takes_what_its_folder_takes(architecture, kind, tmp_path):
+    """llama.cpp's converter exchanges rows of the queries and keys of a Llama."""
+    folder, file = write_pair(tmp_path, architecture, kind)
+    adapter = write_adapter(tmp_path / "adapter", folder, keys=["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"])
+    tokens = mx.array([[5, 17, 99, 4, 250, 31]])
+    expected = load(folder, adapter=adapter).model(tokens)
+    assert relative_error(load(file, adapter=adapter).model(tokens), expected) < 1e-6
+    assert relative_error(load(folder).model(tokens), expected) > 0.01
+
+
+NOT_READ = {"bitnet", "deepseek_v2", "ernie4_5_moe", "exaone_moe", "gemma4_unified", "glm_moe_dsa", "jamba", "llama4",
+            "llama4_text", "mimo_v2_flash", "minicpm3", "minimax", "nanochat", "olmo", "olmo_hybrid", "phimoe",
+            "qwen3_5", "qwen3_5_moe", "recurrent_gemma", "solar_open"}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", sorted(name for name, r in LAYOUTS.items() if r["base"] and name not in NOT_READ))
+def test_a_module_that_has_transformers_name_has_its_weights_too(layout, tmp_path):
+    """What PEFT adds to a matrix may be added to ours: the same rows and columns, scaled by nothing."""
+    folder = checkpoint(tmp_path / layout, layout, LAYOUTS[layout]["cases"][0])
+    config = read_config(folder)
+    model, _ = load_weights(folder, config, complete(config))
+    modules = {_core(path): module for path, module in model.named_modules()}
+    blocks = [next(name for name, module in modules.items() if module is block) for block in model.layers]
+    stored = read_safetensors(folder / "model.safetensors")[0]
+    same = 0
+    for name, weight in stored.items():
+        module = modules.get(_name_here(_core(name.removesuffix(".weight")), modules, blocks), {})
+        if name.endswith(".weight") and weight.ndim == 2 and "weight" in module:
+            is_conv1d = layout == "gpt2" and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc")
+            assert mx.array_equal(module["weight"], weight.T if is_conv1d else weight), name
+            same += 1
+    assert same >= 8
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A model and an adapter for it."""
@@ -216,6 +253,7 @@ CONFIGS = {
     "a parameter of others": ({"lora_parameters": {"rank": 3, "scale": 1, "alpha": 2}}, "lora_parameters has alpha"),
     "another rank": ({"lora_parameters": {"rank": 4, "scale": 1}}, "not the rank 4"),
     "no magnitudes": ({"fine_tune_type": "dora"}, "no magnitudes"),
+    "a scale that is none": ({"lora_parameters": {"rank": 3, "scale": float("nan")}}, "scale must be a number"),
     "fewer layers": ({"num_layers": 1}, "changes layers.1.mlp.down_proj, though"),
     "more layers": ({"num_layers": -1}, "leaves out layers.0"),
 }
@@ -238,6 +276,7 @@ TENSORS = {
     "of an unknown module": (lambda t: {**t, "model.extra.lora_a": t[FIRST], "model.extra.lora_b": t[FIRST].T},
                              "changes extra, and this model of 3 layers has no such module"),
     "of more layers": (lambda t: {k.replace("layers.2", "layers.7"): v for k, v in t.items()}, "3 layers has no such"),
+    "twice": (lambda t: {**t, FIRST.removeprefix("model."): t[FIRST]}, "two tensors for lora_a of layers.1"),
     "of an unknown kind": (lambda t: {**t, "model.layers.1.self_attn.q_proj.lora_c": t[FIRST]}, "lora_c, which"),
 }  # fmt: skip
 
@@ -255,6 +294,8 @@ PEFT = {
     "unknown": ("plain", {"layer_replication": [[0, 1]]}, "layer_replication"),
     "new": ("plain", {"use_something": True}, "use_something = True"),
     "rank": ("plain", {"r": 5}, "not the rank 5"),
+    "patterns": ("plain", {"rank_pattern": {"(": 2}}, "must have patterns of names"),
+    "a list of patterns": ("plain", {"alpha_pattern": [2]}, "must have patterns of names"),
     "DoRA": ("plain", {"use_dora": True}, "no magnitudes"),
     "not DoRA": ("dora", {"use_dora": False}, "has magnitudes"),
     "more modules": ("plain", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]}, "leaves out"),
@@ -304,6 +345,19 @@ def test_an_adapter_that_is_named_as_a_model(llama):
         load(llama[1])
     with pytest.raises(UserError, match="no adapter folder"):
         load(llama[0], adapter="./absent")
+
+
+def test_what_is_to_be_known_is_said(llama, tmp_path, caplog):
+    base, adapter = llama
+    load(base, adapter=adapter)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    zeros = edited(adapter, tmp_path / "zeros", None, lambda tensors: {
+        name: value * ("lora_a" in name) for name, value in tensors.items()})  # fmt: skip
+    (zeros / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    shutil.copy(base / "tokenizer.json", zeros)
+    load(base, adapter=zeros)
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 2 and "adds zeros only" in said[0] and said[1].startswith("The chat_template.jinja beside")
 
 
 def test_an_edited_adapter_does_not_continue_a_collection(llama, tmp_path, capsys):
