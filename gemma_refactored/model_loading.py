@@ -22,7 +22,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_model
 
-from .adapters import Adapter, fuse, read_adapter, revision_with
+from .adapter_files import Adapter, read_adapter, revision_with
+from .adapters import fuse
 from .chat_template import ChatFormat, take_chat
 from .checkpoint_files import content_hashes, locate, read_config, weight_files, weights_revision
 from .checks import embedding_width, find_embedding, position_rows

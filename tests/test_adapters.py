@@ -16,7 +16,8 @@ import suppress
 import sweep_suppression
 import toxicity_steering.main as toxicity
 from alignment_artifacts.pairs import PAIRS_JSON
-from gemma_refactored.adapters import _core, _name_here, fuse, read_adapter, weight_changes
+from gemma_refactored.adapter_files import core_name, read_adapter, weight_changes
+from gemma_refactored.adapters import _name_here, fuse
 from gemma_refactored.checkpoint_files import read_config
 from gemma_refactored.config_audit import complete
 from gemma_refactored.errors import UserError
@@ -158,12 +159,12 @@ def test_a_module_that_has_transformers_name_has_its_weights_too(layout, tmp_pat
     folder = checkpoint(tmp_path / layout, layout, LAYOUTS[layout]["cases"][0])
     config = read_config(folder)
     model, _ = load_weights(folder, config, complete(config))
-    modules = {_core(path): module for path, module in model.named_modules()}
+    modules = {core_name(path): module for path, module in model.named_modules()}
     blocks = [next(name for name, module in modules.items() if module is block) for block in model.layers]
     stored = read_safetensors(folder / "model.safetensors")[0]
     same = 0
     for name, weight in stored.items():
-        module = modules.get(_name_here(_core(name.removesuffix(".weight")), modules, blocks), {})
+        module = modules.get(_name_here(core_name(name.removesuffix(".weight")), modules, blocks), {})
         if name.endswith(".weight") and weight.ndim == 2 and "weight" in module:
             is_conv1d = layout == "gpt2" and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc")
             assert mx.array_equal(module["weight"], weight.T if is_conv1d else weight), name

@@ -12,7 +12,7 @@ from alignment_artifacts.comparison import weights
 from alignment_artifacts.comparison.weights import changes_or_reason, num_tensors, weight_changes
 from alignment_artifacts.directions.estimate import planted_directions
 from alignment_artifacts.report import build
-from gemma_refactored.adapters import weight_changes as adapter_changes
+from gemma_refactored.adapter_files import weight_changes as adapter_changes
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_safetensors
 from gemma_refactored.model_loading import load
