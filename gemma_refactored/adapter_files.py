@@ -287,6 +287,8 @@ def _read_peft(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Adap
                 state = "has no magnitudes for" if is_dora else "has magnitudes for"
                 raise UserError(f"{path} {state} {module}, and {CONFIG} says use_dora = {is_dora}.")
             change = replace(change, magnitude=found.get("magnitude"))
+        if core_name(module) in changes:
+            raise UserError(f"{path} changes {core_name(module)} under two names; it was put together from several.")
         changes[core_name(module)] = change
     targets = config.get("target_modules")  # a text is a pattern of names that transformers alone has
     leaves_out = any(config.get(key) not in EMPTY for key in ("layers_to_transform", "exclude_modules"))

@@ -26,7 +26,8 @@ CASES = {
     "patterns": (
         "gemma2",
         dict(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "k_proj", "up_proj"],
-             rank_pattern={"k_proj": 2, r"layers\.1\.mlp\.up_proj": 3}, alpha_pattern={"model.layers.2.self_attn.q_proj": 9}),
+             rank_pattern={"k_proj": 2, r"layers\.1\.mlp\.up_proj": 3},
+             alpha_pattern={"model.layers.2.self_attn.q_proj": 9}),
     ),
     "dora": ("gemma1", dict(r=3, lora_alpha=5, use_dora=True, target_modules=["q_proj", "gate_proj", "down_proj"])),
     "some_layers": (

@@ -325,6 +325,14 @@ def peft_copy(case, folder, config=None, tensors=lambda tensors: tensors):
     return edited(folder, folder.parent / "edited", config, tensors)
 
 
+def test_two_names_of_one_module_are_refused(tmp_path):
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    twice = peft_copy("plain", tmp_path / "a", None, lambda tensors: tensors | {
+        name.format(part).replace("model.layers", "layers"): tensors[name.format(part)] for part in "AB"})  # fmt: skip
+    with pytest.raises(UserError, match="layers.0.self_attn.q_proj under two names"):
+        read_adapter(twice)
+
+
 def test_what_peft_may_have_changed_in_two_places_or_in_full(tmp_path):
     """Where the unembedding is the embedding; and matrices inside the blocks."""
     tied, kind = base_of("plain")
