@@ -220,8 +220,8 @@ def summarise(records: list[dict], names: tuple[str, str], sides: tuple[str, str
     identical = f" At {named_layers(same)} they are identical." if same else ""
     if not significant:
         return (
-            f"{names[1]} separates {sides[1]} from {sides[0]} prompts no better or worse than {names[0]} at any "
-            f"layer.{identical}"
+            f"On the same tokens {names[1]} separates {sides[1]} from {sides[0]} prompts no better or worse than "
+            f"{names[0]} at any layer.{identical}"
         )
     best = max(significant, key=lambda i: abs(records[i]["difference"]))
     r = records[best]
