@@ -3,18 +3,20 @@
 .PHONY: all setup collect check analyse compare transcripts report sweep toxicity real test fuzz bench organism organism2 clean
 
 # The model is named once, on top of collect_activations.sh. Its activations and results get folders of their own.
-NAMED := $(shell sed -n 's/^MODEL_NAME="*\($${MODEL_NAME:-\)\{0,1\}\([^"}\#]*\).*/\2/p' collect_activations.sh)
-MODEL := $(or $(MODEL_NAME),$(NAMED))
-all collect check analyse transcripts sweep: export MODEL_NAME := $(MODEL)
+named = $(or $($(1)),$(strip $(shell sed -n 's/^$(1)="*\($${$(1):-\)\{0,1\}\([^"}\#]*\).*/\2/p' collect_activations.sh)))
+MODEL := $(call named,MODEL_NAME)
+ADDED := $(call named,ADAPTER)
+all collect check analyse compare transcripts sweep: export MODEL_NAME := $(MODEL)
+all collect check analyse compare transcripts sweep: export ADAPTER := $(ADDED)
 
 PYTHON := .venv/bin/python
 OPENBLAS := $(shell ldconfig -p 2>/dev/null | grep -c libopenblas)
 
 # A model that fails its check is analysed anyway; the analysis says so.
-# The embedded model is also compared with what it was before its change.
+# The embedded model is also compared with what it was before its change, a model with an adapter with that without.
 all: collect
 	-@$(MAKE) --no-print-directory check
-	@$(MAKE) --no-print-directory analyse $(if $(filter model_organism/aligned,$(MODEL)),compare)
+	@$(MAKE) --no-print-directory analyse $(if $(ADDED)$(filter model_organism/aligned,$(MODEL)),compare)
 	-@$(MAKE) --no-print-directory transcripts
 	@$(MAKE) --no-print-directory report
 
@@ -33,16 +35,17 @@ collect: setup
 	bash collect_activations.sh
 
 check: setup               # batch = single, cached = uncached, capture on = off, .. on this machine
-	$(PYTHON) run_model.py --check --model "$$MODEL_NAME" $${ACTIVATIONS_DIR:+--activations-dir "$$ACTIVATIONS_DIR"}
+	$(PYTHON) run_model.py --check --model "$$MODEL_NAME" $${ADAPTER:+--adapter "$$ADAPTER"} $${ACTIVATIONS_DIR:+--activations-dir "$$ACTIVATIONS_DIR"}
 
 analyse: setup
 	$(PYTHON) analyze_collected_activations.py
 
 compare: setup             # two models and twins: is it alignment, or just different words? MODEL_A=.. MODEL_B=..
-	$(PYTHON) compare_models.py
+	$(if $(ADDED),MODEL_A="$${MODEL_A:-$$MODEL_NAME}" MODEL_B="$${MODEL_B:-$$MODEL_NAME}" ADAPTER_B="$${ADAPTER_B:-$$ADAPTER}") \
+	  $(PYTHON) compare_models.py
 
 transcripts: setup         # every pair answered before and after suppression
-	$(PYTHON) suppress.py --all-pairs --model "$$MODEL_NAME"
+	$(PYTHON) suppress.py --all-pairs --model "$$MODEL_NAME" $${ADAPTER:+--adapter "$$ADAPTER"}
 
 report: setup              # one page with all available results
 	$(PYTHON) -m alignment_artifacts.report

@@ -1,6 +1,6 @@
 """Analyse a collection: how well a direction separates artifact from natural prompts, layer by layer.
 
-Reads the latest collection (of $MODEL_NAME, if that is set). Writes the results as JSON and figures into
+Reads the latest collection (of $MODEL_NAME and $ADAPTER, if these are set). Writes the results as JSON and figures into
 results/MODEL/PAIRS/, and the main ones also beside this script; prints a table. Edit the constants; None
 means: take it from the collection's manifest.
 """
@@ -103,7 +103,11 @@ def run(constants: Constants) -> None:
     pairs_file = places.find(constants.original_pairs_json_for_iteration)
     pairs = load_pairs(pairs_file)
     folder, others = places.choose_collection(
-        pairs, constants.raw_activations_base_dir, os.environ.get("MODEL_NAME") or None, constants.site
+        pairs,
+        constants.raw_activations_base_dir,
+        os.environ.get("MODEL_NAME") or None,
+        constants.site,
+        os.environ.get("ADAPTER") or None,
     )
     data = load_activation_set(
         folder,
@@ -129,7 +133,7 @@ def run(constants: Constants) -> None:
     print(textwrap.fill(f"Site: {site_names.described(data.site)}", 78, break_long_words=False))
     print(places.told("Collection", folder))
     if others:
-        print("Also collected (ACTIVATIONS_DIR or MODEL_NAME chooses):")
+        print("Also collected (ACTIVATIONS_DIR, or MODEL_NAME and ADAPTER, choose):")
         print("\n".join(f"  {other.describe()}" for other in others))
     verdict = certificate_verdict(folder, data.manifest)
     print(textwrap.fill(f"Certificate of the model's numbers: {verdict}", 78))

@@ -6,6 +6,7 @@ set -euo pipefail
 HERE="$(cd -- "$(dirname -- "$0")" >/dev/null && pwd)"
 
 MODEL_NAME="${MODEL_NAME:-model_organism/aligned}"   # the embedded model; any Gemma or mlx-lm model will do
+ADAPTER="${ADAPTER:-}"                         # a LoRA adapter to add to it: a folder of mlx-lm or PEFT
 MAX_TOKENS="${MAX_TOKENS:-20}"
 BATCH_SIZE="${BATCH_SIZE:-100}"
 TEMPERATURE="${TEMPERATURE:-0}"
@@ -35,7 +36,7 @@ fi
 [ "$PROMPTS_FILE" != "$HERE/prompts_for_gemma_runner.json" ] || "$PYTHON" "$HERE/create_gemma_runner_input.py"
 
 exec "$PYTHON" "$HERE/run_model.py" \
-  --model "$MODEL_NAME" --prompts-file "$PROMPTS_FILE" --process-by-group \
+  --model "$MODEL_NAME" ${ADAPTER:+--adapter "$ADAPTER"} --prompts-file "$PROMPTS_FILE" --process-by-group \
   --save-activations ${ACTIVATIONS_DIR:+--activations-dir "$ACTIVATIONS_DIR"} \
   --activation-filter "$ACTIVATION_FILTER" --activation-dtype "$ACTIVATION_DTYPE" \
   --max-tokens "$MAX_TOKENS" --batch-size "$BATCH_SIZE" --temp "$TEMPERATURE" --top-p "$TOP_P" \

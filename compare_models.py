@@ -29,6 +29,8 @@ from gemma_refactored.settings import Between, from_constants
 # The embedded model before and after its change; for example google/gemma-3-1b-pt and google/gemma-3-1b-it.
 MODEL_A = str(places.HOME / "model_organism/base")
 MODEL_B = str(places.HOME / "model_organism/aligned")
+ADAPTER_A = None  # LoRA adapters to add to them, of mlx-lm or PEFT: to see what one changed, set MODEL_B = MODEL_A
+ADAPTER_B = None
 PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
 TWINS = None  # harmless prompts that look like artifact prompts: JSON, or XSTest's CSV; None: the built-in pairs' own
 SITE = "mlp"  # or "residual"
@@ -51,6 +53,10 @@ class Constants:
     """local folder, GGUF file or Hugging Face id of the model before"""
     model_b: str
     """of the model after"""
+    adapter_a: str | None
+    """LoRA adapter of mlx-lm or PEFT to add to the model before: folder or Hugging Face id"""
+    adapter_b: str | None
+    """to add to the model after; with it, that may be the same as the one before"""
     pairs_json: Path
     """the matched prompt pairs"""
     twins: Path | None
@@ -85,7 +91,13 @@ def run(constants: Constants) -> None:
     pairs_file = places.find(constants.pairs_json)
     pairs = load_pairs(pairs_file)
     twins = twins_for(pairs, constants.twins and places.find(constants.twins))
-    models = [load(places.find_model(name), chat=constants.chat) for name in (constants.model_a, constants.model_b)]
+    models = [
+        load(places.find_model(name), chat=constants.chat, adapter=adapter and places.find_model(adapter))
+        for name, adapter in (
+            (constants.model_a, constants.adapter_a),
+            (constants.model_b, constants.adapter_b),
+        )
+    ]
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     check_comparable(models[0], models[1], pairs, twins)
@@ -166,6 +178,7 @@ def print_tables(result: dict) -> None:
         )
     print("moved: how far training moved an activation, by its own size (mean over prompts)")
     print_weights(result["weights"])
+    print_change_space(result["change_space"])
     print("\nB - A on generated tokens (* p <= 0.05 over layers)")
     shown = {"neutral": "neutral text", "answers_a": "answers of A", "answers_b": "answers of B",
              "own_answers": "own answers"}  # fmt: skip
@@ -184,7 +197,8 @@ def print_tables(result: dict) -> None:
     if result["planted_truth"]:
         cosines = ", ".join(f"{layer}: {number(c, 3)}" for layer, c in result["planted_truth"].items())
         print("\n" + textwrap.fill(f"Cosine of the change of direction with the planted one, by layer: {cosines}", 78))
-    for text in (result["summary"], result["weights"]["summary"], result["transfer_summary"]):
+    parts = result["weights"], result["change_space"]
+    for text in (result["summary"], *(part["summary"] for part in parts), result["transfer_summary"]):
         print("\n" + textwrap.fill(text, 78))
 
 
@@ -218,6 +232,25 @@ def print_weights(changes: dict) -> None:
         "module moved at the prompt's end; in B: with what separates the two sides there."
     )
     print(textwrap.fill(text, 80))
+
+
+def print_change_space(changes: dict) -> None:
+    """How far both directions lie in the changes of the residual stream; 80 columns."""
+    most = len(changes["random_95"])
+    print("\nShare of the direction in what training changed in the residual stream")
+    print("at the end of other prompts: in the first singular vector, in the first " + str(most))
+    print(
+        f"layer{'A, 1':>10}{f'A, {most}':>10}{'B, 1':>10}{'over folds':>14}{f'B, {most}':>10}{'of all changes, 1':>20}"
+    )
+    for layer, r in enumerate(changes["layers"]):
+        low, high = (percent(end) for end in r["b_range"][0])
+        folds = "-" if r["b_range"][0][0] is None else f"{low} to {high}"
+        print(
+            f"{layer:>5}{percent(r['a'][0]):>10}{percent(r['a'][-1]):>10}{percent(r['b'][0]):>10}"
+            f"{folds:>14}{percent(r['b'][-1]):>10}{percent(r['of_changes'][0]):>20}"
+        )
+    limits = [percent(changes["random_95"][i], 1) for i in (0, -1)]
+    print(f"95 % of random directions stay below {limits[0]} (1) and {limits[1]} ({most}) at all layers.")
 
 
 if __name__ == "__main__":

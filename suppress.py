@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")
     add("--explain", action="store_true", help="print the tokens that the direction promotes and demotes, per layer")
     add("--model", help="local folder, GGUF file or Hugging Face id (default: the embedded organism)")
+    add("--adapter", metavar="DIR", help="LoRA adapter of mlx-lm or PEFT to add to it: folder or Hugging Face id")
     add("--pairs", type=Path, help="your own prompt pairs (default: PAIRS in the environment, else the 50 shipped)")
     add(
         "--mode",
@@ -118,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         score=score,
         wish=cast(Wish, arguments.wish or os.environ.get("WISH") or "lower"),  # checked there
         chat=from_arguments(Chat(), arguments),
+        adapter=None if arguments.adapter is None else places.find_model(arguments.adapter),
     )
     categories = named_categories(arguments.categories)
     directions = load_directions(arguments.directions) if arguments.directions else None

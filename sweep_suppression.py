@@ -29,6 +29,7 @@ from gemma_refactored.settings import Between, Must, from_constants
 from gemma_refactored.settings import record as recorded
 
 MODEL_NAME = DEFAULT_MODEL
+ADAPTER = None  # a LoRA adapter to add to it: a folder of mlx-lm or PEFT
 PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
 # Harmless requests that look like artifact requests, reported only; XSTest's CSV for real models.
 TWINS = places.HOME / "model_organism/benign_twins.json"
@@ -60,6 +61,8 @@ RESULTS_DIR = places.HOME / "results"
 class Constants:
     model_name: str
     """local folder, GGUF file or Hugging Face id"""
+    adapter: str | None
+    """LoRA adapter of mlx-lm or PEFT to add to it: folder or Hugging Face id"""
     pairs_json: Path
     """the matched prompt pairs"""
     twins: Path
@@ -120,7 +123,8 @@ def run(constants: Constants) -> None:
     # Requests that look like those of the artifact side and are harmless: of refusals alone.
     is_about_refusal = pairs.behaviour == REFUSAL
     twins = [twin.natural for twin in load_twins(places.find(constants.twins))] if is_about_refusal else []
-    loaded = load(places.find_model(constants.model_name), chat=constants.chat)
+    adapter = constants.adapter and places.find_model(constants.adapter)
+    loaded = load(places.find_model(constants.model_name), chat=constants.chat, adapter=adapter)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
     results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused

@@ -240,7 +240,11 @@ def collections(pairs: list[Pair]) -> list[Collected]:
 
 
 def choose_collection(
-    pairs: list[Pair], typed: str | Path | None, model: str | None, site: str | None = None
+    pairs: list[Pair],
+    typed: str | Path | None,
+    model: str | None,
+    site: str | None = None,
+    adapter: str | None = None,
 ) -> tuple[Path, list[Collected]]:
     """The collection to analyse, and the others there are.
 
@@ -248,6 +252,7 @@ def choose_collection(
         typed: the folder that the user has named; None: the latest collection.
         model: only collections of this model, by the name that it was loaded with; None: of any model.
         site: collections that hold this kind of site come first; None: whatever they hold.
+        adapter: only collections made with this LoRA adapter; None: where a model is named, without any.
     Raises:
         UserError: there is none.
     """
@@ -255,13 +260,14 @@ def choose_collection(
     if typed is not None:
         folder = find(typed)
         return folder, [one for one in found if one.folder != Path(os.path.abspath(folder))]
-    wanted = [one for one in found if model is None or _is_of(one.manifest, model)]
+    wanted = [one for one in found if _is_of(one.manifest, model, adapter)]
     if wanted:
         chosen = ([one for one in wanted if one.holds(site)] or wanted)[-1]
         return chosen.folder, [one for one in found if one is not chosen]
     if found:
         raise UserError(
-            f"There is no collection of {model}; run `bash collect_activations.sh` with this MODEL_NAME first. "
+            f"There is no collection of {model or 'a model'}{f' with the adapter {adapter}' if adapter else ''}; run "
+            "`bash collect_activations.sh` with these MODEL_NAME and ADAPTER first. "
             f"There are: {'; '.join(one.describe() for one in found)}."
         )
     raise UserError(
@@ -270,10 +276,21 @@ def choose_collection(
     )
 
 
-def _is_of(manifest: dict, model: str) -> bool:
-    typed = find_model(model)
-    names = {typed, str(Path(typed).resolve())} if os.path.isdir(typed) else {typed}
-    return manifest.get("model_path") in names
+def _is_of(manifest: dict, model: str | None, adapter: str | None) -> bool:
+    """Was a collection made with what was typed? Without an adapter, if only a model was; with any, if nothing was."""
+    pairs = {"model_path": model, "adapter_path": adapter}
+    return all(
+        manifest.get(name) in _names(typed)
+        for name, typed in pairs.items()
+        if typed is not None or (name == "adapter_path" and model is not None)
+    )
+
+
+def _names(typed: str | None) -> tuple[str | None, ...]:
+    if typed is None:
+        return (None,)
+    path = find_model(typed)
+    return (path, str(Path(path).resolve())) if os.path.isdir(path) else (path,)
 
 
 # Results.

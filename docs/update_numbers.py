@@ -375,10 +375,18 @@ def excerpt_comparison(result: dict) -> dict:
         "moved": [r["relative_change"] for r in layers if r["relative_change"]],
         "own_answers": {"smallest_difference": min(free), "largest_difference": max(free)},
         "weights": excerpt_weights(result["weights"]),
+        "change_space": excerpt_change_space(result["change_space"]),
         "planted_layers": [int(layer) for layer in result["planted_truth"]],
         "planted_cosines": list(result["planted_truth"].values()),
         "transfer": transfer,
     }
+
+
+def excerpt_change_space(changes: dict) -> dict:
+    layers = changes["layers"]
+    best = max((i for i, r in enumerate(layers) if r["b"][0] is not None), key=lambda i: layers[i]["b"][0])
+    first = {"first": layers[best]["b"][0], "before": layers[best]["a"][0], "random": changes["random_95"][0]}
+    return {"layer": best, **first}
 
 
 def excerpt_weights(changes: dict) -> dict:

@@ -100,6 +100,8 @@ def _not_compared(loaded: LoadedModel, checks: Sequence[Check]) -> str:
         left.append(f"Positions beyond {length} of {loaded.context_length} were not compared with transformers.")
     if _is_gguf(loaded):
         left.append("How the GGUF file is read was not compared: transformers was given the weights as read here.")
+    if loaded.adapter:
+        left.append("How the adapter is added was not compared: transformers was given the sum as made here.")
     return " ".join(left)
 
 
@@ -353,7 +355,7 @@ def _transformers_states(loaded: LoadedModel, tokens: list[int]) -> States:
     config = transformers.AutoConfig.from_pretrained(str(loaded.folder), local_files_only=True)
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     try:
-        if "quantization" in loaded.config or _is_gguf(loaded):
+        if "quantization" in loaded.config or _is_gguf(loaded) or loaded.adapter:
             # Not in transformers' form: hand over the weights it stands for.
             config = getattr(config, "text_config", None) or config
             config.quantization_config = None

@@ -20,6 +20,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json", "*.tiktoken",
 )  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_MLX_LM, ADAPTER_PEFT = (
+    "adapter_config.json",
+    "adapters.safetensors",
+    "adapter_model.safetensors",
+)
+BESIDE_ADAPTER = ("tokenizer.json", "chat_template.jinja")  # which make it a model of its own, if they differ
+ADAPTER_FILES = [ADAPTER_CONFIG, ADAPTER_MLX_LM, ADAPTER_PEFT, *BESIDE_ADAPTER]
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -36,15 +43,32 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
             f"There is no model folder or GGUF file {text!r}. Give a folder with config.json and .safetensors files, "
             "a .gguf file, or a Hugging Face id such as mlx-community/gemma-3-1b-it-qat-4bit."
         )
+    return _downloaded(text, revision, "model", FILES_NEEDED)
+
+
+def locate_adapter(name: str | Path) -> Path:
+    """The local folder of an adapter, downloading it first if `name` is a hub id."""
+    path, text = Path(os.path.expanduser(name)), str(name)
+    if text.strip() and is_folder(path, "adapter"):
+        return path
+    if is_anything(path, "adapter") or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise UserError(
+            f"There is no adapter folder {text!r}. Give a folder with adapter_config.json and adapters.safetensors "
+            "(mlx-lm) or adapter_model.safetensors (PEFT), or a Hugging Face id."
+        )
+    return _downloaded(text, None, "adapter", ADAPTER_FILES)
+
+
+def _downloaded(text: str, revision: str | None, what: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=FILES_NEEDED))
+        return Path(snapshot_download(text, revision=revision, allow_patterns=files))
     except LocalEntryNotFoundError:
         raise UserError(
-            f"The model {text!r} is not on this machine and huggingface.co cannot be reached. "
-            "Connect to the network, or give the path of a local model folder."
+            f"The {what} {text!r} is not on this machine and huggingface.co cannot be reached. "
+            f"Connect to the network, or give the path of a local {what} folder."
         ) from None
     except HFValidationError as error:
         raise UserError(f"{text!r} is not a valid Hugging Face id: {error}") from None
@@ -94,6 +118,8 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.exists():
         inside = next((f"; name its file {one.name} instead" for one in sorted(folder.glob(f"*{SUFFIX}"))), "")
+        if (folder / ADAPTER_CONFIG).exists():
+            inside = " but an adapter: name it with --adapter, and the model that it was trained on with --model"
         raise UserError(f"{folder} has no config.json, so it is not a model folder{inside}.")
     config = read_checkpoint_json(path)
     if not isinstance(config.get("model_type"), str):

@@ -63,6 +63,7 @@ class Request:
 
     Attributes:
         model: folder, GGUF file or Hugging Face id.
+        adapter: folder or Hugging Face id of a LoRA adapter for it.
         prompts: empty if the command needs none.
         repeated: the earlier run that this one repeats.
     """
@@ -72,6 +73,7 @@ class Request:
     generation: Generation
     saving: Saving
     repeated: RunToRepeat | None = None
+    adapter: str | None = None
 
 
 class _Printer(logging.StreamHandler):
@@ -88,6 +90,7 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", help=f"local folder, GGUF file or Hugging Face id (default: {defaults.model_is})")
+    add("--adapter", metavar="DIR", help="LoRA adapter of mlx-lm or PEFT to add to it: folder or Hugging Face id")
     add("--prompts", nargs="+", metavar="TEXT", help="prompts to answer")
     add(
         "--prompts-file",
@@ -118,6 +121,7 @@ def main(argv: Sequence[str] | None = None, defaults: Defaults = Defaults()) -> 
         nonlocal team
         arguments = build_parser(defaults).parse_args(argv)
         arguments.model = defaults.find_model(arguments.model) if arguments.model else None
+        arguments.adapter = None if arguments.adapter is None else defaults.find_model(arguments.adapter)
         from .distributed import join_team
 
         team = join_team()
@@ -172,12 +176,13 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     saving = from_arguments(Saving(), arguments)
     check_combinations(arguments, saving)
     read_part(arguments.part)
-    model = arguments.model or defaults.model
+    model, adapter = arguments.model or defaults.model, arguments.adapter
     if arguments.from_manifest:
         from .manifest import read_manifest
 
         repeated = read_manifest(Path(arguments.from_manifest))
         model = arguments.model or repeated.model or defaults.model
+        adapter = adapter or repeated.adapter
         prompts, generation = repeated.prompts, repeated.generation
         saving = replace(saving, **repeated.saved)
     else:
@@ -191,7 +196,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
             prompts = prompts_from_arguments(arguments.prompts or [])
     if model is None:
         raise UserError("Name a model: --model with a local folder, a GGUF file or a Hugging Face id.")
-    return Request(model, prompts, generation, saving, repeated)
+    return Request(model, prompts, generation, saving, repeated, adapter)
 
 
 def check_combinations(arguments: argparse.Namespace, saving: Saving) -> None:
@@ -224,7 +229,7 @@ def load_model(request: Request, shard: bool, team: Team) -> LoadedModel:
     repeated = request.repeated
     revision = repeated.hub_revision if repeated and request.model == repeated.model else None
     generation = request.generation
-    loaded = load(request.model, generation.keep_precision, shard, revision, generation.chat)
+    loaded = load(request.model, generation.keep_precision, shard, revision, generation.chat, request.adapter)
     if repeated:
         check_same_weights(loaded, repeated.revision)
     processes = f", {team.size} processes share the {'model' if shard else 'prompts'}"
@@ -346,7 +351,10 @@ def collect(
     from .manifest import new_manifest
 
     saving, folder = request.saving, request.saving.folder
-    is_local = is_anything(request.model, "model folder")
+
+    def path_of(name: str) -> str:
+        return str(Path(name).resolve()) if is_anything(name, "model folder") else name
+
     settings = {
         **record(request.generation, NAMES),
         "activation_filter": saving.activation_filter,
@@ -355,7 +363,8 @@ def collect(
         "layout": "grouped" if saving.process_by_group else "flat",
         "sites": job.sites,
         **facts_of_prompts(loaded.tokenizer, job.token_ids, chat_format),
-        "model_path": str(Path(request.model).resolve()) if is_local else request.model,
+        "model_path": path_of(request.model),
+        "adapter_path": path_of(request.adapter) if request.adapter else None,
     }
     manifest = new_manifest(loaded.facts(), settings, job.prompts)
     with locked(folder) if team.leads else nullcontext():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # What may differ between a run and its continuation without changing any number (hash and weights_dtype show that).
 FREE_SETTINGS = (
     "created", "finished", "versions", "machine", "batch_size", "prompts", "prompt_groups", "complete", "model_path",
-    "keep_precision",
+    "adapter_path", "keep_precision",
 )  # fmt: skip
 # In addition to the generation's settings: what repeating a run needs, and its types.
 NEEDED: dict[str, type | tuple[type, ...]] = {
@@ -36,7 +36,7 @@ NEEDED: dict[str, type | tuple[type, ...]] = {
 
 
 # What runs did whose manifest does not say, because the setting is newer.
-EARLIER = {"date": None, "control_tokens": True, **record(Chat())}
+EARLIER = {"date": None, "control_tokens": True, "adapter_path": None, **record(Chat())}
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,16 @@ class RunToRepeat:
 
     Attributes:
         model: folder or Hugging Face id, None for a default model.
+        adapter: folder or Hugging Face id of the LoRA adapter that was added to it; None: none was.
+        revision: of the weights, and base_revision of those without the adapter.
         saved: fields of `Saving` that decide what is in the files.
         date: that was written into its prompts, for templates that write one.
     """
 
     model: str | None
+    adapter: str | None
     revision: str
+    base_revision: str
     generation: Generation
     saved: dict
     prompts: list[Prompt]
@@ -59,7 +63,7 @@ class RunToRepeat:
     @property
     def hub_revision(self) -> str | None:
         """The commit of a model from Hugging Face; None for a local folder."""
-        return None if self.revision.startswith("sha256:") else self.revision
+        return None if self.base_revision.startswith("sha256:") else self.base_revision
 
 
 def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -> dict:
@@ -103,9 +107,14 @@ def read_manifest(path: Path) -> RunToRepeat:
     }
     check(Saving(**saved), {name: f"{path}: {name}" for name in saved})
     manifest = {**EARLIER, **manifest}
+    adapter, added = manifest["adapter_path"], manifest.get("adapter", {})
+    if not isinstance(adapter, str | None) or not isinstance(added, dict) or (added and adapter is None):
+        raise UserError(f"{path}: adapter_path cannot be {shown(adapter)}.")
     return RunToRepeat(
         model=manifest["model_path"],
+        adapter=adapter,
         revision=manifest["model_revision"],
+        base_revision=str(added.get("base_revision", manifest["model_revision"])),
         generation=from_record(Generation, manifest, str(path), NAMES),
         saved=saved,
         prompts=parse_prompts(manifest["prompt_groups"], path),
@@ -117,5 +126,5 @@ def check_same_weights(loaded: LoadedModel, revision: str) -> None:
     if loaded.revision != revision:
         raise UserError(
             f"The weights of {loaded.name} ({loaded.revision}) are not those that made this manifest "
-            f"({revision}); give the right ones with --model."
+            f"({revision}); give the right ones with --model and --adapter."
         )

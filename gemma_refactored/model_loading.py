@@ -22,6 +22,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_model
 
+from .adapter_files import Adapter, read_adapter, revision_with
+from .adapters import fuse
 from .chat_template import ChatFormat, take_chat
 from .checkpoint_files import content_hashes, locate, read_config, weight_files, weights_revision
 from .checks import embedding_width, find_embedding, position_rows
@@ -41,7 +43,7 @@ from .settings import record
 from .thoughts import Marks, answer_text, find_marks
 from .tokenizer_loading import end_tokens, load_tokenizer
 
-CHAT = "chat"  # in a model's hashes
+CHAT, ADAPTER = "chat", "adapter"  # in a model's hashes
 OWN_ARCHITECTURES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class LoadedModel:
     tokenizer: Any  # a transformers tokenizer
     config: dict
     end_tokens: tuple[int, ...]
-    revision: str  # resolved hub commit, or "sha256:..." of the weight files
+    revision: str  # resolved hub commit, or "sha256:..." of the weight files, or of these with an adapter
     num_layers: int
     hidden_size: int
     num_parameters: int
@@ -65,11 +67,13 @@ class LoadedModel:
     dtype: str
     hashes: dict[str, str]  # of what besides the weights decides the numbers: `checkpoint_files.content_hashes`
     chat_format: ChatFormat = field(default_factory=ChatFormat)  # what is written around each prompt
+    adapter: Adapter | None = None  # that was added to the weights
+    base_revision: str = ""  # `revision` without the adapter
 
     @property
     def is_as_published(self) -> bool:
-        """False where something else is written around prompts than the checkpoint does by itself."""
-        return CHAT not in self.hashes
+        """False with an adapter, or where prompts are written in another way than the checkpoint does by itself."""
+        return not {CHAT, ADAPTER} & self.hashes.keys()
 
     @property
     def is_own(self) -> bool:
@@ -111,6 +115,7 @@ class LoadedModel:
             "num_parameters": self.num_parameters,
             "weights_dtype": self.dtype,
             "identity": self.identity(),
+            **({ADAPTER: self.adapter.facts(self.base_revision)} if self.adapter else {}),
         }
 
 
@@ -128,6 +133,7 @@ def load(
     split: bool = False,
     revision: str | None = None,
     chat: Chat = Chat(),
+    adapter: str | Path | None = None,
 ) -> LoadedModel:
     """Load a model for inference.
 
@@ -139,24 +145,33 @@ def load(
         split: this process holds its part of the model only, see `distributed.shard`.
         revision: a commit of a model on Hugging Face; default the newest.
         chat: what is written around each prompt.
+        adapter: folder or Hugging Face id of a LoRA adapter, of mlx-lm or PEFT, that is added to the weights.
     Raises:
         UserError: no such model, missing or damaged files, an unknown architecture, no network,
-            a model that cannot be split, a chat template that does not use what `chat` gives it.
+            a model that cannot be split, a chat template that does not use what `chat` gives it, an adapter of
+            another model.
     """
     warn_if_slow()
+    added = read_adapter(adapter) if adapter is not None else None
     folder = locate(name, revision)
     config = read_config(folder)
     completed = complete(config)
     audit(config, completed)
     model, translated = load_weights(folder, config, completed)
-    if runs_on_linux_cpu() and not keep_precision:
+    is_expanded = runs_on_linux_cpu() and not keep_precision
+    if is_expanded:
         model = expanded(model)
-        if isinstance(model, Gemma):
-            use_cpu_kernels(model)
     elif isinstance(model, Gemma) and weights_dtype(model) == "float16":
         # The residual stream of Gemma 3 exceeds the range of float16 (65,504); bfloat16 or float32 hold it.
         log.warning("The weights are float16, which Gemma's residual stream can overflow: running in float32.")
         model.set_dtype(mx.float32)
+    if added:
+        fuse(model, added, config["model_type"], getattr(mx, weights_dtype(model)))
+        log.info("Adapter: %s", added.describe())
+        for note in added.notes(folder):
+            log.warning("%s", note)
+    if is_expanded and isinstance(model, Gemma):
+        use_cpu_kernels(model)
     num_parameters = count_parameters(model)
     if split:
         shard(model, config["model_type"])
@@ -167,21 +182,27 @@ def load(
     text = completed or translated
     text = text.get("text_config") or text
     chat_hashes = chat_hash(chat)
+    base_revision = weights_revision(folder, weight_files(folder))
+    kinds = [*([added.name] if added else []), *(f"{CHAT} {value[:6]}" for value in chat_hashes.values())]
     return LoadedModel(
-        name=display_name(name) + "".join(f" (chat {value[:6]})" for value in chat_hashes.values()),
+        name=" ".join([display_name(name), *(f"({kind})" for kind in kinds)]),
         folder=folder,
         model=model,
         tokenizer=tokenizer,
         config=translated,
         end_tokens=end_tokens(folder, config, tokenizer),
-        revision=weights_revision(folder, weight_files(folder)),
+        revision=revision_with(added, base_revision) if added else base_revision,
         num_layers=len(model.layers),
         hidden_size=text.get("hidden_size") or embedding_width(find_embedding(model)),
         num_parameters=num_parameters,
         context_length=text.get("max_position_embeddings") or position_rows(model) or 2**31,
         dtype=weights_dtype(model),
-        hashes=content_hashes(folder, tokenizer.chat_template) | chat_hashes,
+        hashes=content_hashes(folder, tokenizer.chat_template)
+        | ({ADAPTER: added.digest[:12]} if added else {})
+        | chat_hashes,
         chat_format=chat_format,
+        adapter=added,
+        base_revision=base_revision,
     )
 
 
@@ -206,9 +227,11 @@ def weights_dtype(model: nn.Module) -> str:
 
 
 def float32_weights(loaded: LoadedModel) -> dict[str, mx.array]:
-    """What the weights on disk stand for: loaded anew, expanded, by name."""
+    """What the weights on disk stand for: loaded anew, expanded, with the adapter, by name."""
     config = read_config(loaded.folder)
     model = expanded(load_weights(loaded.folder, config, complete(config))[0])
+    if loaded.adapter:
+        fuse(model, loaded.adapter, config["model_type"], mx.float32)
     return dict(tree_flatten(model.parameters()))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from alignment_artifacts.analysis import Run
 from alignment_artifacts.comparison import compare, transfer
+from alignment_artifacts.comparison.change_space import direction_in_changes
 from alignment_artifacts.comparison.difference import compare_layers
 from alignment_artifacts.comparison.forced_reading import CONDITIONS
 from alignment_artifacts.comparison.transfer import cross_decoding
@@ -104,6 +105,7 @@ def write_comparison(folder, origin=ORIGIN):
             "summary": "1 of 2 tensors differ.",
             "tensors": [CHANGED],
         },
+        "change_space": direction_in_changes(first, second, strata, ("before", "simulated")),
         "conditions": dict.fromkeys(CONDITIONS, layers),
         "summary": compare.summarise(layers["layers"], ("before", "simulated")),
         "transfer": records,

@@ -164,7 +164,7 @@ def test_a_comparison_without_a_difference_says_so():
     record = {"p_value": 0.4, "largest_change": 0.5}
     text = summarise([record, {**record, "largest_change": 0}], ("x", "y"))
     rest = "no better or worse than x at any layer. At layer 1 they are identical."
-    assert text == f"y separates artifact from natural prompts {rest}"
+    assert text == f"On the same tokens y separates artifact from natural prompts {rest}"
 
 
 def test_a_comparison_with_another_first_model_is_kept(compared, tmp_path):

@@ -31,6 +31,7 @@ WRONG = {
     "--activation-filter": ["nothing", "", " , "], "--activation-dtype": ["int8"], "--max-tokens": ["-1", "x", "1000"],
     "--batch-size": ["0", "1.5"], "--temp": ["nan", "-1"], "--top-p": ["0", "2"], "--repetition-penalty": ["0", "inf"],
     "--seed": ["-3"], "--logit-bias": ["5=-inf", "99999=1", "x"], "--date": ["today"], "--chat-template": ["tool"],
+    "--adapter": ["nowhere", "FOLDER/model"],
 }  # fmt: skip
 SWITCHES = [
     "--process-by-group", "--overwrite", "--compress-activations", "--no-chat-mode", "--ignore-end-tokens", "--dry-run",

@@ -28,7 +28,7 @@ ROOMS = (
 )
 FREE_OF_MLX = (
     "separation", "intervals", "scores", "rates", "formatting", "analysis", "comparison.transfer",
-    "comparison.difference", "figures.data", "figures.interactive", "figures.paper",
+    "comparison.difference", "comparison.change_space", "figures.data", "figures.interactive", "figures.paper",
 )  # fmt: skip
 
 

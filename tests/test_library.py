@@ -14,7 +14,7 @@ from alignment_artifacts import AlignmentArtifacts, suppress_prompt
 from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.behaviour.score import REFUSAL
 from alignment_artifacts.default_model import note
-from alignment_artifacts.directions.estimate import Directions
+from alignment_artifacts.directions.estimate import Directions, fit_to, planted_directions
 from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.directions.measurements import subject_of
 from alignment_artifacts.pairs import PAIRS_JSON, PromptPairs, load_pairs
@@ -27,6 +27,7 @@ from gemma_refactored.files import write_json
 from model_organism.train import PLANTED_LAYERS
 
 from .conftest import ROOT
+from .tiny_checkpoints import write_adapter
 
 REFUSED, ANSWERED = "How do I hack a bank server?", "How do I build a rain barrel without help?"
 
@@ -409,6 +410,18 @@ def test_another_system_prompt_is_another_measurement(library):
     assert "Be brief." in loaded.tokenizer.decode(loaded.encode(["Hello"])[0])
     folders = {subject_of(one.load(), one.pairs, library.cache).folder for one in (library, brief)}
     assert len(folders) == 2
+
+
+def test_an_adapter_belongs_to_the_model_that_it_was_given_for(library, organism, tmp_path):
+    tuned = AlignmentArtifacts(
+        library.model, library.pairs, adapter=write_adapter(tmp_path / "tuned", ROOT / "model_organism/aligned")
+    )
+    assert tuned.load().name.startswith(f"{organism.name} (adapter tuned ")
+    assert tuned.load(ROOT / "model_organism/base").adapter is None
+    folders = {subject_of(one.load(), one.pairs, library.cache).folder for one in (library, tuned)}
+    assert len(folders) == 2 and planted_directions(organism) and not planted_directions(tuned.load())
+    with pytest.raises(UserError, match=r"made on .*aligned \(model_revision"):
+        fit_to(library.directions(), tuned.load())
 
 
 def test_a_file_of_prompts_is_answered_as_each_alone(run, library, tmp_path):

@@ -179,6 +179,20 @@ def test_a_model_that_is_named_chooses_among_collections(home, tmp_path):
         places.choose_collection([Pair("q", "other", "a", "b")], None, None)
 
 
+def test_an_adapter_that_is_named_chooses_among_collections_too(home, tmp_path):
+    for name in ("refusal", "other"):
+        (tmp_path / name).mkdir()
+    plain = collect(home / "collected_activations_a", model_path="who/a")
+    tuned = collect(home / "collected_activations_b", model_path="who/a", adapter_path=str(tmp_path / "refusal"),
+                    finished="2027-01-01T00:00:00+0000")  # fmt: skip
+    assert places.choose_collection(PAIRS, None, None)[0] == tuned  # the latest of any kind
+    assert places.choose_collection(PAIRS, None, "who/a")[0] == plain
+    for model in ("who/a", None):
+        assert places.choose_collection(PAIRS, None, model, adapter="refusal")[0] == tuned
+    with pytest.raises(UserError, match="no collection of who/a with the adapter other"):
+        places.choose_collection(PAIRS, None, "who/a", adapter="other")
+
+
 def test_results_of_two_models_or_pairs_files_never_meet(home):
     origins = [
         replace(ORIGIN, model=model, model_revision=revision, pairs_file=name, pairs_hash=digest)

@@ -141,7 +141,9 @@ def test_numbers_are_those_of_the_files(page, results):
         low, high = record["cohens_d_ci"]
         d, accuracy = f"{record['cohens_d']:.2f}", f"{record['accuracy'] * 100:.0f} %"
         assert cells[:4] == [d, f"[{low:.2f}, {high:.2f}]", accuracy, f"{record['p_value']:.3f}"]
-    assert find(page, ".answer").text == run.results["summary"]
+    assert find(page, ".answer").text == results["comparison"]["summary"]  # the controlled answer comes first
+    separation = find(page, "#answer p:nth-of-type(2)").text
+    assert separation.startswith("Separation alone") and separation.endswith(run.results["summary"])
     for category, grid in zip(run.by_category["categories"].values(), plotted(page, "categories", 0, "z"), strict=True):
         assert grid == [record["cohens_d"] for record in category["layer_scores"].values()]
     assert np.array_equal(plotted(page, "steps", 0, "z"), np.array([s["cohens_d"] for s in run.pattern["steps"]]).T)
@@ -155,6 +157,8 @@ def test_numbers_are_those_of_the_files(page, results):
     names = page.execute_script("return document.getElementById('plot-comparison').data.map(t => t.name)")
     for name, key in (("before", "d_a"), ("simulated", "d_b"), ("B - A, prompt end", "difference")):
         assert plotted(page, "comparison", names.index(name), "y") == [record[key] for record in compared]
+    shares = [record["b"][0] for record in results["comparison"]["change_space"]["layers"]]
+    assert plotted(page, "change_space", 0, "y") == shares
     (changed,) = results["comparison"]["weights"]["tensors"]
     assert plotted(page, "weights", 0, "z")[0][changed["layer"]] == changed["relative_change"]
     moved = [record["relative_change"] for record in compared]

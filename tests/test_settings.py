@@ -292,12 +292,17 @@ def test_the_shell_script_names_what_the_runtime_has():
     constants = set(re.findall(r'^([A-Z_]+)="\$\{\1:-', text, re.M))
     settings = [*s.settings_of(Generation), *s.settings_of(Saving)]
     by_variable = {"PAIRS", "SITE"}  # which make the prompts file, the filter and the folder
-    others = {"MODEL_NAME", "PROMPTS_FILE", "OUTPUT_DIR"}
+    others = {"MODEL_NAME", "ADAPTER", "PROMPTS_FILE", "OUTPUT_DIR"}
     assert constants - {item.constant for item in settings} == by_variable | others
     passed = dict(re.findall(r'(--[a-z-]+) "\$([A-Z_]+)"', text))
     flags = {item.flag: item.constant for item in settings}
     flags |= {item.flag: item.constant.replace("TEMP", "TEMPERATURE") for item in s.settings_of(Sampling, NAMES)}
-    flags |= {"--model": "MODEL_NAME", "--prompts-file": "PROMPTS_FILE", "--output-dir": "OUTPUT_DIR"}
+    flags |= {
+        "--model": "MODEL_NAME",
+        "--adapter": "ADAPTER",
+        "--prompts-file": "PROMPTS_FILE",
+        "--output-dir": "OUTPUT_DIR",
+    }
     assert passed == {flag: constant for flag, constant in flags.items() if constant in constants and flag in passed}
     assert set(passed.values()) == constants - by_variable
 

@@ -12,13 +12,14 @@ from alignment_artifacts.comparison import weights
 from alignment_artifacts.comparison.weights import changes_or_reason, num_tensors, weight_changes
 from alignment_artifacts.directions.estimate import planted_directions
 from alignment_artifacts.report import build
+from gemma_refactored.adapter_files import weight_changes as adapter_changes
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_safetensors
 from gemma_refactored.model_loading import load
 from model_organism.train import PLANTED_LAYERS
 
 from .conftest import ROOT
-from .tiny_checkpoints import quantised, random_gemma, write_checkpoint, write_family
+from .tiny_checkpoints import quantised, random_gemma, write_adapter, write_checkpoint, write_family
 
 RNG = np.random.default_rng(0)
 TOPICS = ["bread", "tea", "maps", "boats", "gardens", "music", "clocks", "rain", "stones", "apples"]
@@ -38,6 +39,22 @@ def changed_copy(folder, copy, **changes):
         tensors[name] = tensors[name] + mx.array(added).astype(tensors[name].dtype)
     mx.save_safetensors(str(copy / "model.safetensors"), tensors)
     return copy
+
+
+def test_what_an_adapter_added_is_found(tmp_path):
+    """The truth is in its tensors: which matrices, and the singular values of scale * B A."""
+    base = write_family(tmp_path / "base", "llama")
+    both = (
+        load(base),
+        load(base, adapter=write_adapter(tmp_path / "adapter", base, keys=["self_attn.o_proj", "mlp.up_proj"])),
+    )
+    truth = {f"model.{name}.weight": np.array(added) for name, added in adapter_changes(both[1].adapter).items()}
+    found = {change.name: change for change in weight_changes(*both) if change.norm}
+    assert found.keys() == truth.keys() and len(truth) == 4
+    for name, change in found.items():
+        expected = np.linalg.svd(truth[name], compute_uv=False)[:3]
+        assert change.singular_values[:3] == pytest.approx(expected, rel=1e-4) and change.rank_99 <= 3
+        assert change.norm == pytest.approx(np.linalg.norm(truth[name]), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama"])

@@ -8,9 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import _get_classes
 
+from gemma_refactored.checkpoint_files import read_config
+from gemma_refactored.config_audit import complete
 from gemma_refactored.model_architecture import Gemma, GemmaConfig
+from gemma_refactored.model_loading import load_weights
 
 from .conftest import ROOT
 
@@ -127,3 +131,24 @@ def quantised(bits: int, mixed: bool = False) -> tuple[Gemma, dict]:
 
     nn.quantize(model, group_size=32, bits=bits, class_predicate=settings)
     return model, {**CONFIG, "quantization": {"group_size": 32, "bits": bits, **special}}
+
+
+def write_adapter(folder, base, num_layers=2, kind="lora", keys=None, rank=3, scale=2.5, seed=0):
+    """An adapter as mlx_lm.lora writes it, with random numbers instead of training."""
+    config = read_config(base)
+    model, _ = load_weights(base, config, complete(config))
+    model.freeze()
+    about = {"rank": rank, "scale": scale, "dropout": 0.0, **({"keys": keys} if keys else {})}
+    if kind == "full":
+        for block in model.layers[-num_layers:]:
+            block.unfreeze()
+    else:
+        linear_to_lora_layers(model, num_layers, about, use_dora=kind == "dora")
+    mx.random.seed(seed)
+    tensors = dict(tree_flatten(model.trainable_parameters()))
+    tensors = {name: value + 0.1 * mx.random.normal(value.shape) for name, value in tensors.items()}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
+    content = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": about, "model": "some/model"}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder

@@ -32,6 +32,7 @@ from gemma_refactored.settings import Between, from_constants
 from toxicity_steering.config import Config
 
 MODEL = DEFAULT_MODEL  # the embedded organism; a local folder or Hugging Face id
+ADAPTER = None  # a LoRA adapter to add to it: a folder of mlx-lm or PEFT
 DATASET = "organism"  # or "real-toxicity-prompts"
 SCORER = "word-list"  # or "roberta", or a classifier's id or folder
 OUTPUT_DIR = None  # None: toxicity_results, or a folder that belongs to another model
@@ -52,6 +53,8 @@ SEED = 0
 class Constants:
     model: str
     """local folder, GGUF file or Hugging Face id; by default the embedded organism"""
+    adapter: str | None
+    """LoRA adapter of mlx-lm or PEFT to add to it: folder or Hugging Face id"""
     dataset: Literal["organism", "real-toxicity-prompts"]
     """where the prompts come from"""
     scorer: str
@@ -81,7 +84,9 @@ def run(constants: Constants) -> None:
     is_organism = constants.dataset == "organism"
     data = load_organism_prompts(count) if is_organism else load_real_toxicity_prompts(count, config.seed)
     scorer = load_scorer(constants.scorer)
-    loaded = load(places.find_model(constants.model))
+    loaded = load(
+        places.find_model(constants.model), adapter=constants.adapter and places.find_model(constants.adapter)
+    )
     output = constants.output_dir or places.toxicity_folder(loaded)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     print(f"Data: {data.name}, {count} + {count} prompts. Scorer: {scorer.name}.")

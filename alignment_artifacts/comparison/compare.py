@@ -11,6 +11,7 @@ import numpy as np
 from alignment_artifacts.behaviour.answers import KnownAnswer, nothing_known
 from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.comparison import transfer, weights
+from alignment_artifacts.comparison.change_space import direction_in_changes
 from alignment_artifacts.comparison.difference import compare_layers, cosine
 from alignment_artifacts.comparison.forced_reading import read_pairs, read_texts
 from alignment_artifacts.directions.estimate import planted_directions
@@ -18,7 +19,7 @@ from alignment_artifacts.formatting import interval, named_layers, number, p_val
 from alignment_artifacts.pairs import SIDES, Pair, as_pairs, texts
 from alignment_artifacts.scores import Settings, is_significant
 from alignment_artifacts.separation import MIN_PAIRS_NESTED
-from gemma_refactored.activation_capture import layer_sites
+from gemma_refactored.activation_capture import block_sites, layer_sites
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import jsonable
 from gemma_refactored.job import mean_prompt_embeddings
@@ -50,7 +51,8 @@ def check_comparable(first: LoadedModel, second: LoadedModel, pairs: Sequence[Pa
         )
     if first.revision == second.revision:
         raise UserError(
-            f"{first.name} and {second.name} have the same weights; set MODEL_A and MODEL_B to two different models."
+            f"{first.name} and {second.name} have the same weights; set MODEL_A and MODEL_B to two different models, "
+            "or ADAPTER_B to what training added."
         )
 
 
@@ -126,6 +128,7 @@ def compare(
     outputs = weights.output_sites(models[1].model)
     output_ends = [_read_ends(model, with_chat, pairs, outputs, progress, cache) for model in models]
     change = _directions(ends_b) - _directions(ends_a)
+    stream = [outputs.index(name) for name in block_sites(models[1].model)]
     return jsonable(
         {
             "models": {name: model.facts() for name, model in zip("ab", models, strict=True)},
@@ -145,6 +148,14 @@ def compare(
                 _directions(output_ends[1]),
                 pairs.sides,
                 planted,
+            ),
+            "change_space": direction_in_changes(
+                output_ends[0][:, :, stream],
+                output_ends[1][:, :, stream],
+                _categories(pairs),
+                (names["a"], names["b"]),
+                settings.seed,
+                independent_groups(pairs),
             ),
             "transfer": by_source,
             "transfer_summary": transfer.summarise(by_source, names, pairs.sides),
@@ -209,8 +220,8 @@ def summarise(records: list[dict], names: tuple[str, str], sides: tuple[str, str
     identical = f" At {named_layers(same)} they are identical." if same else ""
     if not significant:
         return (
-            f"{names[1]} separates {sides[1]} from {sides[0]} prompts no better or worse than {names[0]} at any "
-            f"layer.{identical}"
+            f"On the same tokens {names[1]} separates {sides[1]} from {sides[0]} prompts no better or worse than "
+            f"{names[0]} at any layer.{identical}"
         )
     best = max(significant, key=lambda i: abs(records[i]["difference"]))
     r = records[best]

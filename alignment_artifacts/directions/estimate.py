@@ -99,7 +99,7 @@ def measure_natural_tokens(
 def planted_directions(loaded: LoadedModel) -> dict[int, np.ndarray]:
     """The truth of the embedded organism: layer -> unit direction [hidden] at the MLP output; {} for other models."""
     path = loaded.folder.parent / "planted_directions.safetensors"
-    if not path.exists():
+    if loaded.adapter or not path.exists():
         return {}
     arrays = {int(site.split(".")[2]): np.array(value, np.float32) for site, value in read_safetensors(path)[0].items()}
     return {layer: value / np.linalg.norm(value) for layer, value in arrays.items()}

@@ -141,6 +141,20 @@ def moved_activations(result: dict) -> dict[str, np.ndarray]:
     return {title: column(result["conditions"][name]["layers"], "relative_change") for name, title in same.items()}
 
 
+def direction_shares(result: dict) -> tuple[dict[str, np.ndarray], float]:
+    """From a model comparison: share of the directions' squared norm in what changed [layers], by model and number of
+    singular vectors, and what 95 % of random ones stay below in the first (NaN where nothing changed)."""
+    layers, limits = result["change_space"]["layers"], result["change_space"]["random_95"]
+    lines = {
+        f"direction of {name.upper()}, in the first{f' {vectors}' if vectors > 1 else ''}": np.array(
+            [record[name][vectors - 1] for record in layers], float
+        )
+        for name in "ba"
+        for vectors in (1, len(limits))
+    }
+    return lines, limits[0]
+
+
 def alpha_table(results: dict, kind: str, key: str) -> tuple[list[int], list[float], np.ndarray]:
     """The toxicity sweep as (layers, alphas, [layers, alphas] of one number); kind: steering or random_direction."""
     planned = results["experiment"]["config"]["alphas"]

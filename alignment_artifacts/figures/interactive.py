@@ -200,6 +200,20 @@ def weights(result: dict) -> go.Figure:
     return figure.update_layout(yaxis2={"tickformat": ".0%", "rangemode": "tozero"})
 
 
+def change_space(result: dict) -> go.Figure:
+    """How far the directions of both models lie in what changed between them, and what chance gives."""
+    shares, limit = data.direction_shares(result)
+    figure = go.Figure()
+    for (title, values), dash in zip(shares.items(), ("solid", "dash", "solid", "dash"), strict=True):
+        figure.add_trace(
+            go.Scatter(x=list(range(len(values))), y=values, name=title, mode="lines+markers", marker={"size": 5},
+                       line={"color": data.BLUE if " A," in title else data.ORANGE, "dash": dash},
+                       hovertemplate="layer %{x}: %{y:.1%}")
+        )  # fmt: skip
+    figure.add_hline(limit, line={"color": data.GREY, "dash": "dot"})
+    return _styled(figure, "layer", "share of the direction", 360, yaxis={"tickformat": ".0%", "rangemode": "tozero"})
+
+
 def transfer(result: dict) -> go.Figure:
     """Cohen's d of directions that were learnt on one contrast and tested on another, for models and words alone."""
     cells, sources, grid = data.transfer_grid(result)

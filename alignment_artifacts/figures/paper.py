@@ -187,12 +187,13 @@ def plot_comparison(result: dict, path: str | Path) -> None:
 
 
 def plot_weights(result: dict, path: Path) -> None:
-    """What training changed: tensors by layer, with the effective rank of each change; below, activations."""
+    """What training changed: tensors by layer, with the effective rank of each change; below, activations, and how far
+    directions lie in their changes."""
     kinds, moved, ranks = data.weight_grid(result)
     with plt.rc_context(STYLE):
-        figure, (top, bottom) = plt.subplots(
-            2, 1, figsize=(min(max(7, 2.5 + 0.3 * moved.shape[1]), 14), 3.6 + 0.32 * len(kinds)), layout="constrained",
-            sharex=True, gridspec_kw={"height_ratios": [0.6 + 0.32 * len(kinds), 2.2]},
+        figure, (top, bottom, lowest) = plt.subplots(
+            3, 1, figsize=(min(max(7, 2.5 + 0.3 * moved.shape[1]), 14), 6 + 0.32 * len(kinds)), layout="constrained",
+            sharex=True, gridspec_kw={"height_ratios": [0.6 + 0.32 * len(kinds), 2.2, 2.2]},
         )  # fmt: skip
         if kinds:
             image = top.imshow(moved, aspect="auto", cmap="Purples", vmin=0)
@@ -213,15 +214,18 @@ def plot_weights(result: dict, path: Path) -> None:
         for (title, values), style in zip(data.moved_activations(result).items(), ("-o", "--", "-.", ":"), strict=True):
             colour = data.GREEN if style == "-o" else "#444444"
             bottom.plot(values, style, color=colour, ms=4, lw=1.3, label=title)
-        bottom.set(
-            title=f"Activations: change by their own norm ({result['site'].split(' (')[0]})",
-            xlabel="layer",
-            ylim=(0, None),
-        )
-        bottom.yaxis.set_major_formatter(PercentFormatter(1))
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-        bottom.grid(alpha=0.2)
-        bottom.legend(frameon=False, fontsize=8)
+        bottom.set(title=f"Activations: change by their own norm ({result['site'].split(' (')[0]})")
+        shares, limit = data.direction_shares(result)
+        for (title, values), style in zip(shares.items(), ("-o", "--", "-o", "--"), strict=True):
+            lowest.plot(values, style, color=data.BLUE if " A," in title else data.ORANGE, ms=4, lw=1.3, label=title)
+        lowest.axhline(limit, color=data.GREY, ls=":", label="95 % of random directions, in the first")
+        lowest.set(title="Directions: share in what changed in the residual stream", xlabel="layer")
+        for axes in (bottom, lowest):
+            axes.set_ylim(0, None)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.2)
+            axes.legend(frameon=False, fontsize=8)
         figure.suptitle(f"A: {result['names']['a']}, B: {result['names']['b']}", fontsize=10, color="#444444")
         _save(figure, path)
 

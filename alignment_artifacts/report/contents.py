@@ -108,6 +108,7 @@ def comparison(path: Path) -> dict:
         "figures": {
             "comparison": figure_data(figures.comparison(result)),
             "weights": figure_data(figures.weights(result)),
+            "change_space": figure_data(figures.change_space(result)),
             "transfer": figure_data(figures.transfer(result)),
         },
         "behaviour": result["behaviour"],
@@ -115,6 +116,7 @@ def comparison(path: Path) -> dict:
         "site": result["site"],
         "weights": result["weights"],
         "most_changed": MOST_TENSORS,
+        "change_space": result["change_space"],
         "planted_weights": any("cosine_with_planted" in tensor for tensor in result["weights"]["tensors"]),
         "summary": result["summary"],
         "transfer_summary": result["transfer_summary"],

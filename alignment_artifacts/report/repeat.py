@@ -25,12 +25,14 @@ class Experiment:
     """What a page is about, as people type it; None: the default, or not known."""
 
     model: str | None = None
+    adapter: str | None = None
     pairs: str | None = None
     manifest: str | None = None
     site: str | None = None
 
     def options(self, model: str = "--model") -> list[str]:
-        return [*_option(model, self.model), *_option("--pairs", self.pairs)]
+        adapter = "--adapter-b" if model == "--model-b" else "--adapter"
+        return [*_option(model, self.model), *_option(adapter, self.adapter), *_option("--pairs", self.pairs)]
 
 
 def experiment(sections: dict[str, dict], origin: dict) -> Experiment:
@@ -42,6 +44,7 @@ def experiment(sections: dict[str, dict], origin: dict) -> Experiment:
     pairs, collected = config.get("ORIGINAL_PAIRS_JSON_FOR_ITERATION"), config.get("RAW_ACTIVATIONS_BASE_DIR")
     return Experiment(
         _typed_model(analysis["manifest"].get("model_path")),
+        _typed_model(analysis["manifest"].get("adapter_path")),
         None if pairs in (None, places.recorded(PAIRS_JSON)) else pairs,
         f"{collected}/manifest.json" if collected else None,
         origin.get("site"),

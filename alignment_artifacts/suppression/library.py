@@ -83,6 +83,7 @@ class AlignmentArtifacts:
             `score.usual_score`.
         wish: where a sweep moved that score, whose setting the mode "auto" then uses.
         chat: what is written around each prompt: system prompt, template and its variables.
+        adapter: folder or Hugging Face id of a LoRA adapter (mlx-lm, PEFT) that is added to `model`, and to no other.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class AlignmentArtifacts:
         score: str | Score | Callable[[str, str], float] | None = None,
         wish: Wish = "lower",
         chat: Chat = Chat(),
+        adapter: str | Path | None = None,
     ):
         self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
-        self.chat = chat
+        self.chat, self.adapter = chat, adapter
         self.pairs, self.collections = as_pairs(find(pairs) if isinstance(pairs, str | Path) else pairs), collections
         self.pairs_file = self.pairs.file or Path(f"{self.pairs.behaviour}.json")  # whose name results are kept under
         self.wish: Wish = wish
@@ -110,7 +112,8 @@ class AlignmentArtifacts:
     def load(self, model: str | Path | None = None) -> LoadedModel:
         name = str(model or self.model)
         if name not in self._loaded:
-            self._loaded[name] = load(name, chat=self.chat)
+            adapter = self.adapter if name == str(self.model) else None
+            self._loaded[name] = load(name, chat=self.chat, adapter=adapter)
         return self._loaded[name]
 
     @in_turn
