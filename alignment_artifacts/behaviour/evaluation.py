@@ -199,9 +199,7 @@ def _log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Ed
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def outcome_of(
-    loaded: LoadedModel, intervention: Intervention, sets: dict[str, Behaviour], max_tokens: int
-) -> Outcome:
+def outcome_of(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Behaviour], max_tokens: int) -> Outcome:
     """What becomes of every set of prompts under an intervention; for the set "natural" also the damage to its tokens.
 
     Args:
