@@ -152,11 +152,12 @@ def search(
         trial that ended after its first pass.
     """
     look = openings(bench, development, louder)
+    usual = usual_settings(bench, space)
     with _study(bench, space, limits, louder) as study:
         done = len(_results(study))
         progress(done)
         for number in range(done, space.trials):
-            _try(study, bench, space, number, look, limits)
+            _try(study, bench, space, usual[number] if number < len(usual) else None, number, look, limits)
             progress(1)
         trials = _results(study)
         records = []
@@ -203,20 +204,16 @@ def drawback(trial: dict, fence: float, limits: Limits) -> float:
 def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: int) -> list[int]:
     """Trials that no other beats in both loss and KL, least drawback first, then the rest; those that ended early last.
 
-    Of settings that hardly differ only one.
+    A loss of a tenth of the fence is as good as none. Of settings that hardly differ only one.
     """
+    points = [(max(t["loss"], fence / 10), t["kl"]) for t in trials if t["loss"] is not None]
 
     def rank(number: int) -> tuple:
         trial = trials[number]
         if trial["loss"] is None:
             return (2, trial["kl"])
-        is_beaten = any(
-            other["loss"] is not None
-            and (other["loss"], other["kl"]) != (trial["loss"], trial["kl"])
-            and other["loss"] <= trial["loss"]
-            and other["kl"] <= trial["kl"]
-            for other in trials
-        )
+        loss, kl = max(trial["loss"], fence / 10), trial["kl"]
+        is_beaten = any(x <= loss and y <= kl and (x, y) != (loss, kl) for x, y in points)
         return (int(is_beaten), drawback(trial, fence, limits))
 
     chosen: dict[tuple, int] = {}
@@ -227,18 +224,19 @@ def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: 
     return list(chosen.values())[:count]
 
 
-def _try(study: Study, bench: Bench, space: Space, number: int, look: Openings, limits: Limits) -> None:
-    """One trial; its random numbers are those of its number, whatever has been interrupted before."""
+def _try(
+    study: Study, bench: Bench, space: Space, usual: dict | None, number: int, look: Openings, limits: Limits
+) -> None:
+    """One trial, of parameters that are usual or (None) proposed by TPE.
+
+    Random numbers are those of the trial's number, whatever has been interrupted before.
+    """
     import optuna
 
-    ranges, usual = _ranges(bench, space), usual_settings(bench, space)
-    if number < len(usual):
-        trial, parameters = None, usual[number]
-    else:
+    ranges, trial, parameters = _ranges(bench, space), None, usual
+    if parameters is None:
         seed = int(np.random.SeedSequence([bench.seed, number]).generate_state(1)[0])
-        study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=max(RANDOM_TRIALS, len(usual)), multivariate=True, seed=seed
-        )
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, multivariate=True, seed=seed)
         trial = study.ask(ranges)
         parameters = trial.params
     setting = setting_of(bench, space, parameters)
@@ -317,9 +315,11 @@ def _widths(bench: Bench, space: Space) -> tuple[int, int]:
 def usual_settings(bench: Bench, space: Space) -> list[dict]:
     """Where a search begins: every mode at every site, at strength 1 on the layers that separate best."""
     settings = []
-    for site, mode in product(bench.measured.sites, space.scales):
+    layers = {
+        s: bench.measured.best_layers(s, space.positions[0], bench.rows["training"]) for s in bench.measured.sites
+    }
+    for (site, best), mode in product(layers.items(), space.scales):
         low, high = min(space.scales[mode]), max(space.scales[mode])
-        best = bench.measured.best_layers(site, space.positions[0], bench.rows["training"])
         width = int(np.clip(best[-1] + 1 - best[0], *_widths(bench, space)))
         settings.append(
             {

@@ -225,7 +225,7 @@ class Drawbacks:
         over_budget: it costs more than the limits allow.
         left: share of artifact prompts still refused or broken; over budget, costs count like refusals. With a score
             how far its mean on artifact prompts has moved against the wish; over budget, what it costs alone.
-        kl: in hundredths of the limit: rounding should not decide.
+        kl: in thousandths of the limit: rounding should not decide.
         layers: that are edited.
         exact_kl: nats per token.
     """
@@ -252,7 +252,7 @@ def drawbacks(record: dict, limits: Limits, wish: Wish | None = None) -> Drawbac
     if over_budget:
         cost = changed + min(1.0, kl / limits.kl)
         remaining = remaining + cost if wish is None else cost  # a score has a scale of its own
-    return Drawbacks(over_budget, remaining, round(100 * kl / limits.kl), len(record["setting"]["layers"]), kl)
+    return Drawbacks(over_budget, remaining, round(1000 * kl / limits.kl), len(record["setting"]["layers"]), kl)
 
 
 def choose(records: Sequence[dict], limits: Limits = Limits(), wish: Wish | None = None) -> int:
