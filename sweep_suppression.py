@@ -215,6 +215,8 @@ def run(constants: Constants) -> None:
         plot_sweep(result, folder / "figures" / f"{name}.png")
     write_json(measured.folder / sweep_file(score, constants.wish), result)
     print_score_tables(result) if score else print_tables(result)
+    if folds:
+        print_folds(result)
     print("\n" + places.told("Numbers", results / "data" / f"{name}.json"))
     print(places.told("Figure", results / "figures" / f"{name}.png"))
 
@@ -228,11 +230,14 @@ def space_options(constants: Constants) -> list[str]:
     ):
         usual = recorded(on_top)
         for part, value in recorded(space).items():
-            if value != usual[part]:
-                options += [
-                    f"--{name}-{part.replace('_', '-')}",
-                    (" " if part == "scales" else ",").join(map(str, value)),
-                ]
+            flag = f"{name}-{part.replace('_', '-')}"
+            if value == usual[part]:
+                continue
+            if isinstance(value, bool):
+                options.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                values = value if isinstance(value, list) else [value]
+                options += [f"--{flag}", (" " if part == "scales" else ",").join(map(str, values))]
     return options
 
 
@@ -247,7 +252,7 @@ def print_tables(result: dict) -> None:
     for record in front if chosen in front else [*front, chosen]:
         _print_trial(record, "*" if record == chosen else " ")
     test = result["test"]
-    print(f"\n{'Chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
+    print(f"\n{tested(result):<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
     _print_test(f"unedited, {second}", test["unedited"]["artifact"])
     _print_test(f"suppressed, {second}", test["artifact"])
     _print_test(f"suppressed, {first}", test["natural"], test["damage"])
@@ -268,6 +273,27 @@ def print_tables(result: dict) -> None:
         f"{suppressed} suppressed (docs/suppression.md)."
     )
     print(textwrap.fill(text, 80))
+
+
+def tested(result: dict) -> str:
+    return f"Over {len(result['folds'])} folds" if "folds" in result else "Chosen, on test pairs"
+
+
+def print_folds(result: dict) -> None:
+    """80 columns: which number belongs to what, and what the folds have chosen."""
+    stable, n = result["stability"], len(result["pairs"]["test"])
+
+    def counts(name: str) -> str:
+        return ", ".join(f"{key} {number}" for key, number in sorted(stable[name].items(), key=lambda item: -item[1]))
+
+    text = (
+        f"These are of the way to choose: in each of {stable['folds']} folds direction and setting come from the other "
+        f"pairs, so that each of the {n} pairs is tested once; intervals allow for folds that differ. The setting for "
+        "use (*) comes from all pairs and has no test of its own (but twins). The folds have chosen: mode "
+        f"{counts('mode')}; site {counts('site')}; direction from {counts('positions')}; in {stable['like_final']} of "
+        f"{stable['folds']} all three as in the setting for use."
+    )
+    print("\n" + textwrap.fill(text, 80))
 
 
 def named_range(shares: list[float]) -> str:
@@ -300,7 +326,7 @@ def print_score_tables(result: dict) -> None:
     if not moves_as_wished(result):
         print(textwrap.fill(f"No setting that was tried within the limits makes {name} {result['wish']}.", 80))
     test, louder = result["test"], result["amplification"]["test"]
-    print(f"\n{'Chosen, on test pairs':<25}{'mean score':>22}{'moved by':>24}{'KL':>9}")
+    print(f"\n{tested(result):<25}{'mean score':>22}{'moved by':>24}{'KL':>9}")
     for label, judged, damage in (
         (f"unedited, {second}", test["unedited"]["artifact"], None),
         (f"edited, {second}", test["artifact"], None),
