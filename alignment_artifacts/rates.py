@@ -26,7 +26,7 @@ def wilson(share: float, n: float, z: float = 1.96) -> list[float]:
     return [float(max(min(low, share), 0.0)), float(min(max(high, share), 1.0))]
 
 
-def design_effect(values: Sequence[float], *clusters: Sequence[int]) -> float:
+def design_effect(values: Sequence[float] | np.ndarray, *clusters: Sequence[int]) -> float:
     """How many times as large the variance of a mean is as that of independent values, and at least 1.
 
     The between-cluster variance over that of independent values (Kish 1965), the largest of several ways to cluster.

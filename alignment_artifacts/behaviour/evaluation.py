@@ -65,8 +65,12 @@ def joined(outcomes: Sequence[Outcome]) -> Outcome:
     first = outcomes[0]
 
     def together(behaviours: list[Behaviour]) -> Behaviour:
-        lists = ([item for b in behaviours for item in getattr(b, name)] for name in ("texts", "token_ids", "answers"))
-        return Behaviour(*lists, marks=behaviours[0].marks)
+        return Behaviour(
+            [text for b in behaviours for text in b.texts],
+            [ids for b in behaviours for ids in b.token_ids],
+            [answer for b in behaviours for answer in b.answers],
+            behaviours[0].marks,
+        )
 
     damages = [outcome.damage for outcome in outcomes if outcome.damage]
     return Outcome(
@@ -224,7 +228,7 @@ def judge_outcome(
 ) -> dict:
     """`judge` of every set, and "damage"; other arguments as there."""
     result = {
-        name: judge(loaded, behaviour, outcome.answers[name], score, clusters, beside and beside.answers[name])
+        name: judge(loaded, behaviour, outcome.answers[name], score, clusters, beside.answers[name] if beside else None)
         for name, behaviour in outcome.behaviours.items()
     }
     return {**result, "damage": outcome.damage.record()} if outcome.damage else result

@@ -96,7 +96,7 @@ def fold_rows(pairs: Sequence[Pair], folds: int, shares: Sequence[int], seed: in
     rows = []
     for fold in range(folds):
         test, others = (np.flatnonzero((fold_of[groups] == fold) == inside) for inside in (True, False))
-        parts = split_pairs([pairs[i] for i in others], shares[:2], seed)
+        parts = split_pairs([pairs[int(i)] for i in others], shares[:2], seed)
         rows.append({**{name: others[part] for name, part in parts.items()}, "test": test})
     return rows
 
