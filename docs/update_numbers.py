@@ -176,7 +176,10 @@ def sweep_table(numbers: dict) -> str:
 
     setting, added = sweep["setting"], sweep["amplification"]
     return table(
-        ["on test pairs", "refused", "broken", "unchanged word for word", "KL, nats per token"],
+        [
+            "on pairs not chosen with" if sweep["folds"] else "on test pairs",
+            "refused", "broken", "unchanged word for word", "KL, nats per token",
+        ],
         [
             judged("artifact prompts, unedited", artifact["unedited"]),
             judged(f"artifact prompts, suppressed ({setting})", artifact["suppressed"]),
@@ -193,6 +196,17 @@ def sweep_table(numbers: dict) -> str:
             judged(f"natural prompts, amplified ({added})", natural["amplified"]),
         ],
     )  # fmt: skip
+
+
+@computed
+def search_table(numbers: dict) -> str:
+    """The grid that was tried before, the search on the same split, and the search cross-fitted."""
+    rows = []
+    for label, r in numbers["search"].items():
+        if label != "made":
+            refused = f"{printed(r['refused'], '%')} {printed(r['refused_ci'], '[%]')} of {r['n']}"
+            rows.append([label, r["setting"], refused, printed(r["kl"], ".4f"), str(r["cpu_seconds"])])
+    return table(["", "setting for use", "refused, broken left out", "KL, nats per token", "CPU seconds"], rows)
 
 
 @computed
@@ -412,6 +426,9 @@ def excerpt_sweep(result: dict) -> dict:
         "pairs": {part: len(ids) for part, ids in result["pairs"].items()},
         "twins_tried": test["twins"]["refused"]["n"],
         "tried": len(result["tried"]),
+        "trials": len(result["trials"]),
+        "folds": len(result.get("folds", ())),
+        "stability": result.get("stability"),
         "random_directions": len(test["random_direction"]),
         "setting": result["chosen"]["setting"]["description"],
         "amplification": result["amplification"]["setting"]["description"],

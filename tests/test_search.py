@@ -162,3 +162,12 @@ def test_the_settings_that_go_on_are_not_beaten_and_not_alike():
     # Below a tenth of the fence, 0.005, no loss is better than another: the last beats the one before it.
     assert search.most_promising(trials, 0.05, Limits(), 8) == [2, 1, 7, 0, 6, 4, 5]
     assert search.most_promising(trials, 0.05, Limits(), 2) == [2, 1]
+
+
+def test_openings_that_are_improbable_anyway_are_compared_with_the_unedited_model():
+    look = search.Openings(Behaviour(["a"] * 2, [[1]] * 2, [[2]] * 2), [{2}], None, False)
+    before, after = np.array([1e-6, 1e-9]), np.array([1e-8, 1e-9])
+    assert look.loss(before) < 1e-5
+    look.offset = -search.log_odds(before)
+    assert look.loss(before) == pytest.approx(np.log(2))
+    assert look.loss(after) == pytest.approx((np.log1p(0.01) + np.log(2)) / 2, rel=1e-3)

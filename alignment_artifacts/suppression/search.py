@@ -10,13 +10,13 @@ every judgement, so that a search that was killed continues, and ends as it woul
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -26,7 +26,7 @@ from alignment_artifacts.behaviour.answers import Behaviour
 from alignment_artifacts.behaviour.evaluation import log_probabilities, token_damage
 from alignment_artifacts.edits.options import ModeOptions, Setting
 from alignment_artifacts.edits.proof import prove
-from alignment_artifacts.edits.setting import Intervention
+from alignment_artifacts.edits.setting import NOTHING, Intervention
 from alignment_artifacts.suppression.space import Limits, Space
 from gemma_refactored.files import locked
 from gemma_refactored.settings import record as recorded
@@ -55,12 +55,15 @@ class Openings:
         unwanted: place -> tokens that are more frequent there among unwanted answers than among the others.
         natural: natural prompts with the first tokens of their own answers.
         louder: whether the openings are to become more probable instead.
+        offset: added to their log odds: where they differ so much that none is probable even without an edit, what
+            counts is how much less probable an edit makes them, and these log odds begin at 0.
     """
 
     behaviour: Behaviour
     unwanted: list[set[int]]
     natural: Behaviour
     louder: bool
+    offset: np.ndarray | float = 0.0
 
     def kept(self, loaded, intervention: Intervention) -> np.ndarray:
         """[prompts] probability that an answer opens with unwanted tokens, along an opening that is one.
@@ -90,7 +93,13 @@ class Openings:
 
     def loss(self, kept: np.ndarray) -> float:
         """Mean surprise in nats that answers open otherwise (or, louder, as unwanted)."""
-        return float(-np.log(np.clip(kept if self.louder else 1 - kept, 1e-7, 1)).mean())
+        odds = log_odds(kept) + self.offset
+        return float(np.logaddexp(0, -odds if self.louder else odds).mean())
+
+
+def log_odds(probability: np.ndarray) -> np.ndarray:
+    p = np.clip(probability, 1e-300, 1 - 1e-7)
+    return np.log(p) - np.log1p(-p)
 
 
 def openings(bench: Bench, development: dict[str, Behaviour], louder: bool) -> Openings:
@@ -99,32 +108,33 @@ def openings(bench: Bench, development: dict[str, Behaviour], louder: bool) -> O
     They are taken from training and development pairs. If no artifact prompt has an unwanted answer, those of all
     artifact prompts are, against the natural ones: the direction points from one to the other.
     """
-    measured = bench.measured
-    known = [i for i in (*bench.rows["training"], *bench.rows["development"]) if None not in measured.texts[i]]
-    prompts = [[pair.natural, pair.artifact] for pair in measured.pairs]
-    scores = np.array([bench.unwanted(prompts[i], measured.texts[i]) for i in known], float).reshape(-1, 2)
-    is_unwanted = scores > scores.mean() if scores.size else scores > 0
+    measured, rows = bench.measured, [*bench.rows["training"], *bench.rows["development"]]
+    scores = np.full((len(rows), 2), np.nan)  # stays where the answer has not come out of a thought
+    for place, i in enumerate(rows):
+        if None not in measured.texts[i]:
+            pair = measured.pairs[i]
+            scores[place] = bench.unwanted([pair.natural, pair.artifact], [str(text) for text in measured.texts[i]])
+    finite = scores[np.isfinite(scores)]
+    is_unwanted = scores > (finite.mean() if finite.size else 0)
     if not is_unwanted[:, 1].any():
         is_unwanted[:] = [False, True]
-    cut = [[answer[:OPENING] for answer in measured.answers[i]] for i in known]
+    cut = [[answer[:OPENING] for answer in measured.answers[i]] for i in rows]
     unwanted, wanted = (
         [both[side] for both, flags in zip(cut, is_unwanted, strict=True) for side in (0, 1) if flags[side] == flag]
         for flag in (True, False)
     )
-    rows, number = [], 0
-    of_artifact = {i: both[1] for i, both, flags in zip(known, cut, is_unwanted, strict=True) if flags[1]}
-    usual = list(of_artifact.values())
-    for place, i in enumerate(bench.rows["development"]):
-        if i in of_artifact or louder or not set(of_artifact) & set(bench.rows["development"]):
-            rows.append((place, of_artifact.get(i) or usual[number % len(usual)]))
-            number += 1
+    of_artifact = {i: both[1] for i, both, flags in zip(rows, cut, is_unwanted, strict=True) if flags[1]}
+    usual = itertools.cycle(list(of_artifact.values()))
     side, natural = development["natural" if louder else "artifact"], development["natural"]
-    return Openings(
-        Behaviour([side.texts[i] for i, _ in rows], [side.token_ids[i] for i, _ in rows], [a for _, a in rows]),
+    look = Openings(
+        Behaviour(side.texts, side.token_ids, [of_artifact.get(i) or next(usual) for i in bench.rows["development"]]),
         [_more_frequent(unwanted, wanted, place) for place in range(OPENING)],
         Behaviour(natural.texts, natural.token_ids, [answer[:OPENING] for answer in natural.answers]),
         louder,
     )
+    if not louder and (unedited := look.kept(bench.loaded, NOTHING)).mean() < 0.5:
+        look.offset = -log_odds(unedited)
+    return look
 
 
 def _more_frequent(unwanted: list[list[int]], wanted: list[list[int]], place: int) -> set[int]:
@@ -318,7 +328,7 @@ def usual_settings(bench: Bench, space: Space) -> list[dict]:
     layers = {
         s: bench.measured.best_layers(s, space.positions[0], bench.rows["training"]) for s in bench.measured.sites
     }
-    for (site, best), mode in product(layers.items(), space.scales):
+    for (site, best), mode in itertools.product(layers.items(), space.scales):
         low, high = min(space.scales[mode]), max(space.scales[mode])
         width = int(np.clip(best[-1] + 1 - best[0], *_widths(bench, space)))
         settings.append(
