@@ -12,6 +12,7 @@ import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest 
 
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ def run(constants: Constants) -> None:
     from gemma_refactored.model_loading import device_description, load
     from gemma_refactored.progress import duration, stage
 
+    started = time.perf_counter()
     score = own_measure(constants.score, constants.wish)
     if score and score.agreement:
         check_agreement(score.name, score.agreement)
@@ -208,6 +210,7 @@ def run(constants: Constants) -> None:
         result["stability"] = sweep.stability([part.setting for part in parts], choice.setting)
     if planted := planted_directions(loaded):
         result["planted_truth"] = sweep.planted_truth(final, choice.setting, final.behaviour("test"), planted)
+    result["seconds"] = {"wall": time.perf_counter() - started, "cpu": time.process_time()}
     result = origin.stamp(result)
     name = score.file_name("suppression_sweep", wish) if score else "suppression_sweep"
     with places.written_together(results) as folder:

@@ -200,13 +200,16 @@ def sweep_table(numbers: dict) -> str:
 
 @computed
 def search_table(numbers: dict) -> str:
-    """The grid that was tried before, the search on the same split, and the search cross-fitted."""
+    """The grid that an earlier version tried (its file is no longer made), the search on the same split, and on all."""
+    names = {"sweep_grid": "grid, one split", "sweep_split": "search, the same split", "sweep": "search, cross-fitted"}
     rows = []
-    for label, r in numbers["search"].items():
-        if label != "made":
-            refused = f"{printed(r['refused'], '%')} {printed(r['refused_ci'], '[%]')} of {r['n']}"
-            rows.append([label, r["setting"], refused, printed(r["kl"], ".4f"), str(r["cpu_seconds"])])
-    return table(["", "setting for use", "refused, broken left out", "KL, nats per token", "CPU seconds"], rows)
+    for name, label in names.items():
+        r = numbers[name]
+        suppressed, n, seconds = r["artifact"]["suppressed"], r["pairs"]["test"], r["seconds"]
+        refused = f"{round(suppressed['refused'] * n)} of {n} {printed(suppressed['refused_ci'], '[%]')}"
+        took = f"{seconds['wall']:.0f} s" if "cpu" not in seconds else f"{seconds['cpu']:.0f} s of CPU"
+        rows.append([label, r["setting"], refused, printed(r["natural"]["suppressed"]["kl"], ".4f"), took])
+    return table(["", "setting for use", "refused", "KL, nats per token", "time"], rows)
 
 
 @computed
@@ -428,6 +431,7 @@ def excerpt_sweep(result: dict) -> dict:
         "tried": len(result["tried"]),
         "trials": len(result["trials"]),
         "folds": len(result.get("folds", ())),
+        "seconds": result["seconds"],
         "stability": result.get("stability"),
         "random_directions": len(test["random_direction"]),
         "setting": result["chosen"]["setting"]["description"],
@@ -472,6 +476,8 @@ RUNS = {
     "analysis": (f"{EMBEDDED}/alignment_artifact_analysis_results.json", excerpt_analysis),
     "comparison": (f"{EMBEDDED}/model_comparison.json", excerpt_comparison),
     "sweep": (f"{EMBEDDED}/suppression_sweep.json", excerpt_sweep),
+    # RESULTS_DIR=results/split python sweep_suppression.py --folds 0
+    "sweep_split": (EMBEDDED.replace("results", "results/split", 1) + "/suppression_sweep.json", excerpt_sweep),
     "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
     "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
     "judge": ("alignment_artifacts/behaviour/refusal_weights.json", excerpt_judge),
