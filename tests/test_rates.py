@@ -55,7 +55,7 @@ def test_a_rate_over_folds_that_differ_covers_what_it_is_about():
     rng, folds = np.random.default_rng(0), np.arange(50) % 5
     covers = {"plain": 0, "over folds": 0}
     for _ in range(400):
-        flags = list(rng.random(50) < rng.choice([0.1, 0.5], 5)[folds])
+        flags = list(rng.random(50) < rng.choice([0.15, 0.45], 5)[folds])
         for name, record in (("plain", rate(flags)), ("over folds", rate(flags, folds))):
             covers[name] += record["ci"][0] <= 0.3 <= record["ci"][1]
-    assert covers["plain"] / 400 < 0.85 < 0.9 < covers["over folds"] / 400
+    assert covers["plain"] + 20 < covers["over folds"] and covers["over folds"] / 400 > 0.9
