@@ -48,8 +48,10 @@ SUPPRESSION = Space(
         "subspace": (0.3, 2.0), "ablate": (0.3, 2.0), "cap": (0.5, 3.0),
     },
     positions=("prompt_end", "generated", "all"),
+    trials=64,
+    generated=6,
 )  # fmt: skip
-AMPLIFICATION = Space(scales={"add": (0.1, 2.0)}, where=("prompt_end", "everywhere"), trials=12, generated=3)
+AMPLIFICATION = Space(scales={"add": (0.1, 2.0)}, where=("prompt_end", "everywhere"), trials=10, generated=2)
 LIMITS = Limits(kl=0.05, changed=0.1)
 SCORE = None  # None: refusal; "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
 WISH = "lower"  # where the score's mean on artifact prompts is to go: "lower" or "higher"

@@ -25,7 +25,6 @@ import numpy as np
 from alignment_artifacts.behaviour.answers import Behaviour
 from alignment_artifacts.behaviour.evaluation import log_probabilities, token_damage
 from alignment_artifacts.edits.options import ModeOptions, Setting
-from alignment_artifacts.edits.proof import prove
 from alignment_artifacts.edits.setting import NOTHING, Intervention
 from alignment_artifacts.suppression.space import Limits, Space
 from gemma_refactored.files import locked
@@ -200,10 +199,8 @@ def seconds_of_a_trial(bench: Bench, space: Space, development: dict[str, Behavi
 
 
 def judge_setting(bench: Bench, setting: Setting, sets: dict[str, Behaviour]) -> dict:
-    """A setting judged by whole answers: of every set, "damage", and "dose" (see `Proof`) on the artifact prompts."""
-    intervention = bench.intervention(setting)
-    dose = prove(bench.loaded, intervention, sets["artifact"].sequences).dose
-    return {"setting": setting.record(), **bench.evaluate(intervention, sets), "dose": dose}
+    """A setting judged by whole answers: of every set, and "damage"."""
+    return {"setting": setting.record(), **bench.evaluate(bench.intervention(setting), sets)}
 
 
 def drawback(trial: dict, fence: float, limits: Limits) -> float:

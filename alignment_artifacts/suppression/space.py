@@ -29,7 +29,7 @@ class Space:
     """for the mode subspace: least and largest number of directions that are removed"""
     trials: Annotated[int, Between(1, 100_000)] = 64
     """settings that are tried by their effect on the first tokens alone"""
-    generated: Annotated[int, Between(1, 100_000)] = 8
+    generated: Annotated[int, Between(1, 100_000)] = 6
     """the most promising of these, which are judged by whole answers"""
 
 
