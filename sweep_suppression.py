@@ -166,7 +166,7 @@ def run(constants: Constants) -> None:
     seconds = seconds_of_a_trial(final, constants.suppression, final.behaviour("development"))
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in whole.items())
     kind = f"{len(benches)} folds and all pairs ({counts})" if benches else f"pairs: {counts}"
-    print(f"At most about {duration(total * seconds)} for the search; {kind}", flush=True)
+    print(textwrap.fill(f"At most about {duration(total * seconds)} for the search; {kind}", 80), flush=True)
     with stage("searching", total, "step") as progress:
         choice = sweep.choose_settings(final, *spaces, constants.limits, progress)
         parts = []

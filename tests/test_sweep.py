@@ -153,7 +153,7 @@ def test_the_report_can_show_it(swept):
 
 def test_a_report_measures_the_dose(swept):
     (effect,) = swept[0]["test"]["effect_on_artifact_prompts"]
-    assert 0 < effect["touched"] < effect["tokens"] and 0 < max(effect["dose"].values()) < 0.5
+    assert 0 < effect["touched"] <= effect["tokens"] and 0 < max(effect["dose"].values()) < 0.5
 
 
 def scored_trial(moved, kl, unchanged=1.0, natural_moved=0.0, loops=0.0):
