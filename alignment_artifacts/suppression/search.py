@@ -39,6 +39,7 @@ OPENING = 8  # tokens of an answer that a trial looks at
 # Times the limit of KL: the first words of an answer carry about twice the KL of its mean, and a trial beyond this
 # bar ends after its first pass. It is a plain bar because there is only one step for a pruner to go by.
 HOPELESS = 4
+BROKEN_KL = 1e6  # of a model that an edit breaks so far that it predicts no numbers
 RANDOM_TRIALS = 20  # with those that every search begins with, before TPE proposes
 KL_WEIGHT, NO_KL = 0.5, 0.002  # of log KL against log loss; KL far below this share of the limit is as good as none
 WHOLE_ANSWERS = 6  # trials that take as long as judging one setting by whole answers, about: for estimates
@@ -148,13 +149,13 @@ def search(
     space: Space,
     limits: Limits,
     louder: bool = False,
-    progress: Callable[[int], object] = lambda trials: None,
+    progress: Callable[..., object] = lambda steps, kept=False: None,
 ) -> tuple[list[dict], list[dict]]:
     """Try settings on development prompts.
 
     Args:
         louder: have natural prompts answered as artifact prompts are, instead of the opposite.
-        progress: called with numbers of steps, trials and settings judged by whole answers, `steps` in total.
+        progress: called with numbers of steps, `steps` in total, and kept=True for those of an earlier run.
     Returns:
         The settings that were judged, see `judge_setting`, and all trials: "setting", "kl" (nats per token at the
         first tokens), "kept" (mean probability of an unwanted opening) and "loss" (see `Openings`), both None of a
@@ -164,7 +165,7 @@ def search(
     usual = usual_settings(bench, space)
     with _study(bench, space, limits, louder) as study:
         done = len(_results(study))
-        progress(done)
+        progress(done, kept=True)
         for number in range(done, space.trials):
             _try(study, bench, space, usual[number] if number < len(usual) else None, number, look, limits)
             progress(1)
@@ -172,12 +173,12 @@ def search(
         records = []
         for number in most_promising(trials, look.fence, limits, space.generated):
             name = f"judged {number}"
-            if name not in study.user_attrs:
+            if is_new := name not in study.user_attrs:
                 setting = Setting.from_record(trials[number]["setting"])
                 study.set_user_attr(name, judge_setting(bench, setting, development))
             records.append(study.user_attrs[name])
-            progress(WHOLE_ANSWERS)
-    progress(steps(space) - space.trials - WHOLE_ANSWERS * len(records))
+            progress(WHOLE_ANSWERS, kept=not is_new)
+    progress(steps(space) - space.trials - WHOLE_ANSWERS * len(records), kept=True)
     return records, trials
 
 
@@ -249,9 +250,10 @@ def _try(
     setting = setting_of(bench, space, parameters)
     intervention = bench.intervention(setting)
     kl = token_damage(bench.loaded, look.natural, intervention)["kl_mean"]
+    kl = kl if np.isfinite(kl) else BROKEN_KL
     result: dict[str, Any] = {"setting": setting.record(), "kl": kl, "kept": None, "loss": None}
     state, value = optuna.trial.TrialState.PRUNED, None  # TPE ranks these behind all others, by the KL reported
-    if look.louder or kl <= HOPELESS * limits.kl:
+    if kl <= (BROKEN_KL / 2 if look.louder else HOPELESS * limits.kl):
         kept = look.kept(bench.loaded, intervention)
         result |= {"kept": float(kept.mean()), "loss": look.loss(kept)}
         state, value = optuna.trial.TrialState.COMPLETE, drawback(result, look.fence, limits)

@@ -41,7 +41,7 @@ from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.progress import counted
 
 PARTS = ("training", "development", "test")
-Progress = Callable[[int], object]
+Progress = Callable[..., object]  # as `progress.stage` gives it
 Rows = dict[str, np.ndarray]
 
 
