@@ -174,7 +174,8 @@ def sweep_table(numbers: dict) -> str:
         kl = printed(record["kl"], ".3f") if "kl" in record else ""
         return [label, with_interval(record, "refused"), printed(record["broken"], "%"), unchanged, kl]
 
-    setting, added = sweep["setting"], sweep["amplification"]
+    own = "in each fold the setting chosen without it"
+    setting, added = (own, own) if sweep["folds"] else (sweep["setting"], sweep["amplification"])
     return table(
         [
             "on pairs not chosen with" if sweep["folds"] else "on test pairs",

@@ -239,7 +239,7 @@ class AlignmentArtifacts:
             mode = auto_mode(loaded.num_parameters) if mode == AUTO else mode
             chosen = Setting(cast(Mode, mode), 1.0, (), available_sites(loaded)[0])
         chosen = replace(chosen, **wanted, options=replace(chosen.options, **options))
-        if chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
+        if by != "a sweep" and chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
             chosen = replace(chosen, where=PROMPT_END)
         if not chosen.layers:
             measured = self.measurements(model)
