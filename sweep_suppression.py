@@ -98,8 +98,6 @@ def main(argv: Sequence[str] = ()) -> int:
 
 
 def run(constants: Constants) -> None:
-    import numpy as np
-
     from alignment_artifacts.behaviour.answers import observe
     from alignment_artifacts.behaviour.model_judge import check_agreement
     from alignment_artifacts.behaviour.refusal import is_refusal, without_refusals
@@ -146,14 +144,8 @@ def run(constants: Constants) -> None:
         about = {"without_refusals": too_few}
         if about["without_refusals"]:
             print(textwrap.fill(about["without_refusals"], 80))
-    pairs, everything = measured.pairs, list(range(len(measured.pairs)))
-    shares, seed = constants.shares, constants.seed
-    if constants.folds:
-        whole = sweep.split_pairs(pairs, shares[:2], seed) | {"test": np.array(everything)}
-        folds = sweep.fold_rows(pairs, constants.folds, shares, seed)
-    else:
-        whole = sweep.split_pairs(pairs, shares, seed)
-        folds = []
+    pairs, shares, seed = measured.pairs, constants.shares, constants.seed
+    whole, folds = sweep.divide(pairs, constants.folds or 0, shares, seed)
 
     def bench_of(rows: sweep.Rows) -> sweep.Bench:
         return sweep.Bench(loaded, measured, rows, constants.max_tokens, score, wish, seed)
@@ -173,8 +165,10 @@ def run(constants: Constants) -> None:
         for bench in benches or [final]:
             chosen = sweep.choose_settings(bench, *spaces, constants.limits, progress) if benches else choice
             parts.append(sweep.measure_choice(bench, chosen, range(constants.random_controls), progress))
-    tried, trials = len(choice.records) + len(choice.louder), len(choice.trials) + len(choice.louder_trials)
-    print(f"{trials} settings tried, {tried} of them judged by whole answers" + ("; as many per fold" if folds else ""))
+    trials = len(choice.trials) + len(choice.louder_trials)
+    whole_answers = len(choice.records) + (0 if wish else len(choice.louder))  # with a wish they are among the records
+    per_fold = "; as many per fold" if folds else ""
+    print(f"{trials} settings tried, {whole_answers} of them judged by whole answers{per_fold}")
     test = sweep.report(loaded, pairs, parts, score)
     if twins:  # with the final setting, which was not chosen on them
         of_twins = {"twins": observe(loaded, twins, constants.max_tokens)}

@@ -46,6 +46,9 @@ def test_every_pair_is_tested_in_one_fold_and_dependent_pairs_stay_together():
         assert sorted(np.concatenate(list(rows.values()))) == list(range(50))
         for part in rows.values():
             assert len({0, 1, 7, 13} & set(part)) in (0, 4)
+    whole, same = sweep.divide(pairs, 5, (20, 15, 15))
+    assert sorted([*whole["training"], *whole["development"]]) == list(whole["test"]) == list(range(50))
+    assert all(np.array_equal(one["test"], other["test"]) for one, other in zip(folds, same, strict=True))
     with pytest.raises(UserError, match="50 folds need as many independent pairs, and there are 47"):
         sweep.fold_rows(pairs, 50, (20, 15, 15))
 

@@ -101,6 +101,17 @@ def fold_rows(pairs: Sequence[Pair], folds: int, shares: Sequence[int], seed: in
     return rows
 
 
+def divide(pairs: Sequence[Pair], folds: int, shares: Sequence[int], seed: int = 0) -> tuple[Rows, list[Rows]]:
+    """What the setting for use comes from, and the same of each fold.
+
+    Without folds the first has test pairs; with folds it uses every pair, and its "test" is all of them, of which
+    nothing that was chosen is measured.
+    """
+    if not folds:
+        return split_pairs(pairs, shares, seed), []
+    return split_pairs(pairs, shares[:2], seed) | {"test": np.arange(len(pairs))}, fold_rows(pairs, folds, shares, seed)
+
+
 class Bench:
     """Where settings are tried on a model: directions from training pairs, behaviour on the others; kept for reuse.
 
