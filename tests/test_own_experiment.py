@@ -29,7 +29,7 @@ def agreement(prompt, answer):
 SWEEP = (
     "--suppression-scales always=1 --suppression-positions prompt_end --no-suppression-share-direction "
     "--suppression-trials 4 --suppression-generated 2 --amplification-scales add=1 --amplification-trials 2 "
-    "--amplification-generated 1 --random-controls 1 --max-tokens 6 --folds 2 --shares 4,2,2"
+    "--amplification-generated 1 --random-controls 1 --max-tokens 6 --folds 4 --shares 4,2,2"
 )
 COMMANDS = (
     "bash collect_activations.sh",
