@@ -96,13 +96,12 @@ def workplace(tmp_path_factory):
 
 
 def run(example: Example, folder: Path) -> None:
-    """As printed, but for numbers of resamples and trials that would only take time."""
+    """As printed, but for numbers of resamples that would only take time."""
     ours = ("MODEL_NAME", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS", "PYTHON",
             "PAIRS", "SITE", "SCORE", "WISH")  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in ours} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "MAX_TOKENS": "4",
-        "NUM_PERMUTATIONS": "10", "NUM_BOOTSTRAP_RESAMPLES": "10", "FOLDS": "2", "RANDOM_CONTROLS": "1",
-        "SUPPRESSION_TRIALS": "8", "SUPPRESSION_GENERATED": "2", "AMPLIFICATION_TRIALS": "3",
+        "NUM_PERMUTATIONS": "10", "NUM_BOOTSTRAP_RESAMPLES": "10",
     }  # fmt: skip
     program = ["bash", "-c"] if example.language == "bash" else [sys.executable, "-c"]
     done = subprocess.run([*program, example.text], cwd=folder, env=environment, capture_output=True, text=True)
