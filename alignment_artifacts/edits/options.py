@@ -58,6 +58,8 @@ class Setting:
     where: Where = EVERYWHERE
     """tokens that are edited; prompt_end: the last prompt token only. A direction measured there encodes what the next
     word is going to be; added to every token, it writes that word forever"""
+    direction_layer: Annotated[int, Between(0)] | None = None
+    """block whose direction is used at all edited blocks; by default each has its own"""
 
     def record(self) -> dict:
         """As JSON keeps it, with a description for display."""
@@ -71,4 +73,6 @@ class Setting:
     def describe(self) -> str:
         layers = ",".join(map(str, self.layers))
         where = "" if self.where == EVERYWHERE else " (there only)"
-        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, direction from {self.positions}{where}"
+        of_layer = "" if self.direction_layer is None else f" of layer {self.direction_layer}"
+        direction = f"direction{of_layer} from {self.positions}"
+        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, {direction}{where}"

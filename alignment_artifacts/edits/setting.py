@@ -93,9 +93,12 @@ def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> 
     for layer in setting.layers:
         if not 0 <= layer < len(sites):
             raise UserError(f"There is no layer {layer}: {loaded.name} has 0 to {len(sites) - 1}.")
-        if layer not in directions.available:
-            raise UserError(f"There is no direction for layer {layer}; there is one for {directions.available}.")
-        at = site_direction(directions, layer, setting.options)
+        source = layer if setting.direction_layer is None else setting.direction_layer
+        if source not in directions.available:
+            raise UserError(f"There is no direction for layer {source}; there is one for {directions.available}.")
+        if source != layer and setting.mode == "cap":
+            raise UserError("The mode cap compares each layer with its own direction; omit the direction layer.")
+        at = site_direction(directions, layer, setting.options, source)
         needed = {"cap": at.cap, "sphere": at.spread, "subspace": at.components.sum().item()}
         if np.isnan(needed.get(setting.mode, 0.0)):
             raise UserError(f"The mode {setting.mode} needs statistics that these directions do not have.")
@@ -103,16 +106,23 @@ def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> 
     return Intervention(edits, setting.where)
 
 
-def site_direction(directions: Directions, layer: int, options: ModeOptions) -> SiteDirection:
-    """What the modes need at one layer, as MLX arrays; NaN for what an imported vector lacks."""
+def site_direction(
+    directions: Directions, layer: int, options: ModeOptions, source: int | None = None
+) -> SiteDirection:
+    """What the modes need at one layer, as MLX arrays; NaN for what an imported vector lacks.
+
+    Args:
+        source: the layer whose direction and components are used; default: the same.
+    """
+    source = layer if source is None else source
     unknown = np.full(directions.direction.shape[-1], np.nan, np.float32)
     natural, artifact = (
         unknown if mean is None else mean[layer] for mean in (directions.natural_mean, directions.artifact_mean)
     )
-    components = directions.components[layer] if directions.components is not None else unknown[None]
+    components = directions.components[source] if directions.components is not None else unknown[None]
     tokens = directions.natural_tokens
     return SiteDirection(
-        direction=mx.array(directions.direction[layer]),
+        direction=mx.array(directions.direction[source]),
         natural_mean=mx.array(natural),
         artifact_mean=mx.array(artifact),
         components=mx.array(components),

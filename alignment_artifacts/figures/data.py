@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -82,6 +83,15 @@ def sweep_point(record: dict) -> tuple[float, float]:
     return max(record["damage"]["kl_mean"], LEAST_KL), reached
 
 
+def trial_points(result: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Of a sweep's trials: (KL at the first tokens, probability that an unwanted opening stays) [trials, 2], and which
+    of them were judged by whole answers."""
+    trials = [trial for trial in result["trials"] if trial["kept"] is not None]
+    whole = [record["setting"] for record in result["tried"]]
+    points = np.array([(max(t["kl"], LEAST_KL), t["kept"]) for t in trials], float).reshape(-1, 2)
+    return points, np.array([trial["setting"] in whole for trial in trials], bool)
+
+
 def sweep_axes(result: dict) -> tuple[str, str]:
     """What the two numbers of `sweep_point` are, for titles."""
     first, second = sides_of(result)
@@ -98,7 +108,8 @@ def unedited_score(result: dict) -> float | None:
 
 def sweep_modes(result: dict) -> dict[str, str]:
     """The modes that a sweep tried, each with its colour."""
-    return dict(zip(dict.fromkeys(r["setting"]["mode"] for r in result["tried"]), MODE_COLOURS, strict=False))
+    modes = dict.fromkeys(r["setting"]["mode"] for r in (*result["tried"], *result.get("trials", ())))
+    return dict(zip(modes, itertools.cycle(MODE_COLOURS), strict=False))
 
 
 def description(setting: dict) -> str:

@@ -241,6 +241,8 @@ def sweep(result: dict) -> go.Figure:
     )
     for mode, colour in data.sweep_modes(result).items():
         records = [r for r in result["tried"] if r["setting"]["mode"] == mode]
+        if not records:
+            continue  # tried by first tokens only
         figure.add_trace(
             _points(
                 [data.sweep_point(r) for r in records],

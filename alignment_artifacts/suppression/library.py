@@ -235,14 +235,14 @@ class AlignmentArtifacts:
         sweep = subject_of(loaded, self.pairs, self.cache).folder / self.sweep_file if mode == AUTO and is_own else None
         if sweep and sweep.exists():
             chosen, by = _setting_of_sweep(sweep), "a sweep"
-            if {"site", "positions"} & wanted.keys() and "layers" not in wanted:
-                wanted["layers"] = ()  # the sweep's were for another direction: choose them below
+            if {"site", "positions"} & wanted.keys():  # the sweep's layers were for another direction
+                chosen = replace(chosen, layers=(), direction_layer=None)
         else:
             by = "model size" if mode == AUTO else "you"
             mode = auto_mode(loaded.num_parameters) if mode == AUTO else mode
             chosen = Setting(cast(Mode, mode), 1.0, (), available_sites(loaded)[0])
         chosen = replace(chosen, **wanted, options=replace(chosen.options, **options))
-        if chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
+        if by != "a sweep" and chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
             chosen = replace(chosen, where=PROMPT_END)
         if not chosen.layers:
             measured = self.measurements(model)
@@ -314,6 +314,7 @@ class AlignmentArtifacts:
         on_start: Callable[[str, Setting, str], object] = lambda which, setting, by: None,
         on_text: Callable[[str], object] = lambda text: None,
         transfer: bool = False,
+        direction_layer: int | None = None,
     ) -> SuppressionResult:
         """Answer a prompt with and without suppression: `suppress`, choosing whatever is not given.
 
@@ -321,6 +322,7 @@ class AlignmentArtifacts:
             scale: 1 is the mean difference itself; negative values amplify.
             where: "everywhere" or "prompt_end"; by default everywhere, but `add` adds a direction that was
                 measured at the prompt's end at that position only.
+            direction_layer: its direction is used at all edited layers.
             directions: use these (imported, say) instead of the model's own; `transfer`: those of a relative, too.
         """
         sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
@@ -329,7 +331,7 @@ class AlignmentArtifacts:
             model_name, mode, categories, directions,
             scale=scale, layers=layers, positions=positions, site=site, where=where,
             proximity_threshold=proximity_threshold, distance_threshold=distance_threshold, decay_rate=decay_rate,
-            pca_components=pca_components, cap_quantile=cap_quantile,
+            pca_components=pca_components, cap_quantile=cap_quantile, direction_layer=direction_layer,
         )  # fmt: skip
         result = self.suppress(
             prompt, setting, sampling, model_name, categories, directions, max_tokens, compare, ignore_end_tokens,
