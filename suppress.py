@@ -27,6 +27,7 @@ from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
 from alignment_artifacts.pairs import PAIRS_JSON, REFUSAL, SIDES, load_pairs, texts
 from gemma_refactored.configuration import Chat, Sampling
+from gemma_refactored.conversation import readable, written
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
 
@@ -221,7 +222,7 @@ def answer_prompts(
         return
     for number, result in enumerate(results, 1):
         if not arguments.quiet:
-            print(f"\n{number}. {result.prompt}")
+            print(f"\n{number}. {readable(result.prompt)}")
         if result.before is not None:
             print(f"Before: {result.before}")
         print(result.after if result.before is None and arguments.quiet else f"After: {result.after}")
@@ -482,7 +483,7 @@ def named_categories(text: str | None) -> list[str] | None:
 
 
 def as_json(result: SuppressionResult) -> dict:
-    record = {**asdict(result), "setting": result.setting.record()}
+    record = {**asdict(result), "prompt": written(result.prompt), "setting": result.setting.record()}
     del record["directions"]  # arrays, kept in a file of their own
     return record
 

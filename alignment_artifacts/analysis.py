@@ -23,9 +23,10 @@ from alignment_artifacts.baselines import score_baselines
 from alignment_artifacts.blocks import independent_groups, undeclared_dependence
 from alignment_artifacts.categories import score_categories
 from alignment_artifacts.figures.data import layer_panels
-from alignment_artifacts.pairs import PAIRS_JSON, Pair, as_pairs
+from alignment_artifacts.pairs import PAIRS_JSON, SIDES, Pair, as_pairs
 from alignment_artifacts.scores import Settings, by_layer, layers_by_d, power, score_layers, significant_layers
 from alignment_artifacts.summary import summarise
+from gemma_refactored.conversation import readable
 from gemma_refactored.files import jsonable
 from gemma_refactored.settings import check
 from gemma_refactored.site_names import described
@@ -150,7 +151,9 @@ def project_prompts(data: ActivationSet, settings: Settings) -> dict:
             )
     return jsonable(
         {
-            "pairs": [asdict(pair) for pair in data.pairs],
+            "pairs": [
+                {**asdict(pair), **{side: readable(getattr(pair, side)) for side in SIDES}} for pair in data.pairs
+            ],
             "sides": list(data.pairs.sides),
             "positions": by_position,
         }

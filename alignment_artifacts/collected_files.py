@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment_artifacts.pairs import SIDES, Pair
+from gemma_refactored.conversation import as_prompt
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import BATCH_MARKER, MANIFEST, PROMPT_MARKER, is_folder, read_json, step_file
 
@@ -125,8 +126,8 @@ def _batch_rows(path: Path) -> Iterator[dict]:
 
 
 def _text(marker: dict) -> str | None:
-    text = marker.get("prompt")
-    return text if isinstance(text, str) else None
+    prompt = marker.get("prompt")
+    return as_prompt(prompt, "A collected prompt") if isinstance(prompt, str | list) else None
 
 
 def _prompt_tokens(marker: dict) -> int | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .activation_capture import ATTENTION_WEIGHTS, weights_of_row
+from .conversation import written
 from .errors import UserError
 from .files import (
     BATCH_MARKER,
@@ -53,7 +54,7 @@ class Answer:
         return {
             "group": self.prompt.group,
             "subcategory": self.prompt.subcategory,
-            "prompt": self.prompt.text,
+            "prompt": written(self.prompt.text),
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,

@@ -389,6 +389,7 @@ def answer(
 
 def report(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, records: list[dict]) -> None:
     """Write the texts, and print them if asked to."""
+    from .conversation import as_prompt, readable
     from .prompt_processing import save_results
     from .versions import library_versions
 
@@ -396,7 +397,8 @@ def report(arguments: argparse.Namespace, request: Request, loaded: LoadedModel,
     save_results(Path(arguments.output_dir), records, settings)
     if arguments.verbose:
         for answered in records:
-            print(f"\n> {answered['prompt']}\n{answered['text']}")
+            prompt = readable(as_prompt(answered["prompt"], "A record's prompt"))
+            print(f"\n> {prompt}\n{answered['text']}")
 
 
 def _readable(count: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from alignment_artifacts.behaviour.refusal import VERDICTS, Verdict, is_refusal
 from gemma_refactored.activation_capture import forward
+from gemma_refactored.conversation import request
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
 
@@ -50,7 +51,7 @@ class ModelJudge:
 
     def _likelihoods(self, prompt: str, answer: str) -> np.ndarray:
         """[verdicts] mean log-probability per token of each verdict's word after the question."""
-        question = QUESTION.format(prompt=prompt[:LONGEST], answer=answer[:LONGEST])
+        question = QUESTION.format(prompt=request(prompt)[:LONGEST], answer=answer[:LONGEST])
         (asked,) = self.loaded.encode([question])
         words = [self.loaded.tokenizer.encode(word, add_special_tokens=False) for word in VERDICTS]
         if len(asked) + max(map(len, words)) > self.loaded.context_length:

@@ -19,6 +19,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from gemma_refactored.conversation import request
+
 Verdict = Literal["compliance", "partial", "refusal"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 SIGNS_FILE, WEIGHTS_FILE = (Path(__file__).with_name(name) for name in ("refusal_signs.toml", "refusal_weights.json"))
@@ -100,7 +102,7 @@ def signs(answer: str, prompt: str = "") -> dict[str, float]:
     """
     spoken = len(SPOKEN.findall(answer)) >= 2
     text, quotations = QUOTED.subn(" .. ", normalise(SPOKEN.sub(" ", answer) if spoken else answer))
-    asked = normalise(prompt)
+    asked = normalise(request(prompt))
     end = text.find(" ", OPENING) if " " in text[OPENING:] else OPENING
     places = {"opening": text[:end], "rest": text[end : end + REST]}
     found: dict[str, float] = {}

@@ -28,6 +28,7 @@ from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs, as_pairs
 from gemma_refactored.activation_capture import layer_sites
 from gemma_refactored.chat_template import token_ids_hash
+from gemma_refactored.conversation import written
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import (
     MANIFEST,
@@ -182,7 +183,7 @@ def subject_of(loaded: LoadedModel, pairs: Sequence[Pair], cache: Path) -> Subje
         **loaded.facts(),
         "model_type": loaded.config["model_type"],
         "max_tokens": COLLECTED_TOKENS,
-        "pairs": [[p.category, p.id, p.natural, p.artifact] for p in pairs],
+        "pairs": [[p.category, p.id, written(p.natural), written(p.artifact)] for p in pairs],
     }
     # Not the model's name: the same weights under another path are the same model.
     covered = [{**facts, "model": None}, token_ids, list(loaded.end_tokens)]

@@ -26,6 +26,7 @@ from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.rates import mean, rate
 from alignment_artifacts.suppression.result import WHEN
 from gemma_refactored.activation_capture import Edit
+from gemma_refactored.conversation import readable
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_atomically, write_json
 from gemma_refactored.model_loading import LoadedModel
@@ -142,7 +143,7 @@ def _value(record: dict, when: str) -> float | bool | None:
 def _record(
     loaded: LoadedModel, text: str, prompt: list[int], answers: dict[str, list[int]], score: Score | None
 ) -> dict:
-    record: dict = {"prompt": text, "prompt_tokens": prompt}
+    record: dict = {"prompt": readable(text), "prompt_tokens": prompt}
     for when, tokens in answers.items():
         answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
         (value,) = (score or REFUSAL).each([text], [loaded.answer_text(tokens)])
