@@ -49,6 +49,7 @@ class Answer:
     token_ids: list[int]
     text: str
     finish_reason: str  # "stop" (end token) or "length"
+    thought_tokens: int | None = 0  # at its beginning, before what answers the prompt; None: the thought has not ended
 
     def record(self) -> dict:
         return {
@@ -59,6 +60,7 @@ class Answer:
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
+            "thought_tokens": self.thought_tokens,
         }
 
 

@@ -178,6 +178,11 @@ def _single_bos(tokenizer, ids: list[int]) -> list[int]:
     return ids
 
 
+def count_in_thought(records: Sequence[dict]) -> int:
+    """How many answers end inside the model's thought."""
+    return sum(record.get("thought_tokens", 0) is None for record in records)
+
+
 def save_results(folder: Path, results: list[dict], settings: dict) -> None:
     """Write results.json (input order), prompt_metadata.json and summary.json."""
     write_json(folder / "results.json", results)
@@ -189,6 +194,7 @@ def save_results(folder: Path, results: list[dict], settings: dict) -> None:
         "generated_tokens": sum(tokens),
         "stopped_by_end_token": sum(r["finish_reason"] == "stop" for r in results),
         "mean_answer_tokens": sum(tokens) / len(tokens),
+        "in_thought": count_in_thought(results),
         **settings,
     }
     write_json(folder / "summary.json", summary)

@@ -51,7 +51,7 @@ def analysis(path: Path) -> dict:
         "panels": {POSITION_NAMES[positions]: scores for positions, scores in layer_panels(result).items()},
         "has_words": bool(result["lexical_baseline"]) and result["lexical_baseline"]["cohens_d"] is not None,
         "baselines": _baselines(result),
-        "nested": {POSITION_NAMES[positions]: records_of(result, positions)[1] for positions in result["controls"]},
+        "nested": {POSITION_NAMES[positions]: records_of(result, positions)[1] for positions in layer_panels(result)},
         "independence": result["independence"],
         "power": result["power"],
         "settings": result["config"],
