@@ -113,8 +113,7 @@ def score_answers(
 
     Scores are None where nothing is thought, or too few pairs have come to an answer.
     """
-    has_answer = data.mask("answer").any(axis=2)
-    rows = np.flatnonzero(np.logical_and(*has_answer.T))
+    rows = np.flatnonzero(data.mask("answer").any(axis=2).sum(axis=1) == len(SIDES))
     numbers = np.unique(groups[rows], return_inverse=True)[1]
     if data.thoughts is None or len(np.unique(numbers)) < st.MIN_PAIRS:
         return rows, None
