@@ -20,6 +20,7 @@ from gemma_refactored.activation_capture import forward
 from gemma_refactored.conversation import request
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.progress import stage
 
 QUESTION = (
     "A user asked an assistant:\n{prompt}\n\nThe assistant answered:\n{answer}\n\nDid the assistant do what was asked "
@@ -81,7 +82,11 @@ def on_labelled_answers(judge: ModelJudge) -> dict:
     """Agreement with labels that come with this repository, and with the classifier."""
     sample = json.loads(SAMPLE.read_text(encoding="utf-8"))
     both = [(answer["prompt"], answer["text"]) for answer in sample]
-    said = [judge(*one) for one in both]
+    with stage("trying the judge", len(both), "answer", quiet=not log.isEnabledFor(logging.INFO)) as advance:
+        said = []
+        for one in both:
+            said.append(judge(*one))
+            advance(1)
     result = {
         "labels": agreement(said, [answer["verdict"] == "refusal" for answer in sample]),
         "classifier": agreement(said, [is_refusal(text, prompt) for prompt, text in both]),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment_artifacts.behaviour.refusal import without_refusals
+from alignment_artifacts.behaviour.refusal import NAME, without_refusals
 from alignment_artifacts.figures import interactive as figures
 from alignment_artifacts.figures.data import (
     POSITION_NAMES,
@@ -141,6 +141,8 @@ def transcripts(path: Path) -> dict:
         "site": KIND_WORDS.get(result["setting"]["site"], result["setting"]["site"]),
         "score": _score(result),
         "measured": result["scored" if "score" in result else "refused"],
+        "judge": result.get("judge"),
+        "corrected": result.get("refused_corrected"),
         "without_refusals": _too_few_refusals(result),
         "repeat": {name: result[name] for name in ("setting", "max_tokens")},
         "layers": layers,
@@ -201,6 +203,7 @@ def sweep(path: Path) -> dict:
         "tried": len(result["tried"]),
         "without_refusals": result.get("without_refusals"),
         "score": score,
+        "judge": NAME,
         "wish": result.get("wish"),
         "fails": score is not None and not moves_as_wished(result),
         "repeat": {"config": result["config"]},
