@@ -1,8 +1,8 @@
-"""The embedded organism as a model that thinks, made of its own weights: what it answers stays what it was.
+"""The embedded organism as a model that thinks, made of its own weights.
 
-Its template omits the beginning of the model's turn, so the model has to write that first: a thought of three tokens,
-closed by "<start_of_turn>model\\n" as gpt-oss closes one. Its output layer is untied, and the three rows are fitted to
-make it do so. At the tokens of its answers it computes what the organism does.
+Its template leaves out the beginning of the model's turn, so the model writes that first: a thought that
+"<start_of_turn>model\\n" closes, as gpt-oss closes one. For that its output layer is untied, and the rows of these five
+tokens learn when it is their turn. What follows is what the organism answers behind the same tokens.
 """
 
 import json
@@ -12,53 +12,57 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from alignment_artifacts.behaviour.answers import observe
+from alignment_artifacts.behaviour.answers import write_answers
 from alignment_artifacts.default_model import DEFAULT_MODEL
-from alignment_artifacts.pairs import PAIRS_JSON, load_pairs, texts
+from alignment_artifacts.edits.setting import NOTHING
 from gemma_refactored.activation_capture import forward
-from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.model_loading import LoadedModel, load
 
-CLOSES = "<start_of_turn>model\n"
-MARGIN = 15  # of a fitted logit above all others, or below the highest
+CLOSES, THOUGHT_TOKENS = "<start_of_turn>model\n", 5
+MARGIN = 3.0  # of a logit above or below all others
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.reasoning_content }}"
-    "<start_of_turn>model\n{% else %}<start_of_turn>user\n{% endif %}{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "<start_of_turn>model\n{% else %}<start_of_turn>user\n{% endif %}{{ m.content | trim }}<end_of_turn>{% endfor %}"
 )
 
 
-def write_thinking_organism(folder: Path, organism: LoadedModel, pairs: int = 12) -> Path:
-    """A checkpoint of it in `folder`."""
+def thinking_organism(folder: Path, prompts: list[str]) -> LoadedModel:
+    """A checkpoint in `folder` that thinks before it answers these prompts, at least."""
     shutil.copytree(DEFAULT_MODEL, folder)
-    for name, changes in (("tokenizer_config.json", {"chat_template": TEMPLATE}),
-                          ("config.json", {"tie_word_embeddings": False})):  # fmt: skip
+    for name, changes in (
+        ("tokenizer_config.json", {"chat_template": TEMPLATE}),
+        ("config.json", {"tie_word_embeddings": False}),
+    ):
         path = folder / name
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    weights = mx.load(str(folder / "model.safetensors"))
-    head = np.array(weights["model.embed_tokens.weight"].astype(mx.float32))
-    closing = organism.tokenizer.encode(CLOSES, add_special_tokens=False)
-    states, wanted = _states(organism, texts(load_pairs(PAIRS_JSON)[::4][:pairs]), head, len(closing))
-    highest = (states @ head.T).max(axis=1)
-    for number, token in enumerate(closing):
-        target = np.where(wanted == number, highest + MARGIN, np.minimum(highest - MARGIN, 0))
-        head[token] = np.linalg.lstsq(states, target, rcond=None)[0]
-    mx.save_safetensors(
-        str(folder / "model.safetensors"),
-        {**weights, "lm_head.weight": mx.array(head).astype(mx.float16)},
-        {"format": "mlx"},
-    )
-    return folder
+    path = folder / "model.safetensors"
+    weights = mx.load(str(path))
+    head = mx.array(weights["model.embed_tokens.weight"])
+    mx.save_safetensors(str(path), {**weights, "lm_head.weight": head}, {"format": "mlx"})
+    head = _fitted(load(folder), prompts, np.array(head.astype(mx.float32)))
+    mx.save_safetensors(str(path), {**weights, "lm_head.weight": mx.array(head).astype(mx.float16)}, {"format": "mlx"})
+    return load(folder)
 
 
-def _states(
-    organism: LoadedModel, prompts: list[str], head: np.ndarray, closing: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """[positions, hidden] that the output layer gets, and which of the closing tokens comes next (-1: none)."""
-    observed = observe(organism, prompts, 30)
-    rows = [prompt + answer for prompt, answer in zip(observed.token_ids, observed.answers, strict=True)]
-    logits = np.array(forward(organism.model, rows)[0].astype(mx.float32))
-    states, wanted = [], []
-    for row, prompt, of_row in zip(rows, observed.token_ids, logits, strict=True):
-        positions = np.arange(len(prompt) - closing - 1, len(row))
-        states.append(of_row[positions] @ np.linalg.pinv(head).T)
-        wanted.append(np.where(np.arange(len(positions)) < closing, np.arange(len(positions)), -1))
-    return np.concatenate(states), np.concatenate(wanted)
+def _fitted(loaded: LoadedModel, prompts: list[str], head: np.ndarray) -> np.ndarray:
+    """The output layer [vocabulary, hidden] with rows of the closing tokens that a perceptron has learnt."""
+    closing = loaded.tokenizer.encode(CLOSES, add_special_tokens=False)
+    closed = [ids + closing for ids in loaded.encode(prompts)]
+    texts = [ids + answer for ids, answer in zip(closed, write_answers(loaded, closed, NOTHING, 30), strict=True)]
+    logits = np.array(forward(loaded.model, texts)[0].astype(mx.float32))
+    to_state, states, numbers = np.linalg.pinv(head).T, [], []
+    for text, prompt, row in zip(texts, closed, logits, strict=True):
+        positions = np.arange(len(prompt) - len(closing) - 1, len(text))
+        states.append(row[positions] @ to_state)
+        numbers.append(np.arange(len(positions)))
+    state, number = np.concatenate(states), np.concatenate(numbers)
+    highest, rate = (state @ head.T).max(axis=1), 1 / (state**2).sum(axis=1).mean()
+    head = head.copy()
+    for turn, token in enumerate(closing):
+        sign = np.where(number == turn, 1.0, -1.0)
+        for _ in range(1000):
+            is_wrong = sign * (state @ head[token] - highest) < MARGIN
+            if not is_wrong.any():
+                break
+            head[token] += rate * (sign * is_wrong) @ state
+    return head
