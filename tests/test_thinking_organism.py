@@ -60,10 +60,10 @@ def test_collection_analysis_and_measurement_of_answers(thinker, tmp_path):
     assert not np.array_equal(data.prompt_vectors("answer"), data.prompt_vectors("generated"))
 
 
-def test_a_budget_that_ends_inside_the_thought_is_counted(thinker, tmp_path, capsys):
+def test_a_budget_that_ends_inside_the_thought_is_counted(thinker, tmp_path, caplog):
     loaded, library = thinker
     data = collect(loaded, library.pairs, tmp_path, THOUGHT_TOKENS - 3)
-    assert "40 of 40 answers end inside the model's thought" in capsys.readouterr().out
+    assert "40 of 40 answers end inside the model's thought" in caplog.text
     assert (data.thoughts == -1).all() and not data.mask("answer").any() and not data.mask("answer_start").any()
     assert read_json(tmp_path / "out" / "summary.json", "summary")["in_thought"] == 40
     result = analyse(data, SETTINGS, {})
@@ -74,7 +74,7 @@ def test_suppression_and_transcripts_judge_the_answer(thinker):
     loaded, library = thinker
     refused, asked = library.refusals()
     assert asked == 20 and refused >= 10
-    setting = Setting("ablate", 1.0, (3, 4, 5), "residual", "answer")
+    setting = Setting("ablate", 1.0, (2, 3, 4, 5), "residual", "answer_start")
     record, _ = transcribe(loaded, library.measurements(), setting, 20)
     before, after = (record["refused"]["artifact"][when] for when in ("before", "after"))
     assert before["hits"] == refused and after["hits"] < before["hits"] and record["judge"]
