@@ -182,8 +182,8 @@ def test_figures_are_drawn_for_significant_for_no_effects_and_for_few_pairs(tmp_
 
 
 def test_answers_behind_thoughts_are_analysed_beside_everything_generated_and_missing_ones_counted():
+    assert analyse(simulate(effect=3.0), SETTINGS, {})["thoughts"] is None
     data = simulate(effect=3.0)
-    assert analyse(data, SETTINGS, {})["thoughts"] is None
     thoughts = np.full((50, 2), 2)
     data.values[:, :, 3:, 1, 1] += np.array([0.0, 6.0])[None, :, None]  # only answers tell the sides apart there
     data.thoughts = thoughts.copy()
