@@ -21,7 +21,7 @@ from typing import Annotated
 from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.default_model import DEFAULT_MODEL
-from alignment_artifacts.formatting import described_mean, number, percent, rate
+from alignment_artifacts.formatting import described_mean, named_range, number, percent, rate
 from alignment_artifacts.pairs import REFUSAL
 from alignment_artifacts.suppression.space import Limits, Space
 from gemma_refactored.configuration import Chat, Seed
@@ -297,11 +297,6 @@ def print_folds(result: dict) -> None:
         f"{stable['folds']} all three as in the setting for use."
     )
     print("\n" + textwrap.fill(text, 80))
-
-
-def named_range(shares: list[float]) -> str:
-    low, high = map(percent, shares)
-    return low if low == high else f"{low} to {high}"
 
 
 def print_score_tables(result: dict) -> None:

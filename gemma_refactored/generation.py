@@ -308,17 +308,24 @@ def collect_answers(steps: Iterator[Step], progress: Callable[[int], object] = l
 
 
 def collect_means(
-    steps: Iterator[Step], sites: Sequence[str], progress: Callable[[int], object] = lambda tokens: None
+    steps: Iterator[Step],
+    sites: Sequence[str],
+    progress: Callable[[int], object] = lambda tokens: None,
+    thought_tokens: Callable[[Sequence[int]], int | None] | None = None,
 ) -> tuple[list[list[int]], dict[str, np.ndarray]]:
     """What `collect_answers` returns, and each row's mean activations, summed up while the model writes.
 
     Args:
         sites: all of one width, among those that `generate` was asked for.
+        thought_tokens: of a model that thinks, how many of the tokens it wrote are a thought (None: all so far).
     Returns:
-        The answers; and [rows, sites, width] float32 at the prompt's last token ("prompt_end"), over the tokens of
-        the answer ("generated", NaN where it is empty) and over both ("all").
+        What each row wrote; and [rows, sites, width] float32 at the prompt's last token ("prompt_end"), over the tokens
+        that were written ("generated", NaN where there are none) and over both ("all"). Of a model that thinks also
+        over what it wrote after its thought ("answer") and at the token before that ("answer_start"), NaN for those
+        that did not come to it.
     """
     prompt_end, total = np.zeros(0), np.zeros(0)  # float64: twenty steps or twenty thousand, sums stay sums
+    after_thought = _AfterThought(thought_tokens) if thought_tokens else None
 
     def summed(steps: Iterator[Step]) -> Iterator[Step]:
         nonlocal prompt_end, total
@@ -328,6 +335,8 @@ def collect_means(
                 prompt_end, total = states, np.zeros_like(states)
             else:
                 total += np.where(step.active[:, None, None], states, 0)
+            if after_thought:
+                after_thought.add(step, states)
             yield step
 
     answers = collect_answers(summed(steps), progress)
@@ -335,4 +344,39 @@ def collect_means(
     with np.errstate(invalid="ignore"):
         generated = total / lengths
     means = {"prompt_end": prompt_end, "generated": generated, "all": (prompt_end + total) / (1 + lengths)}
+    if after_thought:
+        means |= after_thought.means()
     return answers, {positions: values.astype(np.float32) for positions, values in means.items()}
+
+
+class _AfterThought:
+    """Sums up what each row writes after its thought, while nobody knows yet how long that will be."""
+
+    def __init__(self, thought_tokens: Callable[[Sequence[int]], int | None]):
+        self.thought_tokens = thought_tokens
+        self.written: list[list[int]] = []
+        self.start, self.total, self.count = np.zeros(0), np.zeros(0), np.zeros(0)
+        self.has_begun = np.zeros(0, bool)
+
+    def add(self, step: Step, states: np.ndarray) -> None:
+        if step.index == PREFILL:
+            self.written = [[] for _ in step.tokens]
+            self.start, self.total, self.count = states.copy(), np.zeros_like(states), np.zeros(len(states))
+            self.has_begun = np.array([self.thought_tokens([]) is not None for _ in step.tokens])
+            return
+        for row in np.flatnonzero(step.active):
+            written = self.written[row]
+            written.append(int(step.tokens[row]))
+            thought = self.thought_tokens(written)
+            self.has_begun[row] = thought is not None
+            if thought is None or thought == len(written):  # whatever came so far was no answer
+                self.start[row], self.total[row], self.count[row] = states[row], 0, 0
+            else:
+                self.total[row] += states[row]
+                self.count[row] += 1
+
+    def means(self) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore"):
+            answer = self.total / self.count[:, None, None]
+        has_begun = self.has_begun[:, None, None]
+        return {"answer": np.where(has_begun, answer, np.nan), "answer_start": np.where(has_begun, self.start, np.nan)}

@@ -40,7 +40,7 @@ from .linux_cpu import warn_if_slow
 from .model_architecture import Gemma, GemmaConfig
 from .prompt_processing import encode_prompts
 from .settings import record
-from .thoughts import Marks, answer_text, find_marks
+from .thoughts import Marks, answer_start, answer_text, find_marks
 from .tokenizer_loading import end_tokens, load_tokenizer
 
 CHAT, ADAPTER = "chat", "adapter"  # in a model's hashes
@@ -96,6 +96,10 @@ class LoadedModel:
     def thought_marks(self) -> Marks | None:
         """What this model writes around a thought before its answer; None if it writes none."""
         return find_marks(self.tokenizer, self.chat_format)
+
+    def thought_tokens(self, written: Sequence[int]) -> int | None:
+        """How many of the tokens that this model wrote are a thought before its answer; None if that has not ended."""
+        return answer_start(self.tokenizer, self.thought_marks, written)
 
     def answer_text(self, written: Sequence[int]) -> str | None:
         """The text of an answer, without the thought before it; None if that has not ended."""

@@ -14,7 +14,7 @@ WHERE = (EVERYWHERE, PROMPT_END)
 Mode = Literal["always", "proximity", "adaptive", "sphere", "subspace", "ablate", "cap", "add"]
 Scale = Annotated[float, Between(-1000, 1000)]
 Quantile = Annotated[float, Between(0, 1)]
-MEASURED_AT = ("prompt_end", "generated", "all")
+MEASURED_AT = ("prompt_end", "generated", "all", "answer", "answer_start")
 ELSEWHERE = "elsewhere"  # for a direction from a file: other tokens, or the file does not say which
 Positions = Annotated[
     str,

@@ -59,7 +59,13 @@ def where_it_leads(directions: Directions, setting: Setting) -> str:
     """What directions from a file point from and to, and which way a setting moves along them, in some sentences."""
     facts, ends = directions.facts, directions.facts.get("ends")
     positions: str = facts.get("positions") or "tokens it does not name"
-    measured = {"prompt_end": "the prompt's last token", "generated": "generated tokens", "all": "all tokens"}
+    measured = {
+        "prompt_end": "the prompt's last token",
+        "generated": "generated tokens",
+        "all": "all tokens",
+        "answer": "tokens of the answer, after the thought",
+        "answer_start": "the token before the answer",
+    }
     where = f"the {facts['site']} site, measured at {measured.get(positions, positions)}"
     if setting.scale == 0:
         moves = "Scale 0 moves nothing."

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import numpy as np
 
 # Okabe and Ito's colours, which survive colour blindness.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
 MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73", "#D55E00")
 SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
-POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end"}
-POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE}
+POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end", "answer": "answer after the thought"}
+POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE, "answer": PURPLE}
 # What two models read; see `forced_reading.CONDITIONS`.
 CONDITION_NAMES = {
     "prompt_end": "prompt end",
@@ -30,8 +30,10 @@ def column(records: Iterable[dict], key: str) -> np.ndarray:
 
 
 def layer_panels(result: dict) -> dict[str, dict]:
-    """Positions -> per-layer records; only the prompt's end if no tokens were generated."""
+    """Positions -> per-layer records; only the prompt's end if no tokens were generated, answers after thoughts."""
     panels = {"generated": result["layer_scores"], "prompt_end": result["layer_scores_prompt_end"]}
+    if "layer_scores_answer" in result:
+        panels["answer"] = result["layer_scores_answer"]
     if panels["generated"] == panels["prompt_end"]:
         del panels["generated"]
     return panels

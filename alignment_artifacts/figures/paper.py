@@ -25,7 +25,7 @@ def plot_layer_scores(result: dict, path: str | Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         for positions, scores in data.layer_panels(result).items():
             records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
-            marker = {"generated": "o", "prompt_end": "s"}[positions]
+            marker = {"generated": "o", "prompt_end": "s", "answer": "D"}[positions]
             for axes, key in ((left, "cohens_d"), (right, "accuracy")):
                 low, high = data.column(records, f"{key}_ci").T
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)

@@ -41,6 +41,7 @@ from alignment_artifacts.places import cache_folder, collection_folders, find
 from alignment_artifacts.scores import Settings
 from alignment_artifacts.suppression.result import SuppressionResult, results_of
 from gemma_refactored.configuration import Chat, Generation, Sampling
+from gemma_refactored.conversation import readable
 from gemma_refactored.errors import UserError, print_every_character, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.job import check_context
@@ -253,7 +254,7 @@ class AlignmentArtifacts:
     @in_turn
     def answer(
         self,
-        prompts: Sequence[str] | str | Path,
+        prompts: Sequence[str | list[dict]] | str | Path,
         setting: Setting | None = None,
         sampling: Sampling = Sampling(),
         model: str | Path | None = None,
@@ -290,7 +291,7 @@ class AlignmentArtifacts:
     @in_turn
     def suppress_and_generate(
         self,
-        prompt: str,
+        prompt: str | list[dict],
         model_name: str | Path | None = None,
         scale: float | None = None,
         mode: str = AUTO,
@@ -342,7 +343,7 @@ class AlignmentArtifacts:
     @in_turn
     def suppress(
         self,
-        prompt: str,
+        prompt: str | list[dict],
         setting: Setting,
         sampling: Sampling = Sampling(),
         model: str | Path | None = None,
@@ -358,6 +359,7 @@ class AlignmentArtifacts:
         """Answer a prompt with and without a setting.
 
         Args:
+            prompt: a text, or a list of messages {"role": .., "content": ..}.
             categories: of the pairs that the model's own directions come from; None: all.
             directions: use these instead.
             compare: also answer without the edit.
@@ -373,14 +375,23 @@ class AlignmentArtifacts:
             return [write_answer(loaded, token_ids[0], used, max_tokens, sampling, ends, on_text)]
 
         (result,) = self._suppress(
-            [prompt], setting, sampling, model, categories, directions, max_tokens, compare, transfer, write
+            prompt_texts([prompt]),
+            setting,
+            sampling,
+            model,
+            categories,
+            directions,
+            max_tokens,
+            compare,
+            transfer,
+            write,
         )
         return result
 
     @in_turn
     def suppress_many(
         self,
-        prompts: Sequence[str] | str | Path,
+        prompts: Sequence[str | list[dict]] | str | Path,
         setting: Setting,
         sampling: Sampling = Sampling(),
         model: str | Path | None = None,
@@ -531,7 +542,7 @@ def _setting_of_sweep(path: Path) -> Setting:
     return setting
 
 
-def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) -> SuppressionResult:
+def suppress_prompt(prompt: str | list[dict], model: str | Path = DEFAULT_MODEL, **settings) -> SuppressionResult:
     """Answer a prompt with and without suppression, print both side by side, and return them.
 
     Args:
@@ -544,7 +555,7 @@ def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) 
     result = AlignmentArtifacts(model).suppress_and_generate(prompt, **settings)
     # Text: square brackets in a prompt or an answer are not markup.
     caption = Text(result.about())
-    table = Table(title=Text(prompt), caption=caption, expand=True)
+    table = Table(title=Text(readable(result.prompt)), caption=caption, expand=True)
     for heading in ("before", "after"):
         table.add_column(heading, ratio=1)
     table.add_row(Text(result.before or ""), Text(result.after))
