@@ -52,6 +52,7 @@ LIMITS = Limits(kl=0.05, changed=0.1)
 SCORE = None  # None: refusal; "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
 WISH = "lower"  # where the score's mean on artifact prompts is to go: "lower" or "higher"
 RANDOM_CONTROLS = 5
+EDIT_SINKS = False  # True: edit attention sinks too
 
 RESULTS_DIR = places.HOME / "results"
 
@@ -74,6 +75,8 @@ class Constants:
     """seed of the split of the pairs"""
     random_controls: Annotated[int, Between(0)]
     """random directions beside the chosen setting"""
+    edit_sinks: bool
+    """edit attention sinks too"""
     score: str | None
     """what is measured of an answer: refusal, words:A,B, or FILE.py:FUNCTION (prompt, answer) -> number; None: refusal
     for pairs that are about it"""
@@ -142,8 +145,8 @@ def run(constants: Constants) -> None:
     def tried(settings, what):
         return sweep.try_settings(bench, each(settings, what, "setting"), development)
 
-    records = tried(bench.settings(constants.suppression), "suppressing")
-    amplified = tried(bench.settings(constants.amplification), "amplifying")
+    records = tried(bench.settings(constants.suppression, constants.edit_sinks), "suppressing")
+    amplified = tried(bench.settings(constants.amplification, constants.edit_sinks), "amplifying")
     print(f"{len(records)} + {len(amplified)} settings tried; pairs: {counts}")
     if wish:
         records += amplified  # a score may be moved by adding the direction as well
@@ -164,6 +167,7 @@ def run(constants: Constants) -> None:
             "seed": constants.seed,
             "limits": asdict(constants.limits),
             "random_controls": constants.random_controls,
+            "edit_sinks": constants.edit_sinks,
             "options": grid_options(constants),
         },
         "pairs": {part: [measured.pairs[i].id for i in rows] for part, rows in bench.rows.items()},

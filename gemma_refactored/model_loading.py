@@ -19,9 +19,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_model
 
+from .attention_sinks import REFERENCE, find_sinks, ordinary_norms
 from .chat_template import ChatFormat, take_chat
 from .checkpoint_files import content_hashes, locate, read_config, weight_files, weights_revision
 from .checks import embedding_width, find_embedding, position_rows
@@ -65,6 +67,7 @@ class LoadedModel:
     dtype: str
     hashes: dict[str, str]  # of what besides the weights decides the numbers: `checkpoint_files.content_hashes`
     chat_format: ChatFormat = field(default_factory=ChatFormat)  # what is written around each prompt
+    _sinks: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)  # of texts, by token ids
 
     @property
     def is_as_published(self) -> bool:
@@ -96,6 +99,17 @@ class LoadedModel:
     def answer_text(self, written: Sequence[int]) -> str | None:
         """The text of an answer, without the thought before it; None if that has not ended."""
         return answer_text(self.tokenizer, self.thought_marks, written)
+
+    @cached_property
+    def ordinary_norms(self) -> np.ndarray:
+        """[layers] what `attention_sinks` compares tokens with."""
+        return ordinary_norms(self.model, self.encode([REFERENCE], chat_mode=False)[0])
+
+    def sinks(self, texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Positions of each text's attention sinks, found once per text: `attention_sinks.find_sinks`."""
+        missing = list(dict.fromkeys(tuple(text) for text in texts if tuple(text) not in self._sinks))
+        self._sinks |= zip(missing, find_sinks(self.model, missing, self.ordinary_norms), strict=True)
+        return [self._sinks[tuple(text)] for text in texts]
 
     def identity(self) -> dict[str, str]:
         """Everything that decides which numbers a text gets, as short hashes: results with another are not mixed."""

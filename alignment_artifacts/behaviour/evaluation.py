@@ -94,7 +94,8 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
         plain = sequences.keep(("logits", batch.rows), partial(_log_probabilities, loaded, batch, {}))
         edited = plain
         if intervention.edits:
-            edited = _log_probabilities(loaded, batch, intervention.in_one_pass(batch.prompt_lengths))
+            edits = intervention.in_one_pass(loaded, batch.texts, batch.prompt_lengths)
+            edited = _log_probabilities(loaded, batch, edits)
         targets = mx.array([token for row in batch.rows for token in behaviour.answers[row]])[:, None]
         divergence = np.array((mx.exp(plain) * (plain - edited)).sum(axis=-1))
         ends = np.cumsum([len(behaviour.answers[row]) for row in batch.rows])

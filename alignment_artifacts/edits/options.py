@@ -58,6 +58,8 @@ class Setting:
     where: Where = EVERYWHERE
     """tokens that are edited; prompt_end: the last prompt token only. A direction measured there encodes what the next
     word is going to be; added to every token, it writes that word forever"""
+    edit_sinks: bool = False
+    """edit the prompt's attention sinks too: tokens whose residual stream is many times as long as that of others"""
 
     def record(self) -> dict:
         """As JSON keeps it, with a description for display."""
@@ -65,10 +67,12 @@ class Setting:
 
     @staticmethod
     def from_record(record: dict) -> Setting:
-        fields = {name: value for name, value in record.items() if name != "description"}
+        # Before there was a choice, sinks were edited like all tokens.
+        fields = {"edit_sinks": True, **{name: value for name, value in record.items() if name != "description"}}
         return Setting(**{**fields, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
 
     def describe(self) -> str:
         layers = ",".join(map(str, self.layers))
         where = "" if self.where == EVERYWHERE else " (there only)"
+        where += ", attention sinks too" if self.edit_sinks else ""
         return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, direction from {self.positions}{where}"

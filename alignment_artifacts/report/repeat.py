@@ -103,6 +103,8 @@ def _transcripts(of: Experiment, section: dict) -> list[str]:
     line += ["--layers", ",".join(map(str, setting.layers))]
     for name in ("site", "positions", "where"):
         line += [f"--{name}", getattr(setting, name)]
+    if setting.edit_sinks:
+        line.append("--edit-sinks")
     usual = ModeOptions()
     for field in fields(usual):
         value = getattr(setting.options, field.name)
@@ -118,6 +120,7 @@ def _sweep(of: Experiment, section: dict) -> list[str]:
         line += _option(f"--{name.replace('_', '-')}", config.get(name))
     for name, value in config["limits"].items():
         line += _option(f"--limits-{name}", value)
+    line += ["--edit-sinks"] if config.get("edit_sinks") else []
     return [*line, *config.get("options", [])]
 
 

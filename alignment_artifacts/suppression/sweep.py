@@ -102,7 +102,7 @@ class Bench:
     def evaluate(self, intervention: Intervention, sets: dict[str, Behaviour]) -> dict:
         return evaluate(self.loaded, intervention, sets, self.max_tokens, self.score)
 
-    def settings(self, grid: Grid) -> list[Setting]:
+    def settings(self, grid: Grid, edit_sinks: bool = False) -> list[Setting]:
         """Every setting of a grid that this model allows."""
         settings = []
         for site, positions, layer_set in product(self.measured.sites, grid.positions, grid.layer_sets):
@@ -114,7 +114,7 @@ class Bench:
                     [ModeOptions(cap_quantile=q) for q in grid.cap_quantiles] if mode == "cap" else [ModeOptions()]
                 )
                 settings += [
-                    Setting(mode, scale, tuple(layers), site, positions, option, where)
+                    Setting(mode, scale, tuple(layers), site, positions, option, where, edit_sinks)
                     for scale, option, where in product(scales, options, grid.where)
                 ]
         return list(dict.fromkeys(settings))  # "best" may be all
