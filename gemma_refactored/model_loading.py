@@ -29,7 +29,7 @@ from .checkpoint_files import content_hashes, locate, read_config, weight_files,
 from .checks import embedding_width, find_embedding, position_rows
 from .config_audit import audit, complete, in_mlx_lm_names
 from .configuration import Chat
-from .cpu_kernels import use_cpu_kernels
+from .cpu_kernels import put_in_place, share_rotations
 from .distributed import shard
 from .errors import UserError
 from .files import is_anything, is_file
@@ -162,11 +162,14 @@ def load(
     config = read_config(folder)
     completed = complete(config)
     audit(config, completed)
+    on_linux_cpu = runs_on_linux_cpu()
+    if on_linux_cpu:
+        put_in_place()  # before the model's functions are compiled
     model, translated = load_weights(folder, config, completed)
-    if runs_on_linux_cpu() and not keep_precision:
+    if on_linux_cpu and not keep_precision:
         model = expanded(model)
         if isinstance(model, Gemma):
-            use_cpu_kernels(model)
+            share_rotations(model)
     elif isinstance(model, Gemma) and weights_dtype(model) == "float16":
         # The residual stream of Gemma 3 exceeds the range of float16 (65,504); bfloat16 or float32 hold it.
         log.warning("The weights are float16, which Gemma's residual stream can overflow: running in float32.")
