@@ -18,14 +18,17 @@ from .tiny_checkpoints import FAMILIES, random_gemma, write_checkpoint, write_fa
 REPLACED = {**{name: (mx, name) for name in MLX}, "attention": (mx.fast, "scaled_dot_product_attention")}
 
 
-@pytest.fixture
-def without_kernels(monkeypatch):
-    """MLX's own functions, whatever another test has put in place; nothing is compiled with the others in it."""
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", MLX_ATTENTION)
-    for name, function in MLX.items():
-        monkeypatch.setattr(mx, name, function)
+@pytest.fixture(autouse=True)
+def use_mlx_functions(monkeypatch):
+    """MLX's own functions first, whatever another test has put in place, and nothing compiled with others in it."""
+
+    def use_them():
+        for module, name in REPLACED.values():
+            monkeypatch.setattr(module, name, {**MLX, "scaled_dot_product_attention": MLX_ATTENTION}[name])
+
+    use_them()
     mx.disable_compile()
-    yield
+    yield use_them
     mx.enable_compile()
 
 
@@ -41,7 +44,7 @@ def test_functions_are_right_to_a_few_units_in_the_last_place_of_one(name, exact
 
 
 @pytest.mark.parametrize("function", [nn.silu, nn.gelu, nn.gelu_approx, nn.gelu_fast_approx, nn.softplus])
-def test_activations_and_their_gradients_agree(without_kernels, monkeypatch, function):
+def test_activations_and_their_gradients_agree(function):
     x = mx.linspace(-30, 30, 4001)
     expected = function(x), mx.grad(lambda x: function(x).sum())(x)
     cpu_kernels.put_in_place()
@@ -76,7 +79,7 @@ def test_attention_is_that_of_mlx(heads, key_heads, value_width, length, keys, k
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_gives_the_logits_of_mlx_lm(tmp_path, without_kernels, model_type):
+def test_every_family_gives_the_logits_of_mlx_lm(tmp_path, model_type, use_mlx_functions):
     """Prompt and step of a batch, padded where the architecture allows it; the tolerance of test_layouts."""
     loaded = load(write_family(tmp_path / "m", model_type), keep_precision=True)
     tokens = mx.array(np.random.default_rng(0).integers(3, 90, (2, 12)))
@@ -86,8 +89,7 @@ def test_every_family_gives_the_logits_of_mlx_lm(tmp_path, without_kernels, mode
         return [loaded.model(tokens[:, part], cache=cache)[1] for part in (slice(0, 11), slice(11, 12))]
 
     fast = logits()
-    for module, name in REPLACED.values():
-        setattr(module, name, {**MLX, "scaled_dot_product_attention": MLX_ATTENTION}[name])
+    use_mlx_functions()
     for mine, theirs in zip(fast, logits(), strict=True):
         assert relative_error(mine, theirs) < 1e-4
 
@@ -114,7 +116,7 @@ def test_rotation_is_computed_once_a_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("name", GOLDEN_GEMMAS)
-def test_every_site_is_the_same(name, without_kernels):
+def test_every_site_is_the_same(name):
     """In a padded batch, over chunks and steps that cross the sliding window."""
     plain, fast = load_golden(name)[0], load_golden(name)[0]
     share_rotations(fast)
@@ -137,7 +139,7 @@ def test_every_site_is_the_same(name, without_kernels):
             assert relative_error(seen[1][site][-len(row) :], row) < 2e-5, (chunk, site)
 
 
-def test_load_uses_them_on_a_linux_cpu_only(tmp_path, monkeypatch, without_kernels):
+def test_load_uses_them_on_a_linux_cpu_only(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path / "model", random_gemma())
 
     def replaced(on_linux_cpu, **options):
