@@ -527,7 +527,7 @@ def show_projection(loaded: LoadedModel, result: SuppressionResult) -> None:
     for name, answer, used in answers:
         if answer is None:
             continue
-        edits = used.in_one_pass([len(prompt)])
+        edits = used.in_one_pass(loaded, [prompt + answer], [len(prompt)])
         scores = score_tokens(loaded, directions, setting.layers, prompt + answer, edits)
         line = Text(f"\n{name.capitalize()}, prompt and answer by projection: ")
         for token, score in zip(prompt + answer, scores, strict=True):

@@ -57,6 +57,7 @@ LIMITS = Limits(kl=0.05, changed=0.1)
 SCORE = None  # None: refusal; "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
 WISH = "lower"  # where the score's mean on artifact prompts is to go: "lower" or "higher"
 RANDOM_CONTROLS = 5
+EDIT_SINKS = False  # True: edit attention sinks too
 
 RESULTS_DIR = places.HOME / "results"
 
@@ -83,6 +84,8 @@ class Constants:
     """seed of the split of the pairs"""
     random_controls: Annotated[int, Between(0)]
     """random directions beside the chosen setting"""
+    edit_sinks: bool
+    """edit attention sinks too"""
     score: str | None
     """what is measured of an answer: refusal, words:A,B, or FILE.py:FUNCTION (prompt, answer) -> number; None: refusal
     for pairs that are about it"""
@@ -152,7 +155,7 @@ def run(constants: Constants) -> None:
     whole, folds = sweep.divide(pairs, constants.folds or 0, shares, seed)
 
     def bench_of(rows: sweep.Rows) -> sweep.Bench:
-        return sweep.Bench(loaded, measured, rows, constants.max_tokens, score, wish, seed)
+        return sweep.Bench(loaded, measured, rows, constants.max_tokens, score, wish, seed, constants.edit_sinks)
 
     final, benches = bench_of(whole), [bench_of(rows) for rows in folds]
     spaces = constants.suppression, constants.amplification
@@ -187,6 +190,7 @@ def run(constants: Constants) -> None:
             "seed": seed,
             "limits": asdict(constants.limits),
             "random_controls": constants.random_controls,
+            "edit_sinks": constants.edit_sinks,
             "options": space_options(constants),
         },
         "pairs": {part: [pairs[i].id for i in rows] for part, rows in whole.items()},

@@ -89,7 +89,10 @@ def test_generating_and_one_pass_see_the_same_edits(loaded, where):
         blocks[step.index] = (np.array(step.activations[site]), step.tokens)
     for row, prompt in enumerate(TOKENS):
         answer = [int(blocks[i][1][row]) for i in range(5)]
-        with edit(loaded.model, intervention.in_one_pass([len(prompt)])), capture(loaded.model, [site]) as seen:
+        with (
+            edit(loaded.model, intervention.in_one_pass(loaded, [prompt + answer], [len(prompt)])),
+            capture(loaded.model, [site]) as seen,
+        ):
             loaded.model(mx.array([prompt + answer]))
         whole = np.array(seen[site][0])
         for index, (states, _) in blocks.items():

@@ -186,7 +186,7 @@ def log_probabilities(
     size = int(np.clip(LOGIT_BYTES // (4 * longest * len(loaded.tokenizer)), 1, TEXTS_AT_ONCE))
     for batch in sequences.batches(size, answered=True):
         plain = sequences.keep(("logits", batch.rows), partial(_log_probabilities, loaded, batch, {}))
-        edits = intervention.in_one_pass(batch.prompt_lengths)
+        edits = intervention.in_one_pass(loaded, batch.texts, batch.prompt_lengths)
         yield batch, plain, _log_probabilities(loaded, batch, edits) if edits else plain
 
 

@@ -33,7 +33,8 @@ from alignment_artifacts.activation_set import (
 from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs, as_pairs
-from gemma_refactored.activation_capture import layer_sites
+from gemma_refactored.activation_capture import layer_sites, read
+from gemma_refactored.attention_sinks import FACTOR
 from gemma_refactored.chat_template import token_ids_hash
 from gemma_refactored.conversation import written
 from gemma_refactored.errors import UserError
@@ -131,7 +132,7 @@ class Measurements:
     def estimate(self, site: str, positions: str, rows: np.ndarray) -> Directions:
         """Directions from some of the pairs."""
         facts = {
-            **{name: self.facts[name] for name in MODEL_FACTS},
+            **{name: self.facts[name] for name in (*MODEL_FACTS, "sinks_beyond")},
             "versions": self.facts["versions"],
             "site": site,
             "positions": positions,
@@ -197,6 +198,7 @@ def subject_of(loaded: LoadedModel, pairs: Sequence[Pair], cache: Path) -> Subje
         **loaded.facts(),
         "model_type": loaded.config["model_type"],
         "max_tokens": COLLECTED_TOKENS,
+        "sinks_beyond": FACTOR,  # times the norm of ordinary tokens: left out of means
         # Of a model that thinks it is also kept what it does after that.
         **({"thought": [marks.opens, marks.closes]} if (marks := loaded.thought_marks) else {}),
         "pairs": [[p.category, p.id, written(p.natural), written(p.artifact)] for p in pairs],
@@ -235,7 +237,7 @@ def measure(
             if not _is_measured(folder, site, len(token_ids)):
                 for collection in folders:
                     if _matches(collection, loaded, token_ids, site):
-                        _take_over(collection, pairs, site, layer_sites(loaded.model, site), folder, kept_positions)
+                        _take_over(collection, loaded, pairs, token_ids, site, folder, kept_positions)
                         break
             if not _is_measured(folder, site, len(token_ids)):
                 missing = [s for s in sites if not _is_measured(folder, s, len(token_ids))]
@@ -409,7 +411,34 @@ def _answer(
                 for positions, values in means.items()
                 for kind, part in zip(kinds, np.split(values, len(kinds), axis=1), strict=True)
             }
+            _leave_out_sinks(loaded, rows, answers, vectors)
             _write_part(path, batch, answers, vectors)
+
+
+def _leave_out_sinks(
+    loaded: LoadedModel, prompts: list[list[int]], answers: list[list[int]], vectors: dict[str, np.ndarray]
+) -> None:
+    """Take the means of answers that have attention sinks again, without these. (A sink at the prompt's end stays:
+    there is no other token to measure.)
+
+    Args:
+        vectors: "<site>.<positions>" -> [prompts, layers, hidden], changed in place.
+    """
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    ends = [len(prompt) - 1 for prompt in prompts]
+    kept = [np.setdiff1d(np.arange(end + 1, len(text)), sinks)
+            for end, text, sinks in zip(ends, texts, loaded.sinks(texts), strict=True)]  # fmt: skip
+    rows = [i for i, answer in enumerate(answers) if 0 < len(kept[i]) < len(answer)]
+    for kind in {name.split(".")[0] for name in vectors} if rows else ():
+        for number, states in read(loaded.model, [texts[i] for i in rows], layer_sites(loaded.model, kind)):
+            i = rows[number]
+            vectors[f"{kind}.generated"][i] = states[kept[i]].mean(axis=0, dtype=np.float64)
+            vectors[f"{kind}.all"][i] = states[[ends[i], *kept[i]]].mean(axis=0, dtype=np.float64)
+            thought = loaded.thought_tokens(answers[i])
+            if f"{kind}.answer" in vectors and thought is not None:
+                after = kept[i][kept[i] > ends[i] + thought]
+                if len(after):
+                    vectors[f"{kind}.answer"][i] = states[after].mean(axis=0, dtype=np.float64)
 
 
 def _matches(collection: Path, loaded: LoadedModel, token_ids: list[list[int]], site: str) -> bool:
@@ -432,12 +461,18 @@ def _matches(collection: Path, loaded: LoadedModel, token_ids: list[list[int]], 
 
 
 def _take_over(
-    collection: Path, pairs: list[Pair], site: str, names: list[str], folder: Path, kept_positions: Sequence[str]
+    collection: Path,
+    loaded: LoadedModel,
+    pairs: list[Pair],
+    token_ids: list[list[int]],
+    site: str,
+    folder: Path,
+    kept_positions: Sequence[str],
 ) -> None:
     """Sum up a collection on disk, unless it lacks a pair that has answers on both sides."""
     markers = [collection / prompt.folder / PROMPT_MARKER for prompt in _prompts(pairs)]
     answers = [read_json(marker, "prompt marker")["token_ids"] for marker in markers]
-    data = load_activation_set(collection, pairs, key_pattern=pattern_of(names[0]))
+    data = load_activation_set(collection, pairs, key_pattern=pattern_of(layer_sites(loaded.model, site)[0]))
     rows = [i for i in range(len(pairs)) if answers[i] and answers[i + len(pairs)]]
     if data.pairs != [pairs[i] for i in rows]:
         return
@@ -447,6 +482,7 @@ def _take_over(
         vectors[f"{site}.{positions}"] = np.full((2, len(pairs), *by_pair.shape[2:]), np.nan, np.float32)
         vectors[f"{site}.{positions}"][:, rows] = by_pair.swapaxes(0, 1)
     flat = {name: values.reshape(-1, *values.shape[2:]) for name, values in vectors.items()}
+    _leave_out_sinks(loaded, token_ids, answers, flat)
     _write_part(folder / f"{site}_1.safetensors", range(2 * len(pairs)), answers, flat)
 
 

@@ -60,6 +60,8 @@ class Setting:
     word is going to be; added to every token, it writes that word forever"""
     direction_layer: Annotated[int, Between(0)] | None = None
     """block whose direction is used at all edited blocks; by default each has its own"""
+    edit_sinks: bool = False
+    """edit the prompt's attention sinks too: tokens whose residual stream is many times as long as that of others"""
 
     def record(self) -> dict:
         """As JSON keeps it, with a description for display."""
@@ -67,7 +69,8 @@ class Setting:
 
     @staticmethod
     def from_record(record: dict) -> Setting:
-        fields = {name: value for name, value in record.items() if name != "description"}
+        # Before there was a choice, sinks were edited like all tokens.
+        fields = {"edit_sinks": True, **{name: value for name, value in record.items() if name != "description"}}
         return Setting(**{**fields, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
 
     def describe(self) -> str:
@@ -75,4 +78,5 @@ class Setting:
         where = "" if self.where == EVERYWHERE else " (there only)"
         of_layer = "" if self.direction_layer is None else f" of layer {self.direction_layer}"
         direction = f"direction{of_layer} from {self.positions}"
+        where += ", attention sinks too" if self.edit_sinks else ""
         return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, {direction}{where}"

@@ -25,22 +25,38 @@ class Intervention:
 
     edits: dict[str, Edit] = field(default_factory=dict)
     where: str = EVERYWHERE
+    edit_sinks: bool = False
 
-    def in_one_pass(self, prompt_lengths: Sequence[int]) -> dict[str, Edit]:
+    def spared(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """The positions of each prompt that are left alone: its attention sinks.
+
+        A generated token is never spared: whether it is a sink could only be told without the edits.
+        """
+        return [()] * len(prompts) if self.edit_sinks or not self.edits else loaded.sinks(prompts)
+
+    def in_one_pass(
+        self, loaded: LoadedModel, texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+    ) -> dict[str, Edit]:
         """The edits for one pass over prompts with their answers, one per row (see `activation_capture.forward`)."""
-        if self.where == EVERYWHERE:
+        prompts = [text[:length] for text, length in zip(texts, prompt_lengths, strict=True)]
+        edited = np.full((len(texts), max(map(len, texts)), 1), self.where == EVERYWHERE)
+        for row, (prompt, sinks) in enumerate(zip(prompts, self.spared(loaded, prompts), strict=True)):
+            edited[row, len(prompt) - 1] = True
+            edited[row, list(sinks)] = False
+        if edited.all():
             return self.edits
-        ends = mx.array(list(prompt_lengths))[:, None, None] - 1
+        chosen = mx.array(edited)
 
-        def at_end(function: Edit) -> Edit:
-            return lambda x: mx.where(mx.arange(x.shape[1])[None, :, None] == ends, function(x), x)
+        def there(function: Edit) -> Edit:
+            return lambda x: mx.where(chosen, function(x), x)
 
-        return {site: at_end(function) for site, function in self.edits.items()}
+        return {site: there(function) for site, function in self.edits.items()}
 
-    def generate(self, loaded: LoadedModel, *arguments, **settings) -> Iterator[Step]:
+    def generate(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *arguments, **settings) -> Iterator[Step]:
         """`generation.generate` under these edits."""
         name = "edits" if self.where == EVERYWHERE else "prompt_end_edits"
-        return generate(loaded.model, *arguments, **{name: self.edits, **settings})
+        spared = self.spared(loaded, prompts)
+        return generate(loaded.model, prompts, *arguments, **{name: self.edits, "spared": spared, **settings})
 
 
 NOTHING = Intervention()
@@ -109,7 +125,7 @@ def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> 
         if np.isnan(needed.get(setting.mode, 0.0)):
             raise UserError(f"The mode {setting.mode} needs statistics that these directions do not have.")
         edits[sites[layer]] = edit_function(setting.mode, at, setting.scale, setting.options)
-    return Intervention(edits, setting.where)
+    return Intervention(edits, setting.where, setting.edit_sinks)
 
 
 def site_direction(

@@ -108,6 +108,8 @@ def _transcripts(of: Experiment, section: dict) -> list[str]:
         line += [f"--{name}", getattr(setting, name)]
     if setting.direction_layer is not None:
         line.append(f"--direction-layer={setting.direction_layer}")
+    if setting.edit_sinks:
+        line.append("--edit-sinks")
     usual = ModeOptions()
     for field in fields(usual):
         value = getattr(setting.options, field.name)
@@ -123,6 +125,7 @@ def _sweep(of: Experiment, section: dict) -> list[str]:
         line += _option(f"--{name.replace('_', '-')}", config.get(name))
     for name, value in config["limits"].items():
         line += _option(f"--limits-{name}", value)
+    line += ["--edit-sinks"] if config.get("edit_sinks") else []
     return [*line, *config.get("options", [])]
 
 

@@ -308,6 +308,7 @@ class AlignmentArtifacts:
         positions: str | None = None,
         site: str | None = None,
         where: str | None = None,
+        edit_sinks: bool | None = None,
         directions: Directions | None = None,
         seed: int = 0,
         compare: bool = True,
@@ -324,13 +325,14 @@ class AlignmentArtifacts:
             where: "everywhere" or "prompt_end"; by default everywhere, but `add` adds a direction that was
                 measured at the prompt's end at that position only.
             direction_layer: its direction is used at all edited layers.
+            edit_sinks: edit attention sinks too (default: no).
             directions: use these (imported, say) instead of the model's own; `transfer`: those of a relative, too.
         """
         sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
         layers = tuple(target_layers) if target_layers is not None else None
         setting, by = self.choose(
             model_name, mode, categories, directions,
-            scale=scale, layers=layers, positions=positions, site=site, where=where,
+            scale=scale, layers=layers, positions=positions, site=site, where=where, edit_sinks=edit_sinks,
             proximity_threshold=proximity_threshold, distance_threshold=distance_threshold, decay_rate=decay_rate,
             pca_components=pca_components, cap_quantile=cap_quantile, direction_layer=direction_layer,
         )  # fmt: skip

@@ -291,7 +291,7 @@ def setting_of(bench: Bench, space: Space, parameters: dict) -> Setting:
     if parameters["share_direction"] and mode != "cap" and width > 1:
         shared = max(layers, key=lambda layer: bench.separation(site, positions)[layer])
     scale = round(low + parameters["strength"] * (high - low), 3)
-    return Setting(mode, scale, layers, site, positions, options, parameters["where"], shared)
+    return Setting(mode, scale, layers, site, positions, options, parameters["where"], shared, bench.edit_sinks)
 
 
 def _ranges(bench: Bench, space: Space) -> dict:
@@ -354,7 +354,7 @@ def _study(bench: Bench, space: Space, limits: Limits, louder: bool) -> Iterator
         {name: value for name, value in measured.facts.items() if name not in ("model", "pairs")},
         [[measured.prompts[i], measured.answers[i]] for part in ("training", "development") for i in bench.rows[part]],
         len(bench.rows["training"]), measured.sites, recorded(space), recorded(limits), bench.seed, bench.max_tokens,
-        bench.score and bench.score.record()["source_hash"], bench.wish, louder,
+        bench.score and bench.score.record()["source_hash"], bench.wish, louder, bench.edit_sinks,
         [OPENING, HOPELESS, RANDOM_TRIALS, KL_WEIGHT, NO_KL],
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]

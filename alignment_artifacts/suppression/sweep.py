@@ -120,6 +120,7 @@ class Bench:
         score: of answers; None: refusals.
         wish: where the score is to go.
         seed: of searches.
+        edit_sinks: edit attention sinks as well.
     """
 
     def __init__(
@@ -131,9 +132,10 @@ class Bench:
         score: Score | None = None,
         wish: Wish | None = None,
         seed: int = 0,
+        edit_sinks: bool = False,
     ):
         self.loaded, self.measured, self.rows, self.max_tokens = loaded, measured, rows, max_tokens
-        self.score, self.wish, self.seed = score, wish, seed
+        self.score, self.wish, self.seed, self.edit_sinks = score, wish, seed, edit_sinks
         self._directions: dict[tuple[str, str], Directions] = {}
         self._separation: dict[tuple[str, str], np.ndarray] = {}
 

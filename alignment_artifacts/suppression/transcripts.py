@@ -167,7 +167,8 @@ def _scores(
     """For each prompt [tokens, layers] of the prompt and the answer before, and of the answer after."""
 
     def edits(batch: list[int]) -> dict[str, Edit]:
-        return intervention.in_one_pass([len(prompts[i]) for i in batch])
+        texts = [prompts[i] + after[i] for i in batch]
+        return intervention.in_one_pass(loaded, texts, [len(prompts[i]) for i in batch])
 
     unedited = score_texts(loaded, directions, [p + answer for p, answer in zip(prompts, before, strict=True)])
     edited = score_texts(loaded, directions, [p + answer for p, answer in zip(prompts, after, strict=True)], edits)
