@@ -192,7 +192,7 @@ def report_excluded(data: ActivationSet, max_excluded: float) -> None:
 
 def print_table(result: dict) -> None:
     """The headline and the top layers at both kinds of positions, 80 columns wide; prompt end first."""
-    for positions in result["controls"]:
+    for positions in [*result["controls"], *(["answer"] if "layer_scores_answer" in result else [])]:
         scores, nested = records_of(result, positions)
         print(f"\n{POSITION_NAMES[positions].capitalize()} (held out by pair)")
         print("layer     Cohen d    95 % interval  accuracy  pairs  AUROC      p")
@@ -200,7 +200,8 @@ def print_table(result: dict) -> None:
             _print_row("nested", {**nested, "p_value": None})
         for layer in layers_by_d(list(scores.values()))[: result["config"]["top_layers"]]:
             _print_row(str(layer), scores[str(layer)])
-        _print_row("LDA", {**result["controls"][positions]["lda"], "p_value": None})
+        if control := result["controls"].get(positions):
+            _print_row("LDA", {**control["lda"], "p_value": None})
     print("\nWithout any model")
     for kind, record in result["word_baselines"].items():
         _print_row(kind.replace("mean difference", "words"), record)

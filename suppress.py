@@ -27,6 +27,7 @@ from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
 from alignment_artifacts.pairs import PAIRS_JSON, REFUSAL, SIDES, load_pairs, texts
 from gemma_refactored.configuration import Chat, Sampling
+from gemma_refactored.conversation import readable, written
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
 
@@ -223,7 +224,7 @@ def answer_prompts(
         return
     for number, result in enumerate(results, 1):
         if not arguments.quiet:
-            print(f"\n{number}. {result.prompt}")
+            print(f"\n{number}. {readable(result.prompt)}")
         if result.before is not None:
             print(f"Before: {result.before}")
         print(result.after if result.before is None and arguments.quiet else f"After: {result.after}")
@@ -250,6 +251,7 @@ def mean_scores(score: Score, results: list[SuppressionResult]) -> dict:
 
 def told_means(means: dict, are_rates: bool) -> str:
     """ "Mean of agreement over 12 prompts: 2.00 [1.2, 2.9] before, 0.10 [0.0, 0.3] after"."""
+    from alignment_artifacts.behaviour.refusal import corrected
     from alignment_artifacts.formatting import described_mean, rate
 
     def described(record: dict) -> str:
@@ -258,7 +260,20 @@ def told_means(means: dict, are_rates: bool) -> str:
     values = [f"{described(means[when])} {when}" for when in ("before", "after") if means[when]]
     number = means["after"]["n"]
     over = f"{number} prompt{'' if number == 1 else 's'}"
-    return f"{'Share' if are_rates else 'Mean'} of {means['name']} over {over}: {', '.join(values)}"
+    text = f"{'Share' if are_rates else 'Mean'} of {means['name']} over {over}: {', '.join(values)}"
+    if means["name"] != REFUSAL:
+        return text
+    before, after = (corrected(means[when]["mean"]) if means[when] else None for when in ("before", "after"))
+    return f"{text}. {told_errors('', before, after)}"
+
+
+def told_errors(what: str, before: list[float] | None, after: list[float] | None) -> str:
+    """What shares of refusals may really be, given the errors of the judge, in a sentence."""
+    from alignment_artifacts.behaviour.refusal import NAME
+    from alignment_artifacts.formatting import named_range
+
+    values = [f"{named_range(ends)} {when}" for ends, when in ((before, "before"), (after, "after")) if ends]
+    return f"Judged by {NAME}; with its errors, which differ by family of models: {what}{', '.join(values)}."
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -327,6 +342,8 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
             for side, rates in result["refused"].items():
                 before, after = (percent(rates[when]["rate"]) for when in ("before", "after"))
                 print(f"Refused, {library.pairs.side(side)} prompts: {before} before, {after} after")
+            before, after = (result["refused_corrected"]["artifact"][when] for when in ("before", "after"))
+            print(textwrap.fill(told_errors(f"{library.pairs.sides[1]} prompts, ", before, after), 78))
         print(places.told("Transcripts", results / "data" / path.name))
 
 
@@ -484,7 +501,7 @@ def named_categories(text: str | None) -> list[str] | None:
 
 
 def as_json(result: SuppressionResult) -> dict:
-    record = {**asdict(result), "setting": result.setting.record()}
+    record = {**asdict(result), "prompt": written(result.prompt), "setting": result.setting.record()}
     del record["directions"]  # arrays, kept in a file of their own
     return record
 
@@ -510,7 +527,7 @@ def show_projection(loaded: LoadedModel, result: SuppressionResult) -> None:
     for name, answer, used in answers:
         if answer is None:
             continue
-        edits = used.in_one_pass([len(prompt)])
+        edits = used.in_one_pass(loaded, [prompt + answer], [len(prompt)])
         scores = score_tokens(loaded, directions, setting.layers, prompt + answer, edits)
         line = Text(f"\n{name.capitalize()}, prompt and answer by projection: ")
         for token, score in zip(prompt + answer, scores, strict=True):

@@ -1,8 +1,9 @@
-"""Which suppression works, at what cost? Tries modes x scales x layers x sites x positions on a model.
+"""Which suppression works, at what cost? Searches modes, strengths, layers, sites and positions on a model.
 
-Edit the constants. Directions come from the training pairs, the setting is chosen on development
-pairs and reported once on test pairs, beside random directions. `suppress.py --mode auto` then
-uses the setting for this model. Writes suppression_sweep.json and a figure among the results of the model.
+Edit the constants. Directions come from the training pairs, the setting is chosen on development pairs, and its effect
+is measured on others, beside random directions: on every pair, in the fold that has not seen it (FOLDS), or on test
+pairs of a single split. `suppress.py --mode auto` then uses the setting for this model. Writes suppression_sweep.json
+and a figure among the results of the model. A search that was killed continues.
 """
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
@@ -11,6 +12,7 @@ import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest 
 
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +21,9 @@ from typing import Annotated
 from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.default_model import DEFAULT_MODEL
-from alignment_artifacts.formatting import described_mean, number, percent, rate
+from alignment_artifacts.formatting import described_mean, named_range, number, percent, rate
 from alignment_artifacts.pairs import REFUSAL
-from alignment_artifacts.suppression.grid import Grid, Limits
+from alignment_artifacts.suppression.space import Limits, Space
 from gemma_refactored.configuration import Chat, Seed
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
@@ -34,25 +36,28 @@ PAIRS_JSON = places.HOME / "alignment_artifact_prompt_pairs.json"
 # Harmless requests that look like artifact requests, reported only; XSTest's CSV for real models.
 TWINS = places.HOME / "model_organism/benign_twins.json"
 CACHE = places.cache_folder()
-SHARES = (20, 15, 15)  # of the pairs: training, development, test
+FOLDS = 5  # every pair is tested in the fold that has not seen it; 0: one split, with pairs kept for the test
+SHARES = (20, 15, 15)  # of the pairs: training, development, test (in a fold the first two, of the other pairs)
 MAX_TOKENS = 48
 SEED = 0
 SYSTEM_PROMPT = None  # the system message before each prompt
 CHAT_TEMPLATE = None  # the name of one of several, or a file
 CHAT_TEMPLATE_ARGS = None  # variables of the template as JSON: '{"enable_thinking": false}'
-SUPPRESSION = Grid(
-    scales={
-        "always": (0.5, 1.0), "proximity": (0.5, 1.0, 2.0), "adaptive": (1.0, 2.0), "sphere": (1.0, 3.0),
-        "subspace": (0.5, 1.0), "ablate": (0.5, 1.0), "cap": (1.0,),
+SUPPRESSION = Space(
+    scales={  # from, to
+        "always": (0.2, 1.5), "proximity": (0.3, 2.0), "adaptive": (0.5, 4.0), "sphere": (0.5, 6.0),
+        "subspace": (0.3, 2.0), "ablate": (0.3, 2.0), "cap": (0.5, 3.0),
     },
-    cap_quantiles=(0.5, 0.75, 0.9, 0.95, 0.99),
     positions=("prompt_end", "generated", "all"),
+    trials=64,
+    generated=6,
 )  # fmt: skip
-AMPLIFICATION = Grid(scales={"add": (0.1, 0.2, 0.5, 1.0, 1.5, 2.0)}, where=("everywhere", "prompt_end"))
+AMPLIFICATION = Space(scales={"add": (0.1, 2.0)}, where=("prompt_end", "everywhere"), trials=10, generated=2)
 LIMITS = Limits(kl=0.05, changed=0.1)
 SCORE = None  # None: refusal; "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
 WISH = "lower"  # where the score's mean on artifact prompts is to go: "lower" or "higher"
 RANDOM_CONTROLS = 5
+EDIT_SINKS = False  # True: edit attention sinks too
 
 RESULTS_DIR = places.HOME / "results"
 
@@ -69,6 +74,8 @@ class Constants:
     """harmless requests that look like artifact requests: JSON, or XSTest's CSV"""
     cache: Path
     """folder of measurements"""
+    folds: Annotated[int | None, Between(0, 1000), Must(lambda folds: folds != 1, "be 0 or at least 2")]
+    """of a cross-fit that tests every pair; 0 or None: one split"""
     shares: Annotated[tuple[Annotated[int, Between(1)], ...], Must(lambda shares: len(shares) == 3, "be three shares")]
     """pairs for training, development and test"""
     max_tokens: Annotated[int, Between(1, 1_000_000)]
@@ -77,6 +84,8 @@ class Constants:
     """seed of the split of the pairs"""
     random_controls: Annotated[int, Between(0)]
     """random directions beside the chosen setting"""
+    edit_sinks: bool
+    """edit attention sinks too"""
     score: str | None
     """what is measured of an answer: refusal, words:A,B, or FILE.py:FUNCTION (prompt, answer) -> number; None: refusal
     for pairs that are about it"""
@@ -84,8 +93,8 @@ class Constants:
     """where its mean on artifact prompts is to go"""
     results_dir: Path
     """where numbers and figure go"""
-    suppression: Grid
-    amplification: Grid
+    suppression: Space
+    amplification: Space
     limits: Limits
     chat: Chat
 
@@ -102,13 +111,16 @@ def run(constants: Constants) -> None:
     from alignment_artifacts.comparison.twins import load_twins
     from alignment_artifacts.directions.estimate import planted_directions
     from alignment_artifacts.directions.measurements import measure
+    from alignment_artifacts.edits.setting import NOTHING
     from alignment_artifacts.figures.paper import plot_sweep
     from alignment_artifacts.pairs import load_pairs
     from alignment_artifacts.suppression import sweep
     from alignment_artifacts.suppression.library import sweep_file
+    from alignment_artifacts.suppression.search import WHOLE_ANSWERS, seconds_of_a_trial, steps
     from gemma_refactored.model_loading import device_description, load
-    from gemma_refactored.progress import each
+    from gemma_refactored.progress import duration, stage
 
+    started = time.perf_counter()
     score = own_measure(constants.score, constants.wish)
     if score and score.agreement:
         check_agreement(score.name, score.agreement)
@@ -139,53 +151,70 @@ def run(constants: Constants) -> None:
         about = {"without_refusals": too_few}
         if about["without_refusals"]:
             print(textwrap.fill(about["without_refusals"], 80))
-    bench = sweep.Bench(loaded, measured, constants.shares, constants.seed, constants.max_tokens, score)
-    counts = ", ".join(f"{len(rows)} {part}" for part, rows in bench.rows.items())
-    development = bench.behaviour("development")
+    pairs, shares, seed = measured.pairs, constants.shares, constants.seed
+    whole, folds = sweep.divide(pairs, constants.folds or 0, shares, seed)
 
-    def tried(settings, what):
-        return sweep.try_settings(bench, each(settings, what, "setting"), development)
+    def bench_of(rows: sweep.Rows) -> sweep.Bench:
+        return sweep.Bench(loaded, measured, rows, constants.max_tokens, score, wish, seed, constants.edit_sinks)
 
-    records = tried(bench.settings(constants.suppression), "suppressing")
-    amplified = tried(bench.settings(constants.amplification), "amplifying")
-    print(f"{len(records)} + {len(amplified)} settings tried; pairs: {counts}")
-    if wish:
-        records += amplified  # a score may be moved by adding the direction as well
-    best = sweep.choose(records, constants.limits, wish)
-    loudest = sweep.choose_amplification(amplified, constants.limits, wish)
-    setting = sweep.Setting.from_record(records[best]["setting"])
-    amplification = sweep.Setting.from_record(amplified[loudest]["setting"])
-
-    controls = each(range(constants.random_controls), "testing", "random direction")
-    test = bench.behaviour("test")
-    if twins:
-        test["twins"] = observe(loaded, twins, constants.max_tokens)
+    final, benches = bench_of(whole), [bench_of(rows) for rows in folds]
+    spaces = constants.suppression, constants.amplification
+    of_search = sum(map(steps, spaces))
+    of_test = WHOLE_ANSWERS * (2 + 2 * constants.random_controls)
+    total = (1 + len(benches)) * of_search + max(len(benches), 1) * of_test
+    seconds = seconds_of_a_trial(final, constants.suppression, final.behaviour("development"))
+    counts = ", ".join(f"{len(rows)} {part}" for part, rows in whole.items())
+    kind = f"{len(benches)} folds and all pairs ({counts})" if benches else f"pairs: {counts}"
+    print(textwrap.fill(f"At most about {duration(total * seconds)} for the search; {kind}", 80), flush=True)
+    with stage("searching", total, "step") as progress:
+        choice = sweep.choose_settings(final, *spaces, constants.limits, progress)
+        parts = []
+        for bench in benches or [final]:
+            chosen = sweep.choose_settings(bench, *spaces, constants.limits, progress) if benches else choice
+            parts.append(sweep.measure_choice(bench, chosen, range(constants.random_controls), progress))
+    trials = len(choice.trials) + len(choice.louder_trials)
+    whole_answers = len(choice.records) + (0 if wish else len(choice.louder))  # with a wish they are among the records
+    per_fold = "; as many per fold" if folds else ""
+    print(f"{trials} settings tried, {whole_answers} of them judged by whole answers{per_fold}")
+    test = sweep.report(loaded, pairs, parts, score)
+    if twins:  # with the final setting, which was not chosen on them
+        of_twins = {"twins": observe(loaded, twins, constants.max_tokens)}
+        test |= final.evaluate(final.intervention(choice.setting), of_twins)
+        test["unedited"] |= final.evaluate(NOTHING, of_twins)
     result = {
         "model": measured.facts,
         "config": {
-            "shares": constants.shares,
+            "folds": constants.folds or 0,
+            "shares": shares,
             "max_tokens": constants.max_tokens,
-            "seed": constants.seed,
+            "seed": seed,
             "limits": asdict(constants.limits),
             "random_controls": constants.random_controls,
-            "options": grid_options(constants),
+            "edit_sinks": constants.edit_sinks,
+            "options": space_options(constants),
         },
-        "pairs": {part: [measured.pairs[i].id for i in rows] for part, rows in bench.rows.items()},
-        "chosen": {"setting": setting.record(), "development": records[best]},
-        "test": sweep.report(bench, setting, test, controls),
+        "pairs": {part: [pairs[i].id for i in rows] for part, rows in whole.items()},
+        "chosen": {"setting": choice.setting.record(), "development": choice.records[choice.best]},
         "amplification": {
-            "setting": amplification.record(),
-            "development": amplified[loudest],
-            "test": sweep.report(bench, amplification, test, ()),
+            "setting": choice.amplification.record(),
+            "development": choice.louder[choice.loudest],
+            "test": test.pop("amplified"),
         },
+        "test": test,
         **about,
         **({} if score else {"monitor": sweep.monitor_results(measured)}),
-        "pareto_front": sweep.pareto_front(records, wish),
-        "tried": records,
-        "amplification_tried": amplified,
+        "pareto_front": sweep.pareto_front(choice.records, wish),
+        "tried": choice.records,
+        "trials": choice.trials,
+        "amplification_tried": choice.louder,
+        "amplification_trials": choice.louder_trials,
     }
+    if folds:
+        result["folds"] = sweep.fold_records(loaded, pairs, parts, score)
+        result["stability"] = sweep.stability([part.setting for part in parts], choice.setting)
     if planted := planted_directions(loaded):
-        result["planted_truth"] = sweep.planted_truth(bench, setting, test, planted)
+        result["planted_truth"] = sweep.planted_truth(final, choice.setting, final.behaviour("test"), planted)
+    result["seconds"] = {"wall": time.perf_counter() - started, "cpu": time.process_time()}
     result = origin.stamp(result)
     name = score.file_name("suppression_sweep", wish) if score else "suppression_sweep"
     with places.written_together(results) as folder:
@@ -193,24 +222,29 @@ def run(constants: Constants) -> None:
         plot_sweep(result, folder / "figures" / f"{name}.png")
     write_json(measured.folder / sweep_file(score, constants.wish), result)
     print_score_tables(result) if score else print_tables(result)
+    if folds:
+        print_folds(result)
     print("\n" + places.told("Numbers", results / "data" / f"{name}.json"))
     print(places.told("Figure", results / "figures" / f"{name}.png"))
 
 
-def grid_options(constants: Constants) -> list[str]:
-    """What has to be typed for grids other than those on top."""
+def space_options(constants: Constants) -> list[str]:
+    """What has to be typed for spaces other than those on top."""
     options = []
-    for name, grid, on_top in (
+    for name, space, on_top in (
         ("suppression", constants.suppression, SUPPRESSION),
         ("amplification", constants.amplification, AMPLIFICATION),
     ):
         usual = recorded(on_top)
-        for part, value in recorded(grid).items():
-            if value != usual[part]:
-                options += [
-                    f"--{name}-{part.replace('_', '-')}",
-                    (" " if part == "scales" else ",").join(map(str, value)),
-                ]
+        for part, value in recorded(space).items():
+            flag = f"{name}-{part.replace('_', '-')}"
+            if value == usual[part]:
+                continue
+            if isinstance(value, bool):
+                options.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                values = value if isinstance(value, list) else [value]
+                options += [f"--{flag}", (" " if part == "scales" else ",").join(map(str, values))]
     return options
 
 
@@ -225,7 +259,7 @@ def print_tables(result: dict) -> None:
     for record in front if chosen in front else [*front, chosen]:
         _print_trial(record, "*" if record == chosen else " ")
     test = result["test"]
-    print(f"\n{'Chosen, on test pairs':<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
+    print(f"\n{tested(result):<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
     _print_test(f"unedited, {second}", test["unedited"]["artifact"])
     _print_test(f"suppressed, {second}", test["artifact"])
     _print_test(f"suppressed, {first}", test["natural"], test["damage"])
@@ -248,9 +282,25 @@ def print_tables(result: dict) -> None:
     print(textwrap.fill(text, 80))
 
 
-def named_range(shares: list[float]) -> str:
-    low, high = map(percent, shares)
-    return low if low == high else f"{low} to {high}"
+def tested(result: dict) -> str:
+    return f"Over {len(result['folds'])} folds" if "folds" in result else "Chosen, on test pairs"
+
+
+def print_folds(result: dict) -> None:
+    """80 columns: which number belongs to what, and what the folds have chosen."""
+    stable, n = result["stability"], len(result["pairs"]["test"])
+
+    def counts(name: str) -> str:
+        return ", ".join(f"{key} {number}" for key, number in sorted(stable[name].items(), key=lambda item: -item[1]))
+
+    text = (
+        f"These are of the way to choose: in each of {stable['folds']} folds direction and setting come from the other "
+        f"pairs, so that each of the {n} pairs is tested once; intervals allow for folds that differ. The setting for "
+        "use (*) comes from all pairs and has no test of its own (but twins). The folds have chosen: mode "
+        f"{counts('mode')}; site {counts('site')}; direction from {counts('positions')}; in {stable['like_final']} of "
+        f"{stable['folds']} all three as in the setting for use."
+    )
+    print("\n" + textwrap.fill(text, 80))
 
 
 def print_score_tables(result: dict) -> None:
@@ -278,7 +328,7 @@ def print_score_tables(result: dict) -> None:
     if not moves_as_wished(result):
         print(textwrap.fill(f"No setting that was tried within the limits makes {name} {result['wish']}.", 80))
     test, louder = result["test"], result["amplification"]["test"]
-    print(f"\n{'Chosen, on test pairs':<25}{'mean score':>22}{'moved by':>24}{'KL':>9}")
+    print(f"\n{tested(result):<25}{'mean score':>22}{'moved by':>24}{'KL':>9}")
     for label, judged, damage in (
         (f"unedited, {second}", test["unedited"]["artifact"], None),
         (f"edited, {second}", test["artifact"], None),

@@ -19,7 +19,8 @@ from gemma_refactored.files import CERTIFICATE, PROMPT_EMBEDDING, is_file, read_
 from gemma_refactored.npz_files import NpzReader
 from gemma_refactored.site_names import SITE_KINDS, kind_of, pattern_of
 
-POSITIONS = ("prompt_end", "generated", "all")
+POSITIONS = ("prompt_end", "generated", "all", "answer", "answer_start")
+AFTER_THOUGHTS = {"answer": "generated", "answer_start": "prompt_end"}  # and what they are where nothing is thought
 IN_MEMORY = 1 << 29  # bytes; larger arrays are kept in a temporary file
 PAIRS_AT_ONCE = 128
 LAYER = re.compile(r"\{layer(?:_idx)?\}")
@@ -38,6 +39,8 @@ class ActivationSet:
         valid: bool [pairs, 2, steps]; false where a prompt had ended.
         prompt_embeddings: float32 [pairs, 2, hidden], mean token embedding of each prompt, or None.
         prompt_lengths: [pairs, 2] tokens of each prompt as the model read it, or None.
+        thoughts: [pairs, 2] how many of the generated tokens are a thought before the answer, -1 where it has not
+            ended; None: the model does not think.
         excluded: pairs left out, each with its reason.
         manifest: of the collection, {} if it has none.
         folder: of the collection.
@@ -55,6 +58,7 @@ class ActivationSet:
     site: str = ""
     has_texts: bool = True
     prompt_lengths: np.ndarray | None = None
+    thoughts: np.ndarray | None = None
     _prompt_vectors: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
@@ -70,10 +74,18 @@ class ActivationSet:
         return f"{name} (prompts unknown)" if name else "model and prompts unknown"
 
     def mask(self, positions: str) -> np.ndarray:
-        """[pairs, 2, steps] bool: which steps `positions` (one of POSITIONS) covers."""
+        """[pairs, 2, steps] bool: which steps `positions` (one of POSITIONS) covers.
+
+        "answer" is what was generated after the thought, "answer_start" the token before its first: none where a
+        thought has not ended. Of a model that does not think they are "generated" and "prompt_end".
+        """
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, not {positions!r}")
         covered = self.valid.copy()
+        if self.thoughts is not None and positions in AFTER_THOUGHTS:
+            steps, thought = np.arange(covered.shape[2]), self.thoughts[:, :, None]
+            return covered & (thought >= 0) & (steps > thought if positions == "answer" else steps == thought)
+        positions = AFTER_THOUGHTS.get(positions, positions)
         if positions == "prompt_end":
             covered[:, :, 1:] = False
         elif positions == "generated":
@@ -81,12 +93,18 @@ class ActivationSet:
         return covered
 
     def prompt_vectors(self, positions: str) -> np.ndarray:
-        """[pairs, 2, layers, hidden] float32: each prompt's mean over its valid positions; kept for the next call."""
+        """[pairs, 2, layers, hidden] float32: each prompt's mean over its valid positions; kept for the next call.
+
+        NaN where it has none, which can be with "answer" and "answer_start" only.
+        """
+        if self.thoughts is None:
+            positions = AFTER_THOUGHTS.get(positions, positions)
         if positions not in self._prompt_vectors:
             mask = self.mask(positions)
             pairs, sides, _, layers, hidden = self.values.shape
             means = layers_first((pairs, sides, layers, hidden), self.folder)
-            weights = (mask / mask.sum(axis=2, keepdims=True)).astype(np.float32)[:, :, None]
+            with np.errstate(invalid="ignore"):
+                weights = (mask / mask.sum(axis=2, keepdims=True)).astype(np.float32)[:, :, None]
             for layer in range(layers):
                 for part in self._parts():
                     means[part, :, layer] = (weights[part] @ self.values[part, :, :, layer])[:, :, 0]
@@ -241,6 +259,7 @@ def load_activation_set(
         site=files.pattern,
         has_texts=all(source.text is not None for both in sources for source in both),
         prompt_lengths=_prompt_lengths(sources),
+        thoughts=thought_lengths([[source.thought_tokens for source in both] for both in sources]),
     )
 
 
@@ -262,6 +281,12 @@ def _prompt_lengths(sources: list[list[Source]]) -> np.ndarray | None:
     lengths = [[source.prompt_tokens for source in both] for both in sources]
     is_complete = all(length is not None for both in lengths for length in both)
     return np.array(lengths) if is_complete else None
+
+
+def thought_lengths(tokens: list[list[int | None]]) -> np.ndarray | None:
+    """`ActivationSet.thoughts` of the number of tokens of each thought, None where it has not ended."""
+    lengths = np.array([[-1 if number is None else number for number in both] for both in tokens])
+    return lengths if lengths.any() else None
 
 
 def refuse_excluded(data: ActivationSet, limit: float = MAX_EXCLUDED) -> None:

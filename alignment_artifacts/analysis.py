@@ -23,9 +23,18 @@ from alignment_artifacts.baselines import score_baselines
 from alignment_artifacts.blocks import independent_groups, undeclared_dependence
 from alignment_artifacts.categories import score_categories
 from alignment_artifacts.figures.data import layer_panels
-from alignment_artifacts.pairs import PAIRS_JSON, Pair, as_pairs
-from alignment_artifacts.scores import Settings, by_layer, layers_by_d, power, score_layers, significant_layers
+from alignment_artifacts.pairs import PAIRS_JSON, SIDES, Pair, as_pairs
+from alignment_artifacts.scores import (
+    LayerScores,
+    Settings,
+    by_layer,
+    layers_by_d,
+    power,
+    score_layers,
+    significant_layers,
+)
 from alignment_artifacts.summary import summarise
+from gemma_refactored.conversation import readable
 from gemma_refactored.files import jsonable
 from gemma_refactored.settings import check
 from gemma_refactored.site_names import described
@@ -54,6 +63,7 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
         for positions in dict.fromkeys(["prompt_end", headline_positions(data)])
     }
     headline, prompt_end = scored[headline_positions(data)], scored["prompt_end"]
+    answered, answer = score_answers(data, strata, settings, groups)
     baselines = score_baselines(data, scored, strata, groups, settings)
     result = {
         "model": data.model,
@@ -64,6 +74,12 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
         "layer_scores_prompt_end": by_layer(prompt_end.layers),
         "best_layer_nested": headline.best_layer,
         "best_layer_nested_prompt_end": prompt_end.best_layer,
+        **(
+            {"layer_scores_answer": by_layer(answer.layers), "best_layer_nested_answer": answer.best_layer}
+            if answer
+            else {}
+        ),
+        "thoughts": None if data.thoughts is None else {"pairs": len(data.pairs), "answered": len(answered)},
         **baselines,
         "top_layers_by_cohens_d": layers_by_d(headline.layers)[: settings.top_layers],
         "independence": {
@@ -88,6 +104,20 @@ def analyse(data: ActivationSet, settings: Settings, config: dict) -> dict:
     }
     result = jsonable(result)
     return {**result, "summary": summarise(result)}
+
+
+def score_answers(
+    data: ActivationSet, strata: np.ndarray, settings: Settings, groups: np.ndarray
+) -> tuple[np.ndarray, LayerScores | None]:
+    """Of a model that thinks: which pairs have tokens of an answer on both sides, and the scores of these tokens.
+
+    Scores are None where nothing is thought, or too few pairs have come to an answer.
+    """
+    rows = np.flatnonzero(data.mask("answer").any(axis=2).sum(axis=1) == len(SIDES))
+    numbers = np.unique(groups[rows], return_inverse=True)[1]
+    if data.thoughts is None or len(np.unique(numbers)) < st.MIN_PAIRS:
+        return rows, None
+    return rows, score_layers(data.prompt_vectors("answer")[rows], strata[rows], settings, groups=numbers)
 
 
 def analyse_categories(data: ActivationSet, settings: Settings) -> dict:
@@ -150,7 +180,9 @@ def project_prompts(data: ActivationSet, settings: Settings) -> dict:
             )
     return jsonable(
         {
-            "pairs": [asdict(pair) for pair in data.pairs],
+            "pairs": [
+                {**asdict(pair), **{side: readable(getattr(pair, side)) for side in SIDES}} for pair in data.pairs
+            ],
             "sides": list(data.pairs.sides),
             "positions": by_position,
         }

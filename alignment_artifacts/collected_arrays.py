@@ -25,8 +25,8 @@ class CollectedArrays:
     """What run_model.py has collected, grouped or flat.
 
     Attributes:
-        prompts: one record per prompt, in the order of the prompts file: "group", "subcategory", "number", "prompt",
-            its answer's "text" and "token_ids".
+        prompts: one record per prompt, in the order of the prompts file: "group", "subcategory", "number", "prompt"
+            (a text, or a list of messages), its answer's "text" and "token_ids".
         values: site -> float32 [prompts, steps, width]; step 0 is the prompt's last token, step k + 1 the k-th
             generated token; zero where an answer had ended. What is large is in a temporary file.
         valid: bool [prompts, steps]; false where an answer had ended.

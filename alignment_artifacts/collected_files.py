@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment_artifacts.pairs import SIDES, Pair
+from gemma_refactored.conversation import as_prompt
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import BATCH_MARKER, MANIFEST, PROMPT_MARKER, is_folder, read_json, step_file
 
@@ -25,6 +26,7 @@ class Source:
         text: the prompt that was collected; None if nothing says.
         prompt_tokens: their number, in the chat format; None if nothing says.
         answer_length: generated tokens; None if nothing says.
+        thought_tokens: how many of them are a thought before the answer; None if that has not ended.
         problem: why the files cannot be used.
     """
 
@@ -34,6 +36,7 @@ class Source:
     text: str | None = None
     prompt_tokens: int | None = None
     answer_length: int | None = None
+    thought_tokens: int | None = 0
     problem: str | None = None
 
     def file(self, step: int) -> Path:
@@ -93,7 +96,7 @@ def _in_groups(folder: Path, manifest: dict, subcategory: str) -> Callable[[str]
             raise UserError(
                 f"The prompt marker {path} has no 'token_ids'; delete its folder and run the collection again."
             )
-        return Source(place, text=_text(marker), prompt_tokens=_prompt_tokens(marker), answer_length=len(answer))
+        return Source(place, 0, 1, _text(marker), _prompt_tokens(marker), len(answer), _thought_tokens(marker))
 
     return find
 
@@ -104,7 +107,7 @@ def _in_batches(folder: Path, subcategory: str) -> Callable[[str], Source]:
         rows = list(_batch_rows(path))
         for number, row in enumerate(rows):
             if row["subcategory"] == subcategory and row["number"] == 1:
-                facts = (_text(row), _prompt_tokens(row), row["valid_steps"])
+                facts = (_text(row), _prompt_tokens(row), row["valid_steps"], _thought_tokens(row))
                 sources[row["group"]] = Source(path.parent, number, len(rows), *facts)
     missing = f"not collected, or not complete: no {BATCH_MARKER} in {folder} has it"
     return lambda group: sources.get(group) or Source(folder, problem=missing)
@@ -125,12 +128,17 @@ def _batch_rows(path: Path) -> Iterator[dict]:
 
 
 def _text(marker: dict) -> str | None:
-    text = marker.get("prompt")
-    return text if isinstance(text, str) else None
+    prompt = marker.get("prompt")
+    return as_prompt(prompt, "A collected prompt") if isinstance(prompt, str | list) else None
 
 
 def _prompt_tokens(marker: dict) -> int | None:
     number = marker.get("prompt_tokens")
+    return number if isinstance(number, int) else None
+
+
+def _thought_tokens(marker: dict) -> int | None:
+    number = marker.get("thought_tokens", 0)  # markers of earlier versions do not say
     return number if isinstance(number, int) else None
 
 

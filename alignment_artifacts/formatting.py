@@ -34,6 +34,14 @@ def rate(record: dict) -> str:
     return f"{percent(record['rate'])} {percents(record['ci'])}"
 
 
+def named_range(shares: Sequence[float] | None) -> str:
+    """[0.84, 0.96] -> "84% to 96%"; one share where both are the same."""
+    if shares is None:
+        return UNDEFINED
+    low, high = map(percent, shares)
+    return low if low == high else f"{low} to {high}"
+
+
 def described_mean(record: dict) -> str:
     """A record of `rates.mean`: "0.84 [0.70, 0.92]"; without its interval where there is none."""
     return f"{number(record['mean'])} {interval(record['ci']) if record['ci'] else ''}".rstrip()

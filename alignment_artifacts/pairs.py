@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_refactored.conversation import as_prompt, written
 from gemma_refactored.errors import UserError, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.prompt_processing import check_name, prompt_texts
@@ -31,7 +32,10 @@ MATCHING = (
 
 @dataclass(frozen=True)
 class Pair:
-    """A natural prompt and the artifact prompt that matches it; pairs of one `block` depend on each other."""
+    """A natural prompt and the artifact prompt that matches it; pairs of one `block` depend on each other.
+
+    A prompt is a text, or a `gemma_refactored.conversation.Conversation` of several messages.
+    """
 
     id: str
     category: str
@@ -83,7 +87,8 @@ def load_pairs(path: str | Path) -> PromptPairs:
 
     - .json: `{"metadata": {"behaviour": .., "sides": [.., ..]}, "categories": {CATEGORY: {"pairs": [{"id": ..,
       "natural": .., "artifact": ..}]}}}`, as it is or as the value of "alignment_artifact_prompt_pairs". Metadata may
-      be missing. The two texts of a pair may have the names of the sides for keys.
+      be missing. The two prompts of a pair may have the names of the sides for keys. Each is a text, or a list of
+      messages {"role": "system", "user" or "assistant", "content": ..} that ends with one of the user.
     - .csv, .tsv: a table with the columns category, id and the two sides, natural side first.
     - .jsonl: one object per line with the same keys; the first may be {"metadata": {..}}.
 
@@ -136,7 +141,7 @@ def pairs_content(pairs: PromptPairs) -> dict:
     """What a .json of these pairs holds."""
     categories: dict[str, dict] = {}
     for pair in pairs:
-        entry = {"id": pair.id, "natural": pair.natural, "artifact": pair.artifact}
+        entry = {"id": pair.id, "natural": written(pair.natural), "artifact": written(pair.artifact)}
         if pair.block is not None:
             entry["group"] = pair.block
         categories.setdefault(pair.category, {"pairs": []})["pairs"].append(entry)
@@ -235,15 +240,14 @@ def _read_pair(entry, category: str, sides: tuple[str, str], where: str) -> Pair
         raise UserError(f'{where} must be an object with "id", "{sides[0]}" and "{sides[1]}".')
     # Either both sides have the names of the file, or both the usual ones.
     keys = sides if set(sides) & entry.keys() else SIDES
-    for key in ("id", *keys):
-        value = entry.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: {key!r} must be text that is not empty, not {shown(value)}.")
+    if not isinstance(entry.get("id"), str) or not entry["id"].strip():
+        raise UserError(f"{where}: 'id' must be text that is not empty, not {shown(entry.get('id'))}.")
+    natural, artifact = (as_prompt(entry.get(key), f"{where}: {key!r}") for key in keys)
     check_name(entry["id"], where)
     block = entry.get("group")
     if block is not None and not (isinstance(block, str) and block.strip()):
         raise UserError(f"{where}: 'group' names pairs that depend on each other; it must be text, not {shown(block)}.")
-    return Pair(entry["id"], category, entry[keys[0]], entry[keys[1]], block)
+    return Pair(entry["id"], category, natural, artifact, block)
 
 
 def texts(pairs: Sequence[Pair]) -> list[str]:
@@ -251,17 +255,22 @@ def texts(pairs: Sequence[Pair]) -> list[str]:
     return [text for pair in pairs for text in (pair.natural, pair.artifact)]
 
 
-def prompt_groups(pairs: list[Pair]) -> dict[str, dict[str, list[str]]]:
+def prompt_groups(pairs: list[Pair]) -> dict[str, dict[str, list]]:
     """The prompts file of the experiment: one group for each side of each pair."""
     groups = {}
     for side in SIDES:
         for pair in pairs:
-            groups[pair.group(side)] = {SUBCATEGORY: [getattr(pair, side)]}
+            groups[pair.group(side)] = {SUBCATEGORY: [written(getattr(pair, side))]}
     return groups
 
 
 def pairs_hash(pairs: list[Pair]) -> str:
-    """Of the texts, ids and categories in their order: whatever the file is called and how it is laid out."""
-    # What a pair does not have is left out, so that a field that is new changes no hash.
-    content = json.dumps([[value for value in astuple(pair) if value is not None] for pair in pairs])
+    """Of the prompts, ids and categories in their order: whatever the file is called and how it is laid out."""
+    content = json.dumps(
+        [
+            # What a pair does not have is left out, so that a field that is new changes no hash.
+            [pair.id, pair.category, written(pair.natural), written(pair.artifact), *filter(None, [pair.block])]
+            for pair in pairs
+        ]
+    )
     return hashlib.sha256(content.encode()).hexdigest()

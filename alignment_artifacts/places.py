@@ -156,10 +156,28 @@ def toxicity_folder(loaded: LoadedModel) -> Path:
     return _of_model(TOXICITY, loaded.name, loaded.revision, _steered)
 
 
-def toxicity_results(revision: str | None) -> Path | None:
-    """The results of the toxicity experiment on these weights, if there are any."""
+def toxicity_results(revision: str | None, model: str | None = None) -> Path | None:
+    """The results of the toxicity experiment on these weights, if there are any.
+
+    Args:
+        model: its name, which ends with a hash of the chat format where that is not the checkpoint's.
+    """
     found = [folder / TOXICITY_RESULTS[0] for folder in sorted(HOME.glob(f"{TOXICITY}*"))]
-    return next((path for path in found if path.exists() and _steered(path.parent) == revision), None)
+    return next(
+        (
+            path
+            for path in found
+            if path.exists()
+            and _steered(path.parent) == revision
+            and _chat_in(_facts(path)["experiment"].get("model")) == _chat_in(model)
+        ),
+        None,
+    )
+
+
+def _chat_in(name: str | None) -> str | None:
+    found = re.search(r"\(chat \w+\)$", name or "")
+    return found and found[0]
 
 
 def _is_default(loaded: LoadedModel) -> bool:

@@ -26,10 +26,30 @@ def wilson(share: float, n: float, z: float = 1.96) -> list[float]:
     return [float(max(min(low, share), 0.0)), float(min(max(high, share), 1.0))]
 
 
-def rate(flags: Sequence[bool]) -> dict:
-    """A share with its Wilson interval."""
+def design_effect(values: Sequence[float] | np.ndarray, *clusters: Sequence[int]) -> float:
+    """How many times as large the variance of a mean is as that of independent values, and at least 1.
+
+    The between-cluster variance over that of independent values (Kish 1965), the largest of several ways to cluster.
+
+    Args:
+        clusters: [values] labels of what varies together (folds, pairs that share a prompt).
+    """
+    x = np.asarray(values, float)
+    if len(x) < 2 or x.std() == 0:
+        return 1.0
+    effects = [1.0]
+    for labels in clusters:
+        sums = np.bincount(np.unique(labels, return_inverse=True)[1], x - x.mean())
+        if len(sums) > 1:
+            effects.append(len(sums) / (len(sums) - 1) * float((sums**2).sum()) / (len(x) * x.var(ddof=1)))
+    return max(effects)
+
+
+def rate(flags: Sequence[bool], *clusters: Sequence[int]) -> dict:
+    """A share with its Wilson interval, for as many independent flags as the `design_effect` of the clusters leaves."""
     hits, n = int(sum(flags)), len(flags)
-    return {"rate": hits / n if n else None, "hits": hits, "n": n, "ci": wilson(hits / n if n else 0.0, n)}
+    effective = n / design_effect(flags, *clusters)
+    return {"rate": hits / n if n else None, "hits": hits, "n": n, "ci": wilson(hits / n if n else 0.0, effective)}
 
 
 def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> dict:
@@ -90,10 +110,17 @@ def bootstrap_mean(groups: Sequence[np.ndarray] | np.ndarray, resamples: int = 1
     return [float(q) for q in np.quantile(means, [0.025, 0.975])]
 
 
-def mean(values: np.ndarray) -> dict:
-    """A mean with its bootstrap interval (None without spread); of True and False, that of `rate`."""
+def mean(values: np.ndarray, *clusters: Sequence[int]) -> dict:
+    """A mean with its bootstrap interval (None without spread); of True and False, that of `rate`.
+
+    Clusters make it as much wider as their `design_effect` asks for.
+    """
     if values.dtype == bool:
-        share = rate(list(values))
+        share = rate(list(values), *clusters)
         return {"mean": share["rate"], "n": share["n"], "ci": share["ci"]}
-    interval = bootstrap_mean(values[:, None]) if len(set(values)) > 1 else None
-    return {"mean": float(values.mean()) if len(values) else None, "n": len(values), "ci": interval}
+    centre = float(values.mean()) if len(values) else None
+    if len(set(values)) <= 1:
+        return {"mean": centre, "n": len(values), "ci": None}
+    wider = np.sqrt(design_effect(values, *clusters))
+    ends = [float(values.mean() + wider * (end - values.mean())) for end in bootstrap_mean(values[:, None])]
+    return {"mean": centre, "n": len(values), "ci": ends}

@@ -7,6 +7,7 @@ from alignment_artifacts.scores import is_significant, significant_layers
 WHERE = {
     "prompt_end": "At the end of the prompt, before anything is written,",
     "generated": "Over the generated tokens, which also show what is being written,",
+    "answer": "Over the tokens of the answer, after the thought,",
 }
 
 
@@ -15,6 +16,7 @@ def summarise(result: dict) -> str:
     parts = [_length(result), _positions(result, "prompt_end")]
     if "generated" in result["controls"]:
         parts.append(_positions(result, "generated"))
+    parts += _answers(result)
     parts += [_independence(result["independence"]), _outliers(result)]
     return " ".join(part for part in parts if part)
 
@@ -51,9 +53,24 @@ def _positions(result: dict, positions: str) -> str:
     return f"{text}{_strength(nested)}.{_words(result, positions)}"
 
 
+def _answers(result: dict) -> list[str]:
+    """Of a model that thinks: what its answers say, and how many pairs have none."""
+    if not result["thoughts"]:
+        return []
+    pairs, answered = result["thoughts"]["pairs"], result["thoughts"]["answered"]
+    parts = [_positions(result, "answer")] if "layer_scores_answer" in result else []
+    if answered < pairs:
+        fate = "they are left out there" if parts else "the others are too few to look at tokens of answers"
+        parts.append(
+            f"{pairs - answered} of {pairs} pairs have an answer that ends inside the model's thought; {fate}. More "
+            "tokens (MAX_TOKENS) help."
+        )
+    return parts
+
+
 def _words(result: dict, positions: str) -> str:
-    lexical, control = result["lexical_baseline"], result["controls"][positions]
-    if not lexical or not control["beyond_words"]:
+    lexical, control = result["lexical_baseline"], result["controls"].get(positions)
+    if not lexical or not control or not control["beyond_words"]:
         return ""
     low, high = control["beyond_words"]["difference_ci"]
     text = f" Words alone give {_strength(lexical)} ({lexical['kind']})"
@@ -89,7 +106,7 @@ def _outliers(result: dict) -> str | None:
 
 def records_of(result: dict, positions: str) -> tuple[dict, dict | None]:
     """Per-layer records and the record of the layer chosen blindly."""
-    ending = "_prompt_end" if positions == "prompt_end" else ""
+    ending = "" if positions == "generated" else f"_{positions}"
     return result["layer_scores" + ending], result["best_layer_nested" + ending]
 
 

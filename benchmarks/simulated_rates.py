@@ -1,9 +1,10 @@
-"""How often do the intervals of KL, of paired rates and of the monitor's AUROC cover the truth?
+"""How often do the intervals of KL, of rates over folds, of paired rates and of the monitor's AUROC cover the truth?
 
     python -m benchmarks.simulated_rates [--runs 2000]
 
 KL: log-normal prompts of 5 to 40 tokens. Paired rates: two settings on the same prompts, the second of which
-changes `d` of the answers. Monitor: normal scores of refused and answered prompts that are `d` apart.
+changes `d` of the answers. Folds: five whose log odds of a tenth differ by a standard deviation of `d`. Monitor:
+normal scores of refused and answered prompts that are `d` apart.
 Writes benchmarks/simulated_rates.json and .md.
 """
 
@@ -16,7 +17,7 @@ import math
 import numpy as np
 
 from alignment_artifacts.intervals import auroc_interval
-from alignment_artifacts.rates import log_mean, paired_rates, t_quantile
+from alignment_artifacts.rates import log_mean, paired_rates, rate, t_quantile
 from alignment_artifacts.separation import auroc
 from benchmarks.tables import parse, write_table
 
@@ -34,6 +35,16 @@ def pair_of_rates(rng: np.random.Generator, n: int, change: float) -> tuple[list
     return paired_rates(first, second)["ci"], -0.8 * change
 
 
+def folds(rng: np.random.Generator, n: int, spread: float) -> tuple[list[float], float]:
+    """A setting of its own in each of five folds; the truth is the mean over all settings that could be chosen."""
+    numbers, usual = np.arange(n) % 5, math.log(0.1 / 0.9)
+    shares = 1 / (1 + np.exp(-usual - spread * rng.normal(size=5)))
+    z = np.linspace(-6, 6, 601)
+    weights = np.exp(-(z**2) / 2)
+    truth = float((weights / (1 + np.exp(-usual - spread * z))).sum() / weights.sum())
+    return rate(list(rng.random(n) < shares[numbers]), list(numbers))["ci"], truth
+
+
 def monitor(rng: np.random.Generator, n: int, d: float) -> tuple[list[float], float]:
     """A fifth of the prompts is answered, at least five."""
     answered = max(5, n // 5)
@@ -45,6 +56,7 @@ def monitor(rng: np.random.Generator, n: int, d: float) -> tuple[list[float], fl
 CASES = {
     "KL": (kl, (0.5, 1.0)),
     "paired rates": (pair_of_rates, (0.1, 0.5)),
+    "folds": (folds, (0.0, 0.5, 1.0)),
     "monitor": (monitor, (0.0, 1.0, 3.0, 5.0)),
 }
 

@@ -174,9 +174,13 @@ def sweep_table(numbers: dict) -> str:
         kl = printed(record["kl"], ".3f") if "kl" in record else ""
         return [label, with_interval(record, "refused"), printed(record["broken"], "%"), unchanged, kl]
 
-    setting, added = sweep["setting"], sweep["amplification"]
+    own = "in each fold the setting chosen without it"
+    setting, added = (own, own) if sweep["folds"] else (sweep["setting"], sweep["amplification"])
     return table(
-        ["on test pairs", "refused", "broken", "unchanged word for word", "KL, nats per token"],
+        [
+            "on pairs not chosen with" if sweep["folds"] else "on test pairs",
+            "refused", "broken", "unchanged word for word", "KL, nats per token",
+        ],
         [
             judged("artifact prompts, unedited", artifact["unedited"]),
             judged(f"artifact prompts, suppressed ({setting})", artifact["suppressed"]),
@@ -193,6 +197,20 @@ def sweep_table(numbers: dict) -> str:
             judged(f"natural prompts, amplified ({added})", natural["amplified"]),
         ],
     )  # fmt: skip
+
+
+@computed
+def search_table(numbers: dict) -> str:
+    """The grid that an earlier version tried (its file is no longer made), the search on the same split, and on all."""
+    names = {"sweep_grid": "grid, one split", "sweep_split": "search, the same split", "sweep": "search, cross-fitted"}
+    rows = []
+    for name, label in names.items():
+        r = numbers[name]
+        suppressed, n, seconds = r["artifact"]["suppressed"], r["pairs"]["test"], r["seconds"]
+        refused = f"{round(suppressed['refused'] * n)} of {n} {printed(suppressed['refused_ci'], '[%]')}"
+        took = f"{seconds['wall']:.0f} s" if "cpu" not in seconds else f"{seconds['cpu']:.0f} s of CPU"
+        rows.append([label, r["setting"], refused, printed(r["natural"]["suppressed"]["kl"], ".4f"), took])
+    return table(["", "setting for use", "refused", "KL, nats per token", "time"], rows)
 
 
 @computed
@@ -420,6 +438,10 @@ def excerpt_sweep(result: dict) -> dict:
         "pairs": {part: len(ids) for part, ids in result["pairs"].items()},
         "twins_tried": test["twins"]["refused"]["n"],
         "tried": len(result["tried"]),
+        "trials": len(result["trials"]),
+        "folds": len(result.get("folds", ())),
+        "seconds": result["seconds"],
+        "stability": result.get("stability"),
         "random_directions": len(test["random_direction"]),
         "setting": result["chosen"]["setting"]["description"],
         "amplification": result["amplification"]["setting"]["description"],
@@ -463,6 +485,8 @@ RUNS = {
     "analysis": (f"{EMBEDDED}/alignment_artifact_analysis_results.json", excerpt_analysis),
     "comparison": (f"{EMBEDDED}/model_comparison.json", excerpt_comparison),
     "sweep": (f"{EMBEDDED}/suppression_sweep.json", excerpt_sweep),
+    # RESULTS_DIR=results/split python sweep_suppression.py --folds 0
+    "sweep_split": (EMBEDDED.replace("results", "results/split", 1) + "/suppression_sweep.json", excerpt_sweep),
     "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
     "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
     "judge": ("alignment_artifacts/behaviour/refusal_weights.json", excerpt_judge),

@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .configuration import Chat
+from .conversation import Conversation
 from .errors import UserError, shown
 from .files import decoded, is_file, read_bytes
 
 log = logging.getLogger(__name__)
 
 PROBE, SYSTEM_PROBE = "zqx7 probe zqx7", "qzx9 probe qzx9"  # texts that no template writes by itself
+PLAIN_TEXT = "--no-chat-mode sends plain text"
 GENERATION_MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a block of transformers, not of jinja
 OWN_VARIABLES = {
     "messages", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token", "raise_exception",
@@ -48,9 +50,20 @@ class ChatFormat:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def messages(self, prompt: str) -> list[tuple[str, str]]:
-        """(role, content) of the conversation that a prompt is the end of."""
+        """(role, content) of the conversation that a prompt is, or is the end of.
+
+        Raises:
+            UserError: there are two system messages, one of these settings and one of the prompt.
+        """
         system = [] if self.system_prompt is None else [("system", self.system_prompt)]
-        return [*system, ("user", prompt)]
+        if not isinstance(prompt, Conversation):
+            return [*system, ("user", prompt)]
+        if system and prompt.system is not None:
+            raise UserError(
+                f"A conversation has a system message of its own ({shown(prompt.system)}), and the system prompt of "
+                "the run is another; omit one of the two."
+            )
+        return [*system, *prompt.messages]
 
 
 def take_chat(tokenizer, chat: Chat) -> ChatFormat:
@@ -72,7 +85,7 @@ def take_chat(tokenizer, chat: Chat) -> ChatFormat:
 
 
 def check(tokenizer, chat_format: ChatFormat) -> None:
-    """Does the template use everything that it is given? A system message in the user's turn is told.
+    """Does the template use everything that it is given?
 
     Raises:
         UserError: it does not.
@@ -84,8 +97,16 @@ def check(tokenizer, chat_format: ChatFormat) -> None:
         has = f"it has {', '.join(sorted(variables))}" if variables else "it has none"
         raise UserError(f"The model's chat template has no variable {shown(unused[0])}; {has}.")
     in_parts = wants_parts(tokenizer, chat_format)
-    if chat_format.system_prompt is None:
-        return
+    if chat_format.system_prompt is not None:
+        check_system_role(tokenizer, chat_format, in_parts)
+
+
+def check_system_role(tokenizer, chat_format: ChatFormat, in_parts: bool) -> None:
+    """Does the template write a system message? One in the user's turn is told.
+
+    Raises:
+        UserError: it does not.
+    """
     both = [("system", SYSTEM_PROBE), ("user", PROBE)]
     try:
         rendered = render(tokenizer, both, chat_format, in_parts)
@@ -114,21 +135,21 @@ def variables_of(template: str) -> set[str]:
 
 
 def encode_chat(tokenizer, texts: Sequence[str], chat_format: ChatFormat) -> list[list[int]]:
-    """Token ids of each prompt as the user's one message, up to where the model's answer begins.
+    """Token ids of each prompt, a text as the user's one message, up to where the model's answer begins.
 
     Raises:
-        UserError: the template fails, or does not contain the prompt.
+        UserError: the template fails, or does not contain the prompt, or a message of a conversation.
     """
     in_parts = wants_parts(tokenizer, chat_format)
+    if any(isinstance(prompt, Conversation) and prompt.system is not None for prompt in texts):
+        check_system_role(tokenizer, chat_format, in_parts)
     encoded, quoted = [], []
     for prompt in texts:
         messages = chat_format.messages(prompt)
         rendered = render(tokenizer, messages, chat_format, in_parts)
-        if prompt.strip() not in rendered:
-            raise UserError(
-                f"The model's chat template changes or leaves out the prompt {shown(prompt)}; "
-                "--no-chat-mode sends plain text."
-            )
+        if (missing := _left_out(messages, rendered)) is not None:
+            what, remedy = ("prompt", PLAIN_TEXT) if missing is prompt else ("message", "give it other messages")
+            raise UserError(f"The model's chat template changes or leaves out the {what} {shown(missing)}; {remedy}.")
         typed = next((token for token in tokenizer.get_added_vocab() if token.strip() and token in prompt), None)
         if typed is None or chat_format.keeps_control_tokens:
             encoded.append(tokenizer.encode(rendered, add_special_tokens=False))
@@ -141,6 +162,18 @@ def encode_chat(tokenizer, texts: Sequence[str], chat_format: ChatFormat) -> lis
             "Control tokens of the model in %d of the prompts (%s ..) are read as text.", len(quoted), quoted[0]
         )
     return encoded
+
+
+def _left_out(messages: Sequence[tuple[str, str]], rendered: str) -> str | None:
+    """The first message that is not in what a template wrote, or not where it belongs."""
+    position = 0
+    for role, content in messages:
+        # Some templates put the system's message into the user's last turn.
+        position = rendered.find(content.strip(), 0 if role == "system" else position)
+        if position < 0:
+            return content
+        position = 0 if role == "system" else position + len(content.strip())
+    return None
 
 
 def facts_of_prompts(tokenizer, token_ids: Sequence[Sequence[int]], chat_format: ChatFormat) -> dict:
@@ -198,9 +231,8 @@ def render_messages(tokenizer, conversation: list[dict], chat_format: ChatFormat
     # A template is somebody else's program: any exception may come out of it.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"The model's chat template cannot be used ({reason}); --no-chat-mode sends plain text."
-        ) from None
+        remedy = PLAIN_TEXT if len(conversation) == 1 else "give it other messages"
+        raise UserError(f"The model's chat template cannot be used ({reason}); {remedy}.") from None
 
 
 def _dated(template: str, date: datetime.date) -> str:
@@ -211,10 +243,7 @@ def _dated(template: str, date: datetime.date) -> str:
 
     dated = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, template)
     if re.search(r"strftime_now\s*\(", dated):
-        raise UserError(
-            "The model's chat template writes the time in a way that cannot be held fixed; --no-chat-mode sends "
-            "plain text."
-        )
+        raise UserError(f"The model's chat template writes the time in a way that cannot be held fixed; {PLAIN_TEXT}.")
     return dated
 
 
@@ -247,6 +276,4 @@ def wants_parts(tokenizer, chat_format: ChatFormat) -> bool:
                 return in_parts
         except UserError as error:
             failure = failure or error
-    raise failure or UserError(
-        "The model's chat template leaves the prompt out, as text and in parts; --no-chat-mode sends plain text."
-    )
+    raise failure or UserError(f"The model's chat template leaves the prompt out, as text and in parts; {PLAIN_TEXT}.")

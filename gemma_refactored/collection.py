@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .activation_capture import ATTENTION_WEIGHTS, weights_of_row
+from .conversation import written
 from .errors import UserError
 from .files import (
     BATCH_MARKER,
@@ -48,16 +49,18 @@ class Answer:
     token_ids: list[int]
     text: str
     finish_reason: str  # "stop" (end token) or "length"
+    thought_tokens: int | None = 0  # at its beginning, before what answers the prompt; None: the thought has not ended
 
     def record(self) -> dict:
         return {
             "group": self.prompt.group,
             "subcategory": self.prompt.subcategory,
-            "prompt": self.prompt.text,
+            "prompt": written(self.prompt.text),
             "text": self.text,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
+            "thought_tokens": self.thought_tokens,
         }
 
 

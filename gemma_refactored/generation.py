@@ -107,6 +107,7 @@ def generate(
     row_ids: Sequence[int] | None = None,
     edits: Mapping[str, Edit] | None = None,
     prompt_end_edits: Mapping[str, Edit] | None = None,
+    spared: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Step]:
     """Continue each prompt by up to `max_tokens` tokens; yield every forward pass.
 
@@ -119,6 +120,7 @@ def generate(
         row_ids: number of each row's own random stream (default: its position).
         edits: site -> edit of the activations of every token, those of the prompt included.
         prompt_end_edits: the same at the last prompt token only.
+        spared: positions of each prompt that no edit changes.
     """
     lengths = [len(prompt) for prompt in prompts]
     if min(lengths) == 0:
@@ -130,15 +132,17 @@ def generate(
     sampler = _Sampler(tokens, sampling, row_ids if row_ids is not None else range(len(prompts)))
     activations: dict[str, mx.array] = {}
     # What surrounds each pass; captured last, so that the steps show what the edits made of it.
-    everywhere, at_prompt_end = edit(model, edits or {}), edit(model, prompt_end_edits or {})
+    sparing = _Sparing(tokens.shape, padding, spared or [()] * len(prompts))
+    everywhere, at_prompt_end = (edit(model, sparing.all(of_sites or {})) for of_sites in (edits, prompt_end_edits))
     rope, reading = rope_lengths(model, lengths), capturing(model, sites, activations)
 
     with everywhere:
-        cache = _prefill(model, mx.array(tokens[:, :-1]), lengths, growth=max_tokens + 1)
+        cache = _prefill(model, mx.array(tokens[:, :-1]), lengths, max_tokens + 1, sparing.look_at)
 
     def launch(token: mx.array, sample: bool, is_prompt_end: bool = False) -> tuple[mx.array | None, dict]:
         """Queue the forward pass over `token` and the choice of the next one."""
         activations.clear()
+        sparing.look_at(slice(None), slice(longest - 1, longest) if is_prompt_end else slice(0, 0))
         with rope, everywhere, at_prompt_end if is_prompt_end else nullcontext(), reading:
             logits = model(token[:, None], cache=cache)[:, -1]
         chosen = mark_not_finite(sampler(logits), logits) if sample else None
@@ -169,6 +173,26 @@ def generate(
             chosen, states = following
 
 
+class _Sparing:
+    """Edits that leave some positions of the prompts as they are; told before each pass which part it reads."""
+
+    def __init__(self, shape: tuple[int, ...], padding: Sequence[int], positions: Sequence[Sequence[int]]):
+        self.spared = np.zeros((*shape, 1), bool)
+        for row, (pad, places) in enumerate(zip(padding, positions, strict=True)):
+            self.spared[row, [pad + place for place in places]] = True
+        self.now: mx.array | None = None  # [rows, positions, 1] of this pass; None: nothing is spared in it
+
+    def look_at(self, rows: slice, positions: slice) -> None:
+        part = self.spared[rows, positions]
+        self.now = mx.array(part) if part.any() else None
+
+    def all(self, edits: Mapping[str, Edit]) -> dict[str, Edit]:
+        return {site: self._sparing(function) for site, function in edits.items()}
+
+    def _sparing(self, function: Edit) -> Edit:
+        return lambda x: function(x) if self.now is None else mx.where(self.now, x, function(x))
+
+
 def _in_order(site: str, x: mx.array, cache: list) -> mx.array:
     """Attention weights with keys in the order of their positions, also when a sliding window's cache has wrapped."""
     if not site.endswith(ATTENTION_WEIGHTS):
@@ -178,13 +202,20 @@ def _in_order(site: str, x: mx.array, cache: list) -> mx.array:
     return mx.roll(x, -of_layer._idx, -1) if is_window else x  # where the next key will be written is the oldest
 
 
-def _prefill(model: nn.Module, tokens: mx.array, lengths: Sequence[int], growth: int) -> list:
+def _prefill(
+    model: nn.Module,
+    tokens: mx.array,
+    lengths: Sequence[int],
+    growth: int,
+    on_pass: Callable[[slice, slice], object],
+) -> list:
     """A cache with all but the last prompt token of each row; no logits are ever computed here.
 
     Args:
         tokens: [rows, positions], left-padded.
         lengths: of the prompts; where they differ, neighbouring rows are filled together, padded to the longest
             of them only, and their caches joined. (Sorted rows need little padding.)
+        on_pass: called before each pass with the rows and positions that it reads.
     """
     rows, longest = tokens.shape
     padding = [longest + 1 - length for length in lengths]
@@ -197,7 +228,9 @@ def _prefill(model: nn.Module, tokens: mx.array, lengths: Sequence[int], growth:
         with rope_lengths(model, lengths[group]):
             positions = max(1, PREFILL_TOKENS // len(lengths[group]))
             for start in range(shared, longest, positions):
-                model(tokens[group, start : start + positions], cache=cache)
+                part = slice(start, min(start + positions, longest))
+                on_pass(group, part)
+                model(tokens[group, part], cache=cache)
                 mx.eval([c.state for c in cache])
         caches.append(cache)
     return _join(caches)
@@ -308,17 +341,24 @@ def collect_answers(steps: Iterator[Step], progress: Callable[[int], object] = l
 
 
 def collect_means(
-    steps: Iterator[Step], sites: Sequence[str], progress: Callable[[int], object] = lambda tokens: None
+    steps: Iterator[Step],
+    sites: Sequence[str],
+    progress: Callable[[int], object] = lambda tokens: None,
+    thought_tokens: Callable[[Sequence[int]], int | None] | None = None,
 ) -> tuple[list[list[int]], dict[str, np.ndarray]]:
     """What `collect_answers` returns, and each row's mean activations, summed up while the model writes.
 
     Args:
         sites: all of one width, among those that `generate` was asked for.
+        thought_tokens: of a model that thinks, how many of the tokens it wrote are a thought (None: all so far).
     Returns:
-        The answers; and [rows, sites, width] float32 at the prompt's last token ("prompt_end"), over the tokens of
-        the answer ("generated", NaN where it is empty) and over both ("all").
+        What each row wrote; and [rows, sites, width] float32 at the prompt's last token ("prompt_end"), over the tokens
+        that were written ("generated", NaN where there are none) and over both ("all"). Of a model that thinks also
+        over what it wrote after its thought ("answer") and at the token before that ("answer_start"), NaN for those
+        that did not come to it.
     """
     prompt_end, total = np.zeros(0), np.zeros(0)  # float64: twenty steps or twenty thousand, sums stay sums
+    after_thought = _AfterThought(thought_tokens) if thought_tokens else None
 
     def summed(steps: Iterator[Step]) -> Iterator[Step]:
         nonlocal prompt_end, total
@@ -328,6 +368,8 @@ def collect_means(
                 prompt_end, total = states, np.zeros_like(states)
             else:
                 total += np.where(step.active[:, None, None], states, 0)
+            if after_thought:
+                after_thought.add(step, states)
             yield step
 
     answers = collect_answers(summed(steps), progress)
@@ -335,4 +377,39 @@ def collect_means(
     with np.errstate(invalid="ignore"):
         generated = total / lengths
     means = {"prompt_end": prompt_end, "generated": generated, "all": (prompt_end + total) / (1 + lengths)}
+    if after_thought:
+        means |= after_thought.means()
     return answers, {positions: values.astype(np.float32) for positions, values in means.items()}
+
+
+class _AfterThought:
+    """Sums up what each row writes after its thought, while nobody knows yet how long that will be."""
+
+    def __init__(self, thought_tokens: Callable[[Sequence[int]], int | None]):
+        self.thought_tokens = thought_tokens
+        self.written: list[list[int]] = []
+        self.start, self.total, self.count = np.zeros(0), np.zeros(0), np.zeros(0)
+        self.has_begun = np.zeros(0, bool)
+
+    def add(self, step: Step, states: np.ndarray) -> None:
+        if step.index == PREFILL:
+            self.written = [[] for _ in step.tokens]
+            self.start, self.total, self.count = states.copy(), np.zeros_like(states), np.zeros(len(states))
+            self.has_begun = np.array([self.thought_tokens([]) is not None for _ in step.tokens])
+            return
+        for row in np.flatnonzero(step.active):
+            written = self.written[row]
+            written.append(int(step.tokens[row]))
+            thought = self.thought_tokens(written)
+            self.has_begun[row] = thought is not None
+            if thought is None or thought == len(written):  # whatever came so far was no answer
+                self.start[row], self.total[row], self.count[row] = states[row], 0, 0
+            else:
+                self.total[row] += states[row]
+                self.count[row] += 1
+
+    def means(self) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore"):
+            answer = self.total / self.count[:, None, None]
+        has_begun = self.has_begun[:, None, None]
+        return {"answer": np.where(has_begun, answer, np.nan), "answer_start": np.where(has_begun, self.start, np.nan)}

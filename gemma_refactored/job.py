@@ -32,6 +32,7 @@ class Job:
         token_ids: of each prompt.
         sites: those whose activations are saved.
         finished: records of the prompts that an earlier run has completed.
+        chat_mode: the prompts are in the chat format, in which a model may think before it answers.
         shares_model: the processes hold parts of one model, instead of dividing the prompts.
         part: which of so many runs, which know nothing of each other, this one is (an array of jobs on a cluster).
     """
@@ -44,6 +45,7 @@ class Job:
     end_tokens: tuple[int, ...] = ()
     sites: Sequence[str] = ()
     finished: Mapping[Prompt, dict] = field(default_factory=dict)
+    chat_mode: bool = True
     shares_model: bool = False
     part: Team = Team()
 
@@ -127,7 +129,14 @@ def answer_prompts(
             advance(len(batch) * job.max_tokens - sum(map(len, written)))  # of answers that have ended
             texts = loaded.tokenizer.batch_decode(written, skip_special_tokens=True)
             answers = {
-                i: Answer(prompt, len(ids), tokens, text, "length" if len(tokens) == job.max_tokens else "stop")
+                i: Answer(
+                    prompt,
+                    len(ids),
+                    tokens,
+                    text,
+                    finish_reason="length" if len(tokens) == job.max_tokens else "stop",
+                    thought_tokens=loaded.thought_tokens(tokens) if job.chat_mode else 0,
+                )
                 for i, prompt, ids, tokens, text in zip(batch, prompts, token_ids, written, texts, strict=True)
                 if job.is_pending(i)
             }

@@ -330,6 +330,7 @@ def make_job(request: Request, loaded: LoadedModel, chat_format: ChatFormat, sha
         sampling=generation.sampling,
         end_tokens=() if generation.ignore_end_tokens else loaded.end_tokens,
         sites=sites,
+        chat_mode=generation.chat_mode,
         shares_model=shares_model,
     )
 
@@ -398,14 +399,21 @@ def answer(
 
 def report(arguments: argparse.Namespace, request: Request, loaded: LoadedModel, records: list[dict]) -> None:
     """Write the texts, and print them if asked to."""
-    from .prompt_processing import save_results
+    from .conversation import as_prompt, readable
+    from .prompt_processing import count_in_thought, save_results
     from .versions import library_versions
 
     settings = {**loaded.facts(), **record(request.generation, NAMES), "versions": library_versions()}
     save_results(Path(arguments.output_dir), records, settings)
+    if unfinished := count_in_thought(records):
+        log.warning(
+            "%d of %d answers end inside the model's thought: they have no tokens of an answer; raise --max-tokens.",
+            unfinished, len(records),
+        )  # fmt: skip
     if arguments.verbose:
         for answered in records:
-            print(f"\n> {answered['prompt']}\n{answered['text']}")
+            prompt = readable(as_prompt(answered["prompt"], "A record's prompt"))
+            print(f"\n> {prompt}\n{answered['text']}")
 
 
 def _readable(count: int) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .chat_template import rendering_date
 from .configuration import NAMES, Chat, Generation, Saving
+from .conversation import written
 from .errors import UserError, shown
 from .files import read_json
 from .prompt_processing import Prompt, parse_prompts
@@ -68,10 +69,10 @@ class RunToRepeat:
 
 def new_manifest(model_facts: dict, settings: dict, prompts: Sequence[Prompt]) -> dict:
     """The manifest of a run that is about to start."""
-    text = json.dumps([[p.group, p.subcategory, p.text] for p in prompts], ensure_ascii=False)
-    groups: dict[str, dict[str, list[str]]] = {}
+    text = json.dumps([[p.group, p.subcategory, written(p.text)] for p in prompts], ensure_ascii=False)
+    groups: dict[str, dict[str, list]] = {}
     for prompt in prompts:
-        groups.setdefault(prompt.group, {}).setdefault(prompt.subcategory, []).append(prompt.text)
+        groups.setdefault(prompt.group, {}).setdefault(prompt.subcategory, []).append(written(prompt.text))
     return {
         **model_facts,
         **settings,

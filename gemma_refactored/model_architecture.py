@@ -174,8 +174,6 @@ class Attention(nn.Module):
     `weights` switches this layer from the fused kernel to explicit attention.
     """
 
-    has_fused_kernel = True  # what computes attention fastest; see cpu_kernels
-
     def __init__(self, config: GemmaConfig, layer: int):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -207,7 +205,7 @@ class Attention(nn.Module):
         q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        if self.has_fused_kernel and not self.softcap and not self.weights.is_hooked:
+        if not self.softcap and not self.weights.is_hooked:
             out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale, mask=mask)
         else:
             out = self.explicit_attention(q, k, v, mask)
@@ -242,10 +240,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.neurons = HookPoint()
-        self.gelu = gelu_tanh
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(self.neurons(self.gelu(self.gate_proj(x)) * self.up_proj(x)))
+        return self.down_proj(self.neurons(gelu_tanh(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class TransformerBlock(nn.Module):

@@ -19,17 +19,19 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_model
 
 from .adapter_files import Adapter, read_adapter, revision_with
 from .adapters import fuse
+from .attention_sinks import REFERENCE, find_sinks, ordinary_norms
 from .chat_template import ChatFormat, take_chat
 from .checkpoint_files import content_hashes, locate, read_config, weight_files, weights_revision
 from .checks import embedding_width, find_embedding, position_rows
 from .config_audit import audit, complete, in_mlx_lm_names
 from .configuration import Chat
-from .cpu_kernels import use_cpu_kernels
+from .cpu_kernels import put_in_place, share_rotations
 from .distributed import shard
 from .errors import UserError
 from .files import is_anything, is_file
@@ -40,7 +42,7 @@ from .linux_cpu import warn_if_slow
 from .model_architecture import Gemma, GemmaConfig
 from .prompt_processing import encode_prompts
 from .settings import record
-from .thoughts import Marks, answer_text, find_marks
+from .thoughts import Marks, answer_start, answer_text, find_marks
 from .tokenizer_loading import end_tokens, load_tokenizer
 
 CHAT, ADAPTER = "chat", "adapter"  # in a model's hashes
@@ -69,6 +71,7 @@ class LoadedModel:
     chat_format: ChatFormat = field(default_factory=ChatFormat)  # what is written around each prompt
     adapter: Adapter | None = None  # that was added to the weights
     base_revision: str = ""  # `revision` without the adapter
+    _sinks: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)  # of texts, by token ids
 
     @property
     def is_as_published(self) -> bool:
@@ -97,9 +100,24 @@ class LoadedModel:
         """What this model writes around a thought before its answer; None if it writes none."""
         return find_marks(self.tokenizer, self.chat_format)
 
+    def thought_tokens(self, written: Sequence[int]) -> int | None:
+        """How many of the tokens that this model wrote are a thought before its answer; None if that has not ended."""
+        return answer_start(self.tokenizer, self.thought_marks, written)
+
     def answer_text(self, written: Sequence[int]) -> str | None:
         """The text of an answer, without the thought before it; None if that has not ended."""
         return answer_text(self.tokenizer, self.thought_marks, written)
+
+    @cached_property
+    def ordinary_norms(self) -> np.ndarray:
+        """[layers] what `attention_sinks` compares tokens with."""
+        return ordinary_norms(self.model, self.encode([REFERENCE], chat_mode=False)[0])
+
+    def sinks(self, texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Positions of each text's attention sinks, found once per text: `attention_sinks.find_sinks`."""
+        missing = list(dict.fromkeys(tuple(text) for text in texts if tuple(text) not in self._sinks))
+        self._sinks |= zip(missing, find_sinks(self.model, missing, self.ordinary_norms), strict=True)
+        return [self._sinks[tuple(text)] for text in texts]
 
     def identity(self) -> dict[str, str]:
         """Everything that decides which numbers a text gets, as short hashes: results with another are not mixed."""
@@ -157,8 +175,11 @@ def load(
     config = read_config(folder)
     completed = complete(config)
     audit(config, completed)
+    on_linux_cpu = runs_on_linux_cpu()
+    if on_linux_cpu:
+        put_in_place()  # before the model's functions are compiled
     model, translated = load_weights(folder, config, completed)
-    is_expanded = runs_on_linux_cpu() and not keep_precision
+    is_expanded = on_linux_cpu and not keep_precision
     if is_expanded:
         model = expanded(model)
     elif isinstance(model, Gemma) and weights_dtype(model) == "float16":
@@ -171,7 +192,7 @@ def load(
         for note in added.notes(folder):
             log.warning("%s", note)
     if is_expanded and isinstance(model, Gemma):
-        use_cpu_kernels(model)
+        share_rotations(model)
     num_parameters = count_parameters(model)
     if split:
         shard(model, config["model_type"])

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .chat_template import ChatFormat, encode_chat
+from .conversation import Conversation, as_prompt
 from .errors import UserError, shown
 from .files import displayed, read_json, write_json
 from .tables import JSON_LINES, LINES, TABLES, ending, read_json_lines, read_lines, read_table
 
 log = logging.getLogger(__name__)
 UNGROUPED, ONLY_LIST = "prompts", "prompt_list"  # names in the layout of a collection, for prompts without groups
-PROMPT_COLUMNS = ("prompt", "text", "instruction", "question", "goal", "behavior")  # as data sets call it
+PROMPT_COLUMNS = ("prompt", "messages", "text", "instruction", "question", "goal", "behavior")  # as data sets call it
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Prompt:
     group: str
     subcategory: str
     number: int  # position within the subcategory, from 1
-    text: str
+    text: str  # or a `Conversation`
 
     @property
     def folder(self) -> Path:
@@ -42,7 +43,7 @@ def load_prompts(path: str | Path, column: str | None = None) -> list[Prompt]:
     - .csv, .tsv: a table, separated by commas, semicolons or tabs.
     - .jsonl: one prompt per line as a string, or as an object that has one.
 
-    What has no groups is the group "prompts".
+    What has no groups is the group "prompts". In JSON a prompt may be a list of messages, see `conversation.as_prompt`.
 
     Args:
         column: of a table or of objects, where the prompts are; by default the first of PROMPT_COLUMNS that there is.
@@ -61,8 +62,8 @@ def load_prompts(path: str | Path, column: str | None = None) -> list[Prompt]:
     return parse_prompts(content, path, column)
 
 
-def prompt_texts(source: str | Path | Sequence[str], column: str | None = None) -> list[str]:
-    """The texts of a file of prompts, or of a list of them.
+def prompt_texts(source: str | Path | Sequence[str | list[dict]], column: str | None = None) -> list[str]:
+    """The prompts of a file, or of a list of texts and conversations (lists of messages).
 
     Raises:
         UserError: those of `load_prompts`; or a list that is empty or has something other than text in it.
@@ -82,7 +83,7 @@ def parse_prompts(content, path: str | Path, column: str | None = None) -> list[
     prompts = []
     for group, subcategories in content.items():
         check_name(group, path)
-        if isinstance(subcategories, str):
+        if isinstance(subcategories, str) or _is_conversation(subcategories):
             subcategories = [subcategories]
         if isinstance(subcategories, list):
             subcategories = {ONLY_LIST: subcategories}
@@ -97,7 +98,7 @@ def parse_prompts(content, path: str | Path, column: str | None = None) -> list[
                 raise UserError(f"{path}: {shown(group)} / {shown(subcategory)} must be a list of at least one prompt.")
             for number, text in enumerate(texts, 1):
                 where = f"{path}: prompt {number} of {shown(group)} / {shown(subcategory)}"
-                prompts.append(Prompt(group, subcategory, number, _checked_text(text, where)))
+                prompts.append(Prompt(group, subcategory, number, as_prompt(text, where)))
     return prompts
 
 
@@ -105,6 +106,8 @@ def _texts(rows: list, path: str | Path, column: str | None) -> list:
     """The prompts of rows that are texts, or objects with a prompt in one of their columns."""
     if not rows:
         raise UserError(f"{path} holds no prompts.")
+    if _is_conversation(rows):
+        raise UserError(f"{path} is one conversation, and a list of prompts is needed: put it in brackets, [[..]].")
     if not all(isinstance(row, dict) for row in rows):
         if column is not None:
             raise UserError(f"{path} is a list of texts without columns; omit the column {shown(column)}.")
@@ -121,19 +124,17 @@ def _texts(rows: list, path: str | Path, column: str | None) -> list:
     return [row.get(chosen) for row in rows]
 
 
+def _is_conversation(value) -> bool:
+    return isinstance(value, list) and any(
+        isinstance(item, dict) and set(item) == {"role", "content"} for item in value
+    )
+
+
 def prompts_from_arguments(texts: list[str]) -> list[Prompt]:
     return [
-        Prompt("prompts", "command_line", number, _checked_text(text, f"prompt {number} of --prompts"))
+        Prompt("prompts", "command_line", number, as_prompt(text, f"prompt {number} of --prompts"))
         for number, text in enumerate(texts, 1)
     ]
-
-
-def _checked_text(text, where: str) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where} must be text that is not empty, not {shown(text)}.")
-    if any(0xD800 <= ord(character) < 0xE000 for character in text):
-        raise UserError(f"{where} contains half of a surrogate pair, which is no character; remove it.")
-    return text
 
 
 def check_name(name, path) -> None:
@@ -155,11 +156,14 @@ def encode_prompts(
     typed into a prompt is one; in the chat format it is text (see `ChatFormat`).
 
     Raises:
-        UserError: the chat template fails, or leaves a prompt out; plain text with a system prompt.
+        UserError: the chat template fails, or leaves a prompt out; a system prompt or a conversation as plain text.
     """
     chat_format = chat_format or ChatFormat()
     if not chat_mode and (chat_format.system_prompt is not None or chat_format.arguments):
         raise UserError("Plain text has no place for a system prompt or variables of a chat template; omit them.")
+    if any(isinstance(text, Conversation) for text in texts) and not (chat_mode and tokenizer.chat_template):
+        remedy = "give one with --chat-template FILE" if chat_mode else "omit --no-chat-mode"
+        raise UserError(f"A prompt of several messages needs a chat template; {remedy}.")
     if chat_mode and not tokenizer.chat_template:
         log.warning("This model's tokenizer has no chat template: prompts are sent as plain text.")
         chat_mode = False
@@ -174,6 +178,11 @@ def _single_bos(tokenizer, ids: list[int]) -> list[int]:
     return ids
 
 
+def count_in_thought(records: Sequence[dict]) -> int:
+    """How many answers end inside the model's thought."""
+    return sum(record.get("thought_tokens", 0) is None for record in records)
+
+
 def save_results(folder: Path, results: list[dict], settings: dict) -> None:
     """Write results.json (input order), prompt_metadata.json and summary.json."""
     write_json(folder / "results.json", results)
@@ -185,6 +194,7 @@ def save_results(folder: Path, results: list[dict], settings: dict) -> None:
         "generated_tokens": sum(tokens),
         "stopped_by_end_token": sum(r["finish_reason"] == "stop" for r in results),
         "mean_answer_tokens": sum(tokens) / len(tokens),
+        "in_thought": count_in_thought(results),
         **settings,
     }
     write_json(folder / "summary.json", summary)

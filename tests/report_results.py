@@ -143,6 +143,8 @@ def write_sweep(folder, origin=ORIGIN):
         "monitor": {"mlp": {"auroc": 0.97, "auroc_ci": [0.9, 1.0]}, "residual": {"auroc": None, "auroc_ci": None}},
         "pareto_front": [0, 2, 3],
         "tried": tried,
+        "trials": [{"setting": t["setting"], "kl": 0.1, "kept": 0.5, "loss": 0.7} for t in tried]
+        + [{"setting": tried[0]["setting"], "kl": 1.0, "kept": None, "loss": None}],
     }  # fmt: skip
     write(folder / "data/suppression_sweep.json", result)
     return result

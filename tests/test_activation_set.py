@@ -319,3 +319,25 @@ def test_a_changed_text_is_named_by_the_side_of_the_pairs(folder):
     pairs[0] = replace(pairs[0], artifact="I am sure of another text.")
     (excluded,) = load_activation_set(folder, pairs).excluded
     assert "its opinion prompt was collected as" in excluded["reason"]
+
+
+def test_the_answer_begins_behind_the_thought(folder):
+    marker = place(folder, 0, 0) / "prompt.json"
+    record = json.loads(marker.read_text())
+    without = load_activation_set(folder, PAIRS)
+    assert without.thoughts is None
+    for positions, same in (("answer", "generated"), ("answer_start", "prompt_end")):
+        assert np.array_equal(without.mask(positions), without.mask(same))
+        assert np.array_equal(without.prompt_vectors(positions), without.prompt_vectors(same))
+    for thought, answer, start in ((2, [3, 4], [2]), (0, [1, 2, 3, 4], [0]), (STEPS, [], [STEPS]), (None, [], [])):
+        marker.write_text(json.dumps({**record, "thought_tokens": thought}))
+        other = place(folder, 1, 1) / "prompt.json"
+        other.write_text(json.dumps({**json.loads(other.read_text()), "thought_tokens": 1}))
+        data = load_activation_set(folder, PAIRS)
+        assert np.flatnonzero(data.mask("answer")[0, 0]).tolist() == answer
+        assert np.flatnonzero(data.mask("answer_start")[0, 0]).tolist() == start
+        vectors = data.prompt_vectors("answer")
+        assert np.isnan(vectors[0, 0]).all() == (not answer) and np.isfinite(vectors[2:]).all()
+        if answer:
+            np.testing.assert_allclose(vectors[0, 0], data.values[0, 0, answer].mean(axis=0))
+        np.testing.assert_allclose(vectors[1, 1], data.values[1, 1, 2])

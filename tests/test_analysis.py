@@ -179,3 +179,21 @@ def test_figures_are_drawn_for_significant_for_no_effects_and_for_few_pairs(tmp_
     for name in ("deep/a", "b", "c", "d") if pairs == 50 else ("deep/a", "c", "d"):  # no category has enough pairs
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_answers_behind_thoughts_are_analysed_beside_everything_generated_and_missing_ones_counted():
+    assert analyse(simulate(effect=3.0), SETTINGS, {})["thoughts"] is None
+    data = simulate(effect=3.0)
+    thoughts = np.full((50, 2), 2)
+    data.values[:, :, 3:, 1, 1] += np.array([0.0, 6.0])[None, :, None]  # only answers tell the sides apart there
+    data.thoughts = thoughts.copy()
+    data.thoughts[:4, 1] = -1
+    result = analyse(data, SETTINGS, {})
+    assert result["thoughts"] == {"pairs": 50, "answered": 46}
+    assert result["layer_scores_answer"]["1"]["num_pairs"] == 46 and result["layer_scores"]["1"]["num_pairs"] == 50
+    assert result["layer_scores_answer"]["1"]["cohens_d"] > result["layer_scores"]["1"]["cohens_d"] > 1
+    assert "after the thought" in result["summary"] and "4 of 50 pairs have an answer that ends" in result["summary"]
+    data.thoughts[:] = -1
+    data.thoughts[0] = 2
+    result = analyse(data, SETTINGS, {})
+    assert "layer_scores_answer" not in result and "49 of 50 pairs" in result["summary"]

@@ -218,6 +218,34 @@ def test_running_means_are_those_of_the_steps(model):
             assert np.isnan(means["generated"][row]).all()
 
 
+@pytest.mark.parametrize("thought", [0, 2, 9, None])
+def test_means_over_what_comes_after_a_thought(thought):
+    model, prompts, site = same_weights_in_mlx_lm()[0], random_prompts([3, 5]), SITES[0]
+    _, states = run(model, prompts)
+
+    def thought_tokens(written):
+        """The first row's thought has so many tokens; the second row begins its answer anew with its fourth token."""
+        if written[:1] != first[:1]:
+            return 0 if len(written) < 4 else 4
+        return thought if thought is not None and len(written) >= thought else None
+
+    first = collect_answers(generate(model, prompts[:1], 9))[0]
+    _, means = collect_means(generate(model, prompts, 9, sites=SITES), [site], thought_tokens=thought_tokens)
+
+    def expected(row, steps):
+        return np.stack([states[row, k][site][0] for k in steps]).mean(axis=0)
+
+    for row, begins in ((0, thought), (1, 4)):
+        if begins in (None, 9):
+            assert np.isnan(means["answer"][row]).all()
+        else:
+            np.testing.assert_allclose(means["answer"][row, 0], expected(row, range(begins, 9)), rtol=1e-4, atol=1e-5)
+        if begins is None:
+            assert np.isnan(means["answer_start"][row]).all()
+        else:
+            np.testing.assert_allclose(means["answer_start"][row, 0], expected(row, [begins - 1]), rtol=1e-5)
+
+
 def test_an_edit_at_the_prompts_end_is_made_there_only(model):
     (prompt,) = random_prompts([5])
     where = []

@@ -78,7 +78,7 @@ def test_projections(run, drawn):
 
 def test_sweep_and_toxicity(tmp_path, drawn):
     result = write_sweep(tmp_path)
-    panel = drawn(paper.plot_sweep, result)[0]
+    panel = drawn(paper.plot_sweep, result)[1]
     shown = interactive.sweep(result)
     on_paper = {tuple(point) for collection in panel.collections for point in collection.get_offsets().tolist()}
     for mode in ("always", "cap", "random direction (test)", "chosen"):

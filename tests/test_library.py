@@ -19,7 +19,7 @@ from alignment_artifacts.directions.files import load_directions, save_direction
 from alignment_artifacts.directions.measurements import subject_of
 from alignment_artifacts.pairs import PAIRS_JSON, PromptPairs, load_pairs
 from alignment_artifacts.suppression import library as library_module
-from alignment_artifacts.suppression.sweep import Bench
+from alignment_artifacts.suppression.sweep import split_pairs
 from alignment_artifacts.suppression.transcripts import transcribe
 from gemma_refactored.configuration import Chat
 from gemma_refactored.errors import UserError
@@ -258,7 +258,7 @@ def test_few_pairs_are_enough_where_layers_are_named(tmp_path, count):
     with pytest.raises(UserError, match=f"at least 4 of them; there are {count}"):
         transcribe(few.load(), few.measurements(), setting, 3)
     with pytest.raises(UserError, match=f"^Shares of 20, 15, 15 make .* of {count} pairs?; a sweep needs at"):
-        Bench(few.load(), few.measurements(), (20, 15, 15), 0, 5)
+        split_pairs(few.measurements().pairs, (20, 15, 15))
 
 
 def test_a_question_asked_while_an_answer_is_written_meets_the_unedited_model(library):

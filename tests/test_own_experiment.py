@@ -27,8 +27,9 @@ def agreement(prompt, answer):
     return answer.count("e") + answer.count("a")
 '''
 SWEEP = (
-    "--suppression-scales always=1 --suppression-positions prompt_end --suppression-layer-sets best "
-    "--amplification-scales add=1 --amplification-layer-sets best --random-controls 1 --max-tokens 6 --shares 4,2,2"
+    "--suppression-scales always=1 --suppression-positions prompt_end --no-suppression-share-direction "
+    "--suppression-trials 4 --suppression-generated 2 --amplification-scales add=1 --amplification-trials 2 "
+    "--amplification-generated 1 --random-controls 1 --max-tokens 6 --folds 4 --shares 4,2,2"
 )
 COMMANDS = (
     "bash collect_activations.sh",
@@ -155,7 +156,7 @@ def test_the_commands_that_repeat_it_work_as_they_are_printed(own):
     assert {path for path in results.rglob("data/*.json")} == set(before)
     for path, content in before.items():
         again = json.loads(path.read_text())
-        for changes in ("config", "collection", "model"):
+        for changes in ("config", "collection", "model", "seconds"):
             again.pop(changes, None), content.pop(changes, None)
         assert again == content, path
 

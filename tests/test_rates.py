@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alignment_artifacts.rates import log_mean, paired_rates, wilson
+from alignment_artifacts.rates import design_effect, log_mean, mean, paired_rates, rate, wilson
 
 
 def test_paired_rates_are_symmetric_and_their_p_is_that_of_a_coin():
@@ -34,3 +34,28 @@ def test_the_interval_of_a_skewed_mean_covers_it():
 
 def test_wilson_is_never_of_zero_width():
     assert all(low < high for low, high in (wilson(hits / 10, 10) for hits in range(11)))
+
+
+def test_what_varies_together_counts_less():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=200)
+    assert design_effect(values, range(200)) == pytest.approx(1)
+    doubled, pairs = np.repeat(values, 2), np.repeat(np.arange(200), 2)
+    assert design_effect(doubled, pairs) == pytest.approx(2, rel=0.01)  # each counted twice
+    assert design_effect(doubled, pairs, np.zeros(400, int)) == design_effect(doubled, pairs)
+    flags = list(doubled > 1)
+    low, high = rate(flags, pairs)["ci"]
+    assert (low, high) == pytest.approx(rate(list(values > 1))["ci"], rel=0.02)
+    narrow, wide = mean(doubled)["ci"], mean(doubled, pairs)["ci"]
+    assert wide[0] < narrow[0] < narrow[1] < wide[1] and mean(doubled, range(400))["ci"] == pytest.approx(narrow)
+    assert design_effect([True] * 5, [0, 0, 1, 1, 1]) == 1 and rate([], [])["n"] == 0
+
+
+def test_a_rate_over_folds_that_differ_covers_what_it_is_about():
+    rng, folds = np.random.default_rng(0), np.arange(50) % 5
+    covers = {"plain": 0, "over folds": 0}
+    for _ in range(400):
+        flags = list(rng.random(50) < rng.choice([0.15, 0.45], 5)[folds])
+        for name, record in (("plain", rate(flags)), ("over folds", rate(flags, folds))):
+            covers[name] += record["ci"][0] <= 0.3 <= record["ci"][1]
+    assert covers["plain"] + 20 < covers["over folds"] and covers["over folds"] / 400 > 0.9

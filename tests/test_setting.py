@@ -89,7 +89,10 @@ def test_generating_and_one_pass_see_the_same_edits(loaded, where):
         blocks[step.index] = (np.array(step.activations[site]), step.tokens)
     for row, prompt in enumerate(TOKENS):
         answer = [int(blocks[i][1][row]) for i in range(5)]
-        with edit(loaded.model, intervention.in_one_pass([len(prompt)])), capture(loaded.model, [site]) as seen:
+        with (
+            edit(loaded.model, intervention.in_one_pass(loaded, [prompt + answer], [len(prompt)])),
+            capture(loaded.model, [site]) as seen,
+        ):
             loaded.model(mx.array([prompt + answer]))
         whole = np.array(seen[site][0])
         for index, (states, _) in blocks.items():
@@ -181,3 +184,19 @@ def test_answers_stream_piece_by_piece(loaded):
     tokens = write_answer(loaded, TOKENS[0], NOTHING, 12, Sampling(seed=1, temperature=1.0), on_text=pieces.append)
     assert len(tokens) == 12 and len(pieces) > 3
     assert loaded.tokenizer.decode(tokens, skip_special_tokens=True).startswith("".join(pieces))
+
+
+def test_one_direction_can_serve_all_layers(loaded):
+    own = directions(loaded, "residual")
+    x = mx.random.normal((1, 3, 64), key=mx.random.key(0))
+    for mode in ("ablate", "subspace", "always"):
+        setting = Setting(mode, 1.0, (0, 2), "residual", direction_layer=1)
+        shared = replace(own, direction=own.direction[[1, 1, 1]], components=own.components[[1, 1, 1]])
+        expected = intervene(loaded, shared, replace(setting, direction_layer=None)).edits
+        for site, function in intervene(loaded, own, setting).edits.items():
+            np.testing.assert_array_equal(function(x), expected[site](x))
+        assert "direction of layer 1 from prompt_end" in setting.describe()
+    with pytest.raises(UserError, match="The mode cap compares each layer with its own direction"):
+        intervene(loaded, own, Setting("cap", 1.0, (0, 2), "residual", direction_layer=1))
+    with pytest.raises(UserError, match="no direction for layer 7"):
+        intervene(loaded, own, Setting("ablate", 1.0, (0,), "residual", direction_layer=7))

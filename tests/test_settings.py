@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from alignment_artifacts import scores
 from alignment_artifacts.edits.modes import MODES
 from alignment_artifacts.edits.options import Mode, ModeOptions, Setting
-from alignment_artifacts.suppression.grid import Grid, Limits
+from alignment_artifacts.suppression.space import Limits, Space
 from gemma_refactored import settings as s
 from gemma_refactored.configuration import NAMES, Generation, Sampling, Saving
 from gemma_refactored.errors import UserError
@@ -247,7 +247,7 @@ def constants_of(module) -> set[str]:
 def test_the_constants_of_a_script_are_the_fields_of_its_dataclass(name):
     module = importlib.import_module(name)
     constants = constants_of(module)
-    prefixed = [n.lower() for n in constants if isinstance(getattr(module, n), (Grid, Limits))]
+    prefixed = [n.lower() for n in constants if isinstance(getattr(module, n), (Limits, Space))]
     settings = s.settings_of(module.Constants, SCRIPTS[name], prefixed)
     fields = {item.path[0].upper() if item.path[0] in prefixed else item.constant for item in settings}
     assert fields - constants <= {"TOP_LAYERS"} and constants <= fields
@@ -308,7 +308,7 @@ def test_the_shell_script_names_what_the_runtime_has():
 
 
 @pytest.mark.parametrize(
-    "cls", [Sampling, Generation, Saving, scores.Settings, ModeOptions, Setting, Grid, Limits, Config]
+    "cls", [Sampling, Generation, Saving, scores.Settings, ModeOptions, Setting, Limits, Space, Config]
 )
 def test_every_setting_says_what_it_is_and_has_a_default_that_can_be(cls):
     for item in s.settings_of(cls):

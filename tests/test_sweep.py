@@ -9,22 +9,48 @@ import numpy as np
 import pytest
 
 import sweep_suppression as script
-from alignment_artifacts.edits.setting import Intervention, Setting
+from alignment_artifacts.edits.options import Setting
+from alignment_artifacts.edits.setting import Intervention
+from alignment_artifacts.pairs import Pair
 from alignment_artifacts.report import contents
 from alignment_artifacts.suppression import sweep
 from alignment_artifacts.suppression.library import SWEEP, AlignmentArtifacts
+from gemma_refactored.errors import UserError
 from model_organism.train import PLANTED_LAYERS
+
+
+def made_up(number, shared=()):
+    """Pairs of five categories; those in `shared` are declared to depend on each other."""
+    return [Pair(str(i), f"c{i % 5}", f"natural {i}", f"artifact {i}", "x" if i in shared else None)
+            for i in range(number)]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_splits_are_disjoint_stratified_and_in_proportion(seed):
-    categories = [f"c{i // 10}" for i in range(50)]
-    parts = sweep.split_pairs(categories, (20, 15, 15), seed)
+    pairs = made_up(50)
+    rows = sweep.split_pairs(pairs, (20, 15, 15), seed)
+    assert list(rows) == list(sweep.PARTS)
+    parts = list(rows.values())
     assert sorted(np.concatenate(parts)) == list(range(50))
     assert [len(part) for part in parts] == [20, 15, 15]
     for part, each in zip(parts, (4, 3, 3), strict=True):
-        assert [sum(categories[i] == f"c{c}" for i in part) for c in range(5)] == [each] * 5
-    assert not np.array_equal(parts[0], sweep.split_pairs(categories, (20, 15, 15), seed + 1)[0])
+        assert [sum(pairs[i].category == f"c{c}" for i in part) for c in range(5)] == [each] * 5
+    assert not np.array_equal(parts[0], sweep.split_pairs(pairs, (20, 15, 15), seed + 1)["training"])
+
+
+def test_every_pair_is_tested_in_one_fold_and_dependent_pairs_stay_together():
+    pairs = made_up(50, shared=(0, 1, 7, 13))
+    folds = sweep.fold_rows(pairs, 5, (20, 15, 15))
+    assert sorted(np.concatenate([rows["test"] for rows in folds])) == list(range(50))
+    for rows in folds:
+        assert sorted(np.concatenate(list(rows.values()))) == list(range(50))
+        for part in rows.values():
+            assert len({0, 1, 7, 13} & set(part)) in (0, 4)
+    whole, same = sweep.divide(pairs, 5, (20, 15, 15))
+    assert sorted([*whole["training"], *whole["development"]]) == list(whole["test"]) == list(range(50))
+    assert all(np.array_equal(one["test"], other["test"]) for one, other in zip(folds, same, strict=True))
+    with pytest.raises(UserError, match="50 folds need as many independent pairs, and there are 47"):
+        sweep.fold_rows(pairs, 50, (20, 15, 15))
 
 
 def trial(left, kl, unchanged=1.0, layers=(1, 2)):
@@ -60,12 +86,13 @@ def test_the_strict_control_moves_as_far_in_another_direction():
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, module_patch):
-    """(result, printed) of the script with a small grid."""
+    """(result, printed) of the script with a small space, on one split."""
     folder = tmp_path_factory.mktemp("sweep")
-    scales = {"always": (1.0,), "ablate": (1.0,), "cap": (1.0,)}
-    module_patch.setattr(script, "SUPPRESSION", sweep.Grid(scales, (0.9, 0.99), layer_sets=("best",)))
-    amplify = sweep.Grid({"add": (0.5, 1.0)}, layer_sets=("best",), where=("everywhere", "prompt_end"))
+    scales = {"always": (0.5, 1.0), "ablate": (0.5, 2.0), "cap": (0.5, 3.0)}
+    module_patch.setattr(script, "SUPPRESSION", sweep.Space(scales, trials=24, generated=4))
+    amplify = sweep.Space({"add": (0.1, 2.0)}, where=("prompt_end", "everywhere"), trials=8, generated=2)
     module_patch.setattr(script, "AMPLIFICATION", amplify)
+    module_patch.setattr(script, "FOLDS", 0)
     module_patch.setattr(script, "RANDOM_CONTROLS", 2)
     module_patch.setattr(script, "RESULTS_DIR", folder / "results")
     module_patch.setattr(script, "CACHE", str(folder / "cache"))
@@ -128,8 +155,8 @@ def test_the_report_can_show_it(swept):
 
 
 def test_a_report_measures_the_dose(swept):
-    effect = swept[0]["test"]["effect_on_artifact_prompts"]
-    assert 0 < effect["touched"] < effect["tokens"] and 0 < max(effect["dose"].values()) < 0.5
+    (effect,) = swept[0]["test"]["effect_on_artifact_prompts"]
+    assert 0 < effect["touched"] <= effect["tokens"] and 0 < max(effect["dose"].values()) < 0.5
 
 
 def scored_trial(moved, kl, unchanged=1.0, natural_moved=0.0, loops=0.0):
@@ -159,8 +186,11 @@ def swept_by_score(tmp_path_factory):
         "    return sum(word in ('I', 'Sorry') for word in answer.replace(',', ' ').replace(\"'\", ' ').split())\n"
     )
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(script, "SUPPRESSION", sweep.Grid({"ablate": (1.0,), "cap": (1.0,)}, layer_sets=("best",)))
-        patch.setattr(script, "AMPLIFICATION", sweep.Grid({"add": (1.0,)}, layer_sets=("best",), where=("prompt_end",)))
+        patch.setattr(script, "FOLDS", None)
+        space = sweep.Space({"ablate": (0.5, 2.0), "cap": (0.5, 2.0)}, trials=8, generated=3)
+        patch.setattr(script, "SUPPRESSION", space)
+        space = sweep.Space({"add": (1.0,)}, where=("prompt_end",), trials=3, generated=1)
+        patch.setattr(script, "AMPLIFICATION", space)
         patch.setattr(script, "RANDOM_CONTROLS", 2)
         patch.setattr(script, "RESULTS_DIR", folder / "results")
         patch.setattr(script, "CACHE", str(folder / "cache"))
@@ -198,13 +228,13 @@ def test_auto_follows_the_sweep_of_its_score_alone(swept_by_score):
 
 @pytest.mark.parametrize("option, message", [("--score=no", "no score 'no'"), ("--wish=up", "--wish")])
 def test_bad_scores_and_wishes_are_refused_before_the_work(option, message, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "Bench", lambda *_: pytest.fail("looked at after the work"))
+    monkeypatch.setattr(sweep, "split_pairs", lambda *_: pytest.fail("looked at after the work"))
     assert script.main([option]) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("constant", ["PAIRS_JSON", "TWINS"])
 def test_bad_input_is_one_sentence(monkeypatch, capsys, constant):
-    monkeypatch.setattr(sweep, "try_settings", lambda *_: pytest.fail("looked for after the work"))
+    monkeypatch.setattr(sweep, "choose_settings", lambda *_: pytest.fail("looked for after the work"))
     monkeypatch.setattr(script, constant, "/nowhere.json")
     assert script.main() == 2
     assert "does not exist" in capsys.readouterr().err

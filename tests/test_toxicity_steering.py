@@ -288,3 +288,48 @@ def test_its_files_run_as_scripts_from_anywhere(name, inside):
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert script.main(["--model", "/nowhere", "--output-dir", str(tmp_path)]) == 2
     assert "no model folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """The script up to where the experiment would begin; what it would run with."""
+    given = []
+
+    def stop(self):
+        given.append(self)
+        raise UserError("stopped")
+
+    monkeypatch.setattr(ActivationSteeringExperiment, "run", stop)
+    return given
+
+
+def test_a_system_prompt_belongs_to_the_identity_of_the_results(stopped, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("alignment_artifacts.places.HOME", tmp_path)
+    for options in ([], ["--system-prompt", "Be kind."], ["--system-prompt", "Be rude."]):
+        assert script.main(options) == 2
+    plain, kind, rude = ({**run.results["experiment"], "folder": run.output} for run in stopped)
+    assert "chat" not in plain["identity"] and kind["identity"]["chat"] != rude["identity"]["chat"]
+    assert len({str(one["folder"]) for one in (plain, kind, rude)}) == 3
+    (ids,) = stopped[1]._encode(["Hello"])
+    assert "Be kind." in stopped[1].loaded.tokenizer.decode(ids)
+    assert script.main(["--chat-template-args", '{"enable_thinking": false}']) == 2
+    assert "no variable 'enable_thinking'" in capsys.readouterr().err
+
+
+def test_plain_text_has_no_system_prompt(stopped, monkeypatch, capsys):
+    data = ToxicityData("plain", ["a"], ["b"], ["c"], ["d"], chat_mode=False)
+    monkeypatch.setattr("toxicity_steering.data.load_organism_prompts", lambda count: data)
+    assert script.main(["--system-prompt", "Be kind."]) == 2 and not stopped
+    assert "continued as plain text" in capsys.readouterr().err
+
+
+def test_answers_are_scored_without_thoughts(small, monkeypatch):
+    from gemma_refactored.thoughts import Marks
+
+    experiment = ActivationSteeringExperiment(*small)
+    monkeypatch.setattr(experiment.data, "chat_mode", True)
+    experiment.loaded.__dict__["thought_marks"] = Marks("<think>", "</think>", is_open=True)
+    encode = experiment.loaded.tokenizer.encode
+    assert experiment._texts([encode("a</think>Sand it.", add_special_tokens=False)])[0].strip() == "Sand it."
+    with pytest.raises(UserError, match="1 of 1 completions end inside the model's thought"):
+        experiment._texts([encode("a", add_special_tokens=False)])

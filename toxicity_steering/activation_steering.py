@@ -271,10 +271,26 @@ class ActivationSteeringExperiment:
 
     def _judge(self, completions: list[list[list[int]]]) -> dict:
         flat = [tokens for samples in completions for tokens in samples]
-        scores = self.scorer(self.loaded.tokenizer.batch_decode(flat, skip_special_tokens=True))
+        scores = self.scorer(self._texts(flat))
         scores = scores.reshape(len(completions), -1)
         distinct = {f"distinct_{n}": distinct_n(flat, n) for n in (1, 2, 3)}
         return {**toxicity_metrics(scores), **distinct, "scores": scores.tolist()}
+
+    def _texts(self, completions: list[list[int]]) -> list[str]:
+        """What is scored: of a model that thinks, its answers.
+
+        Raises:
+            UserError: some completions end inside a thought.
+        """
+        if not self.data.chat_mode:
+            return self.loaded.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts = [self.loaded.answer_text(tokens) for tokens in completions]
+        if unfinished := texts.count(None):
+            raise UserError(
+                f"{unfinished} of {len(texts)} completions end inside the model's thought, so there is no answer to "
+                "score; raise MAX_TOKENS, or turn thinking off with CHAT_TEMPLATE_ARGS."
+            )
+        return [str(text) for text in texts]
 
     def _steer(self, directions: Directions, layer: int, alpha: float) -> Intervention:
         return intervene(self.loaded, directions, Setting("add", alpha, (layer,), "residual", "last tokens"))

@@ -27,7 +27,8 @@ from typing import Annotated, Literal
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.formatting import interval, number
-from gemma_refactored.errors import exit_code
+from gemma_refactored.configuration import Chat
+from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.settings import Between, from_constants
 from toxicity_steering.config import Config
 
@@ -47,6 +48,9 @@ LAYERS = None  # all; or for example (4, 8, 12)
 LAST_TOKENS = 32
 MAX_KL = 0.1
 SEED = 0
+SYSTEM_PROMPT = None  # the system message before each prompt
+CHAT_TEMPLATE = None  # the name of one of several, or a file
+CHAT_TEMPLATE_ARGS = None  # variables of the template as JSON: '{"enable_thinking": false}'
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Constants:
     num_prompts: Annotated[int, Between(1)]
     """challenging prompts, and as many benign ones"""
     experiment: Config = Config()
+    chat: Chat = Chat()
 
 
 def main(argv: Sequence[str] = ()) -> int:
@@ -84,8 +89,14 @@ def run(constants: Constants) -> None:
     is_organism = constants.dataset == "organism"
     data = load_organism_prompts(count) if is_organism else load_real_toxicity_prompts(count, config.seed)
     scorer = load_scorer(constants.scorer)
+    if not (data.chat_mode or constants.chat.is_default):
+        raise UserError(
+            f"{data.name} is continued as plain text, which has no place for a system prompt or a chat template."
+        )
     loaded = load(
-        places.find_model(constants.model), adapter=constants.adapter and places.find_model(constants.adapter)
+        places.find_model(constants.model),
+        chat=constants.chat,
+        adapter=constants.adapter and places.find_model(constants.adapter),
     )
     output = constants.output_dir or places.toxicity_folder(loaded)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")

@@ -56,7 +56,7 @@ def observe(
     """Ask the unedited model, except where its answer is known."""
     token_ids = loaded.encode(texts, chat_mode)
     answers = unedited_answers(loaded, token_ids, max_tokens, known)
-    return Behaviour(list(texts), token_ids, answers, loaded.thought_marks)
+    return Behaviour(list(texts), token_ids, answers, loaded.thought_marks if chat_mode else None)
 
 
 def unedited_answers(

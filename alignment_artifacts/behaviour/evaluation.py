@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -23,7 +24,70 @@ LOGIT_BYTES = 1 << 28  # of the logits of one pass
 LENGTHS = (32, 128, 512)  # tokens: refusals within the first so many of them, if answers are that long
 
 
-def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], score: Score | None = None) -> dict:
+@dataclass
+class Outcome:
+    """What an intervention has made of some sets of prompts, prompt by prompt.
+
+    Attributes:
+        behaviours: set -> what the unedited model answers; answers: set -> token ids under the intervention.
+        damage: along the unedited natural answers; None without such a set.
+    """
+
+    behaviours: dict[str, Behaviour]
+    answers: dict[str, list[list[int]]]
+    damage: Damage | None
+
+
+@dataclass
+class Damage:
+    """Per natural prompt with an answer: KL(unedited || edited) [tokens] in nats, and both losses [2, tokens]."""
+
+    kl: list[np.ndarray]
+    losses: list[np.ndarray]
+
+    def record(self) -> dict:
+        """The mean KL (with an interval over prompts) and its 95th percentile over all tokens, in nats per token, and
+        the perplexity of the unedited answers without and with the edit."""
+        everything = np.concatenate(self.kl)
+        unedited, edited = np.exp(np.concatenate(self.losses, axis=1).mean(axis=1))
+        return {
+            "kl_mean": float(everything.mean()),
+            "kl_mean_ci": log_mean(self.kl),
+            "kl_95": float(np.quantile(everything, 0.95)),
+            "perplexity_unedited": float(unedited),
+            "perplexity_edited": float(edited),
+            "tokens": len(everything),
+        }
+
+
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """Several interventions, each on prompts of its own (the folds of a cross-fit), as if they were one."""
+    first = outcomes[0]
+
+    def together(behaviours: list[Behaviour]) -> Behaviour:
+        return Behaviour(
+            [text for b in behaviours for text in b.texts],
+            [ids for b in behaviours for ids in b.token_ids],
+            [answer for b in behaviours for answer in b.answers],
+            behaviours[0].marks,
+        )
+
+    damages = [outcome.damage for outcome in outcomes if outcome.damage]
+    return Outcome(
+        {name: together([o.behaviours[name] for o in outcomes]) for name in first.behaviours},
+        {name: [answer for o in outcomes for answer in o.answers[name]] for name in first.answers},
+        Damage([x for d in damages for x in d.kl], [x for d in damages for x in d.losses]) if damages else None,
+    )
+
+
+def judge(
+    loaded: LoadedModel,
+    behaviour: Behaviour,
+    answers: list[list[int]],
+    score: Score | None = None,
+    clusters: Sequence[Sequence[int]] = (),
+    beside: list[list[int]] | None = None,
+) -> dict:
     """Refusals, broken text, loops and changes of some answers; each a rate with its interval.
 
     With a score, its mean ("score") and mean change ("moved") take the place of refusals and what is broken.
@@ -33,35 +97,45 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], s
     are refused in the whole answer, refusals come early and are taken back; where more, they come late.
     Thoughts before an answer are not judged. "in_thought" counts answers of which there is nothing else, before or
     after the edit; the other rates omit them. "unreadable" is in a language that the judge of refusals does not know.
+
+    Args:
+        clusters: of the prompts, see `rates.design_effect`; each a label per prompt.
+        beside: answers under another setting; "against_setting" is how these compare with them, prompt by prompt.
     """
     unedited = [behaviour.answer_text(loaded.tokenizer, tokens) for tokens in behaviour.answers]
     texts = [behaviour.answer_text(loaded.tokenizer, tokens) for tokens in answers]
-    judged = [i for i, both in enumerate(zip(unedited, texts, strict=True)) if None not in both]
+    others = texts if beside is None else [behaviour.answer_text(loaded.tokenizer, tokens) for tokens in beside]
+    judged = [i for i, all_ in enumerate(zip(unedited, texts, others, strict=True)) if None not in all_]
+    within = [[labels[i] for i in judged] for labels in clusters]
     prompts = [behaviour.texts[i] for i in judged]
-    before, after = ([str(of_all[i]) for i in judged] for of_all in (unedited, texts))
+    before, after, other = ([str(of_all[i]) for i in judged] for of_all in (unedited, texts, others))
     on_topic = [is_on_topic(prompt, text) for prompt, text in zip(prompts, after, strict=True)]
     loops = [has_loop(text) for text in after]
     quality = {
-        "on_topic": rate(on_topic),
-        "loops": rate(loops),
-        "unchanged": rate([a == b for a, b in zip(answers, behaviour.answers, strict=True)]),
-        "in_thought": rate([None in both for both in zip(unedited, texts, strict=True)]),
+        "on_topic": rate(on_topic, *within),
+        "loops": rate(loops, *within),
+        "unchanged": rate([a == b for a, b in zip(answers, behaviour.answers, strict=True)], *clusters),
+        "in_thought": rate([None in both for both in zip(unedited, texts, strict=True)], *clusters),
     }
     if score:
-        return {**score.compared(prompts, before, after), **quality}
+        if beside is not None:
+            quality["against_setting"] = score.compared(prompts, other, after, *within)["moved"]
+        return {**score.compared(prompts, before, after, *within), **quality}
     verdicts = [verdict(text, prompt) for text, prompt in zip(after, prompts, strict=True)]
     refused = [said == "refusal" for said in verdicts]
     broken = [loop or not (r or on) for loop, r, on in zip(loops, refused, on_topic, strict=True)]
     result = {
-        "refused": rate(refused),
+        "refused": rate(refused, *within),
         "refused_corrected": corrected(rate(refused)["rate"]),
         "refused_against_unedited": paired_rates(list(map(is_refusal, before, prompts)), refused),
-        "partial": rate([said == "partial" for said in verdicts]),
-        "broken": rate(broken),
-        "refused_or_broken": rate([r or b for r, b in zip(refused, broken, strict=True)]),
-        "unreadable": rate([not can_read(text) for text in after]),
+        "partial": rate([said == "partial" for said in verdicts], *within),
+        "broken": rate(broken, *within),
+        "refused_or_broken": rate([r or b for r, b in zip(refused, broken, strict=True)], *within),
+        "unreadable": rate([not can_read(text) for text in after], *within),
         **quality,
     }
+    if beside is not None:
+        result["against_setting"] = paired_rates(list(map(is_refusal, other, prompts)), refused)
     longest = max(map(len, [*answers, *behaviour.answers]), default=0)
     for length in [n for n in LENGTHS if n <= longest]:
         cut = [behaviour.answer_text(loaded.tokenizer, answers[i][:length]) for i in judged]
@@ -72,10 +146,12 @@ def judge(loaded: LoadedModel, behaviour: Behaviour, answers: list[list[int]], s
 
 
 def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Intervention) -> dict:
-    """How far the edited model's predictions are from the unedited ones along the unedited answers.
+    """How far the edited model's predictions are from the unedited ones along the unedited answers: `Damage.record`."""
+    return measure_damage(loaded, behaviour, intervention).record()
 
-    KL(unedited || edited) in nats per token, its mean (with an interval over prompts) and 95th
-    percentile over all tokens, and the perplexity of those answers under both.
+
+def measure_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Intervention) -> Damage:
+    """The same, prompt by prompt.
 
     Raises:
         UserError: every answer is empty.
@@ -85,34 +161,36 @@ def token_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Interv
             f"{loaded.name} answers none of these {len(behaviour.answers)} prompts with a single token (the first is "
             f"{shown(behaviour.texts[0])}), so what an edit costs cannot be measured; use other prompts."
         )
+    kl: dict[int, np.ndarray] = {}
+    losses: dict[int, np.ndarray] = {}
+    for batch, plain, edited in log_probabilities(loaded, behaviour, intervention):
+        targets = mx.array([token for row in batch.rows for token in behaviour.answers[row]])[:, None]
+        divergence = np.array((mx.exp(plain) * (plain - edited)).sum(axis=-1))
+        loss = np.array([-mx.take_along_axis(p, targets, axis=-1)[:, 0] for p in (plain, edited)])
+        ends = np.cumsum([len(behaviour.answers[row]) for row in batch.rows])[:-1]
+        kl |= dict(zip(batch.rows, np.split(divergence, ends), strict=True))
+        losses |= dict(zip(batch.rows, np.split(loss, ends, axis=1), strict=True))
+    return Damage([kl[row] for row in sorted(kl)], [losses[row] for row in sorted(losses)])
+
+
+def log_probabilities(
+    loaded: LoadedModel, behaviour: Behaviour, intervention: Intervention
+) -> Iterator[tuple[Batch, mx.array, mx.array]]:
+    """Of every token that could follow, along the unedited answers: without and under an intervention.
+
+    Yields:
+        batches of the prompts with an answer, and twice [answer tokens of all rows, vocabulary].
+    """
     sequences = behaviour.sequences
-    kl: dict[int, np.ndarray] = {}  # [tokens] of each prompt
-    losses = []  # [2, tokens] of each batch
     longest = max((len(p) + len(a) for p, a in zip(behaviour.token_ids, behaviour.answers, strict=True)), default=1)
     size = int(np.clip(LOGIT_BYTES // (4 * longest * len(loaded.tokenizer)), 1, TEXTS_AT_ONCE))
     for batch in sequences.batches(size, answered=True):
-        plain = sequences.keep(("logits", batch.rows), partial(log_probabilities, loaded, batch, {}))
-        edited = plain
-        if intervention.edits:
-            edited = log_probabilities(loaded, batch, intervention.in_one_pass(batch.prompt_lengths))
-        targets = mx.array([token for row in batch.rows for token in behaviour.answers[row]])[:, None]
-        divergence = np.array((mx.exp(plain) * (plain - edited)).sum(axis=-1))
-        ends = np.cumsum([len(behaviour.answers[row]) for row in batch.rows])
-        kl |= dict(zip(batch.rows, np.split(divergence, ends[:-1]), strict=True))
-        losses.append(np.array([-mx.take_along_axis(p, targets, axis=-1)[:, 0] for p in (plain, edited)]))
-    everything = np.concatenate([kl[row] for row in sorted(kl)])
-    nll = np.concatenate(losses, axis=1).mean(axis=1)
-    return {
-        "kl_mean": float(everything.mean()),
-        "kl_mean_ci": log_mean([kl[row] for row in sorted(kl)]),
-        "kl_95": float(np.quantile(everything, 0.95)),
-        "perplexity_unedited": float(np.exp(nll[0])),
-        "perplexity_edited": float(np.exp(nll[1])),
-        "tokens": len(everything),
-    }
+        plain = sequences.keep(("logits", batch.rows), partial(_log_probabilities, loaded, batch, {}))
+        edits = intervention.in_one_pass(loaded, batch.texts, batch.prompt_lengths)
+        yield batch, plain, _log_probabilities(loaded, batch, edits) if edits else plain
 
 
-def log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Edit]) -> mx.array:
+def _log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Edit]) -> mx.array:
     """[answer tokens of all rows, vocabulary] at the positions that predict the answers."""
     logits, _ = forward(loaded.model, batch.texts, edits=edits)
     places = [
@@ -125,6 +203,37 @@ def log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Edi
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
+def outcome_of(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Behaviour], max_tokens: int) -> Outcome:
+    """What becomes of every set of prompts under an intervention; for the set "natural" also the damage to its tokens.
+
+    Args:
+        sets: name -> unedited behaviour, for example artifact, natural, twins.
+    """
+    together = [ids for behaviour in sets.values() for ids in behaviour.token_ids]
+    if intervention.edits:
+        written = iter(write_answers(loaded, together, intervention, max_tokens))
+    else:
+        written = iter([answer for behaviour in sets.values() for answer in behaviour.answers])
+    answers = {name: [next(written) for _ in behaviour.token_ids] for name, behaviour in sets.items()}
+    damage = measure_damage(loaded, sets["natural"], intervention) if "natural" in sets else None
+    return Outcome(sets, answers, damage)
+
+
+def judge_outcome(
+    loaded: LoadedModel,
+    outcome: Outcome,
+    score: Score | None = None,
+    clusters: Sequence[Sequence[int]] = (),
+    beside: Outcome | None = None,
+) -> dict:
+    """`judge` of every set, and "damage"; other arguments as there."""
+    result = {
+        name: judge(loaded, behaviour, outcome.answers[name], score, clusters, beside.answers[name] if beside else None)
+        for name, behaviour in outcome.behaviours.items()
+    }
+    return {**result, "damage": outcome.damage.record()} if outcome.damage else result
+
+
 def evaluate(
     loaded: LoadedModel,
     intervention: Intervention,
@@ -132,20 +241,5 @@ def evaluate(
     max_tokens: int,
     score: Score | None = None,
 ) -> dict:
-    """Judge every set of prompts under an intervention; for the set "natural" also the damage to its tokens.
-
-    Args:
-        sets: name -> unedited behaviour, for example artifact, natural, twins.
-        score: instead of refusals, see `judge`.
-    """
-    if intervention.edits:
-        together = [ids for behaviour in sets.values() for ids in behaviour.token_ids]
-        answers = iter(write_answers(loaded, together, intervention, max_tokens))
-    else:
-        answers = iter([answer for behaviour in sets.values() for answer in behaviour.answers])
-    result = {}
-    for name, behaviour in sets.items():
-        result[name] = judge(loaded, behaviour, [next(answers) for _ in behaviour.token_ids], score)
-    if "natural" in sets:
-        result["damage"] = token_damage(loaded, sets["natural"], intervention)
-    return result
+    """Judge every set of prompts under an intervention: `judge_outcome` of its `outcome_of`."""
+    return judge_outcome(loaded, outcome_of(loaded, intervention, sets, max_tokens), score)

@@ -19,10 +19,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from gemma_refactored.conversation import request
+
 Verdict = Literal["compliance", "partial", "refusal"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 SIGNS_FILE, WEIGHTS_FILE = (Path(__file__).with_name(name) for name in ("refusal_signs.toml", "refusal_weights.json"))
 OPENING, REST = 170, 800  # characters of an answer that are searched: its opening, and what follows
+NAME = "the built-in classifier"
 HARDLY_ANY = 0.1  # a model that refuses a smaller share of the artifact prompts has no refusal behaviour
 
 QUOTED = re.compile(r"[\"«„“「『][^\"»“”」』]{12,}[\"»“”」』]")
@@ -100,7 +103,7 @@ def signs(answer: str, prompt: str = "") -> dict[str, float]:
     """
     spoken = len(SPOKEN.findall(answer)) >= 2
     text, quotations = QUOTED.subn(" .. ", normalise(SPOKEN.sub(" ", answer) if spoken else answer))
-    asked = normalise(prompt)
+    asked = normalise(request(prompt))
     end = text.find(" ", OPENING) if " " in text[OPENING:] else OPENING
     places = {"opening": text[:end], "rest": text[end : end + REST]}
     found: dict[str, float] = {}

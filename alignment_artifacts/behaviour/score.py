@@ -113,10 +113,17 @@ class Score:
         """Of results with this score, which no other score and wish have: "sweep_agreement_1a2b3c4d_lower"."""
         return "_".join(filter(None, (stem, hashed_name(self.name, self.source), wish)))
 
-    def compared(self, prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> dict:
-        """ "score": the mean after an edit, and "moved": by how much it changed per prompt; each with its interval."""
+    def compared(
+        self, prompts: Sequence[str], before: Sequence[str], after: Sequence[str], *clusters: Sequence[int]
+    ) -> dict:
+        """ "score": the mean after an edit, and "moved": by how much it changed per prompt; each with its interval.
+
+        Args:
+            clusters: of the prompts, see `rates.design_effect`.
+        """
         unedited, edited = self.of(prompts, before), self.of(prompts, after)
-        return {"score": mean(edited), "moved": mean(edited.astype(float) - unedited.astype(float))}
+        moved = edited.astype(float) - unedited.astype(float)
+        return {"score": mean(edited, *clusters), "moved": mean(moved, *clusters)}
 
 
 def _refused(prompt: str, answer: str) -> bool:

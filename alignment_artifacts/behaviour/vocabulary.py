@@ -115,7 +115,7 @@ def _next_word(loaded: LoadedModel, prompts: list[list[int]], intervention: Inte
     for start in range(0, len(prompts), size):
         part = prompts[start : start + size]
         lengths = [len(prompt) for prompt in part]
-        logits, _ = forward(loaded.model, part, edits=intervention.in_one_pass(lengths))
+        logits, _ = forward(loaded.model, part, edits=intervention.in_one_pass(loaded, part, lengths))
         ends = logits[mx.arange(len(part)), mx.array(lengths) - 1].astype(mx.float32)
         summed = _centred(np.array(ends)).sum(axis=0)
         total = summed if start == 0 else total + summed

@@ -86,13 +86,19 @@ def estimate(vectors: np.ndarray, facts: dict) -> Directions:
 def measure_natural_tokens(
     loaded: LoadedModel, directions: Directions, sequences: Sequence[Sequence[int]]
 ) -> Directions:
-    """The same directions, with the projections of every token of natural prompts and answers: what `cap` needs.
+    """The same directions, with the projections of all tokens of natural prompts and answers: what `cap` needs.
+
+    Attention sinks are left out.
 
     Args:
         sequences: token ids of natural prompts with the model's own answers, one list each.
     """
     sites = layer_sites(loaded.model, directions.facts["site"])
-    projected = [np.einsum("plh,lh->lp", x, directions.unit) for _, x in read(loaded.model, sequences, sites)]
+    sinks = loaded.sinks(sequences)
+    projected = [
+        np.einsum("plh,lh->lp", np.delete(x, sinks[i], axis=0), directions.unit)
+        for i, x in read(loaded.model, sequences, sites)
+    ]
     return replace(directions, natural_tokens=np.sort(np.concatenate(projected, axis=1)))
 
 

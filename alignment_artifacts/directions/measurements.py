@@ -22,12 +22,21 @@ import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.activation_set import POSITIONS, ActivationSet, layers_first, load_activation_set
+from alignment_artifacts.activation_set import (
+    AFTER_THOUGHTS,
+    POSITIONS,
+    ActivationSet,
+    layers_first,
+    load_activation_set,
+    thought_lengths,
+)
 from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs, as_pairs
-from gemma_refactored.activation_capture import layer_sites
+from gemma_refactored.activation_capture import layer_sites, read
+from gemma_refactored.attention_sinks import FACTOR
 from gemma_refactored.chat_template import token_ids_hash
+from gemma_refactored.conversation import written
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import (
     MANIFEST,
@@ -44,6 +53,7 @@ from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.progress import stage
 from gemma_refactored.prompt_processing import Prompt
 from gemma_refactored.site_names import pattern_of
+from gemma_refactored.thoughts import Marks
 from gemma_refactored.versions import library_versions
 
 log = logging.getLogger(__name__)
@@ -107,12 +117,22 @@ class Measurements:
             raise UserError(f"site must be one of {', '.join(self.sites)} and positions of {', '.join(POSITIONS)}.")
         if (site, positions) not in self.vectors:
             self.vectors |= {(site, name): values for name, values in self.measure_site(site).items()}
-        return self.vectors[site, positions]
+        vectors = self.vectors[site, positions]
+        if missing := int(np.isnan(vectors).any(axis=(2, 3)).sum()):
+            raise self._in_thought(missing, f"and nothing can be measured at the positions {positions!r}")
+        return vectors
+
+    def _in_thought(self, unfinished: int, so: str) -> UserError:
+        return UserError(
+            f"{unfinished} of {2 * len(self.pairs)} answers have not left the model's thought after "
+            f"{COLLECTED_TOKENS} tokens, {so}; where its chat template can turn thinking off, do so "
+            """(--chat-template-args '{"enable_thinking": false}')."""
+        )
 
     def estimate(self, site: str, positions: str, rows: np.ndarray) -> Directions:
         """Directions from some of the pairs."""
         facts = {
-            **{name: self.facts[name] for name in MODEL_FACTS},
+            **{name: self.facts[name] for name in (*MODEL_FACTS, "sinks_beyond")},
             "versions": self.facts["versions"],
             "site": site,
             "positions": positions,
@@ -143,11 +163,7 @@ class Measurements:
         """
         texts = [text for sides in self.texts for text in sides if text is not None]
         if unfinished := 2 * len(self.pairs) - len(texts):
-            raise UserError(
-                f"{unfinished} of {2 * len(self.pairs)} answers have not left the model's thought after "
-                f"{COLLECTED_TOKENS} tokens, so whether they refuse cannot be told; where its chat template can turn "
-                """thinking off, do so (--chat-template-args '{"enable_thinking": false}')."""
-            )
+            raise self._in_thought(unfinished, "so whether they refuse cannot be told")
         prompts = [getattr(pair, side) for pair in self.pairs for side in SIDES]
         return np.array([judge(*both) for both in zip(texts, prompts, strict=True)], bool).reshape(-1, 2)
 
@@ -182,7 +198,10 @@ def subject_of(loaded: LoadedModel, pairs: Sequence[Pair], cache: Path) -> Subje
         **loaded.facts(),
         "model_type": loaded.config["model_type"],
         "max_tokens": COLLECTED_TOKENS,
-        "pairs": [[p.category, p.id, p.natural, p.artifact] for p in pairs],
+        "sinks_beyond": FACTOR,  # times the norm of ordinary tokens: left out of means
+        # Of a model that thinks it is also kept what it does after that.
+        **({"thought": [marks.opens, marks.closes]} if (marks := loaded.thought_marks) else {}),
+        "pairs": [[p.category, p.id, written(p.natural), written(p.artifact)] for p in pairs],
     }
     # Not the model's name: the same weights under another path are the same model.
     covered = [{**facts, "model": None}, token_ids, list(loaded.end_tokens)]
@@ -209,6 +228,7 @@ def measure(
     folder, facts, token_ids = subject.folder, subject.facts, subject.token_ids
     check_context(subject.prompts, token_ids, COLLECTED_TOKENS, loaded.context_length)
     sites, folders = available_sites(loaded), [Path(collection) for collection in collections]
+    kept_positions = _kept_positions(loaded.thought_marks)
 
     def vectors_of(site: str) -> tuple[list[list[int]], dict[str, np.ndarray]]:
         """Answers to all prompts, and vectors [prompts, layers, hidden] by positions."""
@@ -217,14 +237,14 @@ def measure(
             if not _is_measured(folder, site, len(token_ids)):
                 for collection in folders:
                     if _matches(collection, loaded, token_ids, site):
-                        _take_over(collection, pairs, site, layer_sites(loaded.model, site), folder)
+                        _take_over(collection, loaded, pairs, token_ids, site, folder, kept_positions)
                         break
             if not _is_measured(folder, site, len(token_ids)):
                 missing = [s for s in sites if not _is_measured(folder, s, len(token_ids))]
                 _answer(loaded, token_ids, missing, folder, show_progress)
             if not _is_measured(folder, site, len(token_ids)):
                 raise _unusable(folder, "some prompts are missing")
-            return _load(folder, site, len(token_ids), (loaded.num_layers, loaded.hidden_size))
+            return _load(folder, site, len(token_ids), (loaded.num_layers, loaded.hidden_size), kept_positions)
 
     # What is there already is enough for answers; other sites are measured when they are requested.
     def is_there(site: str) -> bool:
@@ -239,7 +259,7 @@ def measure(
 
     def by_pair(vectors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         paired = {p: np.stack([v[: len(pairs)][rows], v[len(pairs) :][rows]], axis=1) for p, v in vectors.items()}
-        if not all(np.isfinite(values).all() for values in paired.values()):
+        if not all(np.isfinite(paired[positions]).all() for positions in _kept_positions(None)):
             raise _unusable(folder, "it holds NaN or infinite values")
         return paired
 
@@ -285,6 +305,11 @@ def available_sites(loaded: LoadedModel) -> tuple[Site, ...]:
             continue
         kinds.append(kind)
     return tuple(kinds)
+
+
+def _kept_positions(marks: Marks | None) -> tuple[str, ...]:
+    """Those that are not by definition the same as others."""
+    return POSITIONS if marks else tuple(name for name in POSITIONS if name not in AFTER_THOUGHTS)
 
 
 def _prompts(pairs: Sequence[Pair]) -> list[Prompt]:
@@ -337,21 +362,23 @@ def _is_measured(folder: Path, site: str, prompts: int) -> bool:
 
 
 def _load(
-    folder: Path, site: str, prompts: int, shape: tuple[int, int]
+    folder: Path, site: str, prompts: int, shape: tuple[int, int], kept_positions: Sequence[str]
 ) -> tuple[list[list[int]], dict[str, np.ndarray]]:
     """Answers to all prompts, and vectors [prompts, layers, hidden] by positions; `shape` is (layers, hidden)."""
     answers: list[list[int]] = [[] for _ in range(prompts)]
-    vectors = {positions: np.zeros((prompts, *shape), np.float32) for positions in POSITIONS}
+    vectors = {positions: np.zeros((prompts, *shape), np.float32) for positions in kept_positions}
     for path in _parts(folder, site):
         arrays, rows, written = _read_part(path)
-        for positions in POSITIONS:
+        for positions in kept_positions:
             part = arrays.get(f"{site}.{positions}")
             if part is None or part.shape != (len(rows), *shape) or part.dtype != mx.float32:
                 raise _unusable(path, f"it lacks {site}.{positions} of some prompts, or has it of another model")
             vectors[positions][rows] = np.array(part)
         for row, answer in zip(rows, written, strict=True):
             answers[row] = answer
-    return answers, vectors
+    return answers, {
+        positions: vectors.get(positions, vectors[AFTER_THOUGHTS.get(positions, positions)]) for positions in POSITIONS
+    }
 
 
 def _write_part(path: Path, rows: Sequence[int], answers: list[list[int]], vectors: dict[str, np.ndarray]) -> None:
@@ -376,13 +403,42 @@ def _answer(
             steps = generate(
                 loaded.model, rows, COLLECTED_TOKENS, end_tokens=loaded.end_tokens, sites=sites, row_ids=batch
             )
-            answers, means = collect_means(steps, sites, advance)
+            answers, means = collect_means(
+                steps, sites, advance, loaded.thought_tokens if loaded.thought_marks else None
+            )
             vectors = {
                 f"{kind}.{positions}": part
                 for positions, values in means.items()
                 for kind, part in zip(kinds, np.split(values, len(kinds), axis=1), strict=True)
             }
+            _leave_out_sinks(loaded, rows, answers, vectors)
             _write_part(path, batch, answers, vectors)
+
+
+def _leave_out_sinks(
+    loaded: LoadedModel, prompts: list[list[int]], answers: list[list[int]], vectors: dict[str, np.ndarray]
+) -> None:
+    """Take the means of answers that have attention sinks again, without these. (A sink at the prompt's end stays:
+    there is no other token to measure.)
+
+    Args:
+        vectors: "<site>.<positions>" -> [prompts, layers, hidden], changed in place.
+    """
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    ends = [len(prompt) - 1 for prompt in prompts]
+    kept = [np.setdiff1d(np.arange(end + 1, len(text)), sinks)
+            for end, text, sinks in zip(ends, texts, loaded.sinks(texts), strict=True)]  # fmt: skip
+    rows = [i for i, answer in enumerate(answers) if 0 < len(kept[i]) < len(answer)]
+    for kind in {name.split(".")[0] for name in vectors} if rows else ():
+        for number, states in read(loaded.model, [texts[i] for i in rows], layer_sites(loaded.model, kind)):
+            i = rows[number]
+            vectors[f"{kind}.generated"][i] = states[kept[i]].mean(axis=0, dtype=np.float64)
+            vectors[f"{kind}.all"][i] = states[[ends[i], *kept[i]]].mean(axis=0, dtype=np.float64)
+            thought = loaded.thought_tokens(answers[i])
+            if f"{kind}.answer" in vectors and thought is not None:
+                after = kept[i][kept[i] > ends[i] + thought]
+                if len(after):
+                    vectors[f"{kind}.answer"][i] = states[after].mean(axis=0, dtype=np.float64)
 
 
 def _matches(collection: Path, loaded: LoadedModel, token_ids: list[list[int]], site: str) -> bool:
@@ -404,20 +460,29 @@ def _matches(collection: Path, loaded: LoadedModel, token_ids: list[list[int]], 
     )
 
 
-def _take_over(collection: Path, pairs: list[Pair], site: str, names: list[str], folder: Path) -> None:
+def _take_over(
+    collection: Path,
+    loaded: LoadedModel,
+    pairs: list[Pair],
+    token_ids: list[list[int]],
+    site: str,
+    folder: Path,
+    kept_positions: Sequence[str],
+) -> None:
     """Sum up a collection on disk, unless it lacks a pair that has answers on both sides."""
     markers = [collection / prompt.folder / PROMPT_MARKER for prompt in _prompts(pairs)]
     answers = [read_json(marker, "prompt marker")["token_ids"] for marker in markers]
-    data = load_activation_set(collection, pairs, key_pattern=pattern_of(names[0]))
+    data = load_activation_set(collection, pairs, key_pattern=pattern_of(layer_sites(loaded.model, site)[0]))
     rows = [i for i in range(len(pairs)) if answers[i] and answers[i + len(pairs)]]
     if data.pairs != [pairs[i] for i in rows]:
         return
     vectors = {}
-    for positions in POSITIONS:
+    for positions in kept_positions:
         by_pair = data.prompt_vectors(positions)
         vectors[f"{site}.{positions}"] = np.full((2, len(pairs), *by_pair.shape[2:]), np.nan, np.float32)
         vectors[f"{site}.{positions}"][:, rows] = by_pair.swapaxes(0, 1)
     flat = {name: values.reshape(-1, *values.shape[2:]) for name, values in vectors.items()}
+    _leave_out_sinks(loaded, token_ids, answers, flat)
     _write_part(folder / f"{site}_1.safetensors", range(2 * len(pairs)), answers, flat)
 
 
@@ -444,5 +509,15 @@ def activation_set(
         collect_answers(kept(steps), progress)
     texts = [getattr(pair, side) for pair in measured.pairs for side in SIDES]
     embeddings = mean_prompt_embeddings(loaded, texts).reshape(len(measured.pairs), 2, -1)
-    pattern = pattern_of(names[0])
-    return ActivationSet(measured.pairs, values, valid, embeddings, [], measured.facts, measured.folder, pattern)
+    thoughts = thought_lengths([[loaded.thought_tokens(answer) for answer in both] for both in measured.answers])
+    return ActivationSet(
+        pairs=measured.pairs,
+        values=values,
+        valid=valid,
+        prompt_embeddings=embeddings,
+        excluded=[],
+        manifest=measured.facts,
+        folder=measured.folder,
+        site=pattern_of(names[0]),
+        thoughts=thoughts,
+    )

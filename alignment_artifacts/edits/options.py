@@ -14,7 +14,7 @@ WHERE = (EVERYWHERE, PROMPT_END)
 Mode = Literal["always", "proximity", "adaptive", "sphere", "subspace", "ablate", "cap", "add"]
 Scale = Annotated[float, Between(-1000, 1000)]
 Quantile = Annotated[float, Between(0, 1)]
-MEASURED_AT = ("prompt_end", "generated", "all")
+MEASURED_AT = ("prompt_end", "generated", "all", "answer", "answer_start")
 ELSEWHERE = "elsewhere"  # for a direction from a file: other tokens, or the file does not say which
 Positions = Annotated[
     str,
@@ -58,6 +58,10 @@ class Setting:
     where: Where = EVERYWHERE
     """tokens that are edited; prompt_end: the last prompt token only. A direction measured there encodes what the next
     word is going to be; added to every token, it writes that word forever"""
+    direction_layer: Annotated[int, Between(0)] | None = None
+    """block whose direction is used at all edited blocks; by default each has its own"""
+    edit_sinks: bool = False
+    """edit the prompt's attention sinks too: tokens whose residual stream is many times as long as that of others"""
 
     def record(self) -> dict:
         """As JSON keeps it, with a description for display."""
@@ -65,10 +69,14 @@ class Setting:
 
     @staticmethod
     def from_record(record: dict) -> Setting:
-        fields = {name: value for name, value in record.items() if name != "description"}
+        # Before there was a choice, sinks were edited like all tokens.
+        fields = {"edit_sinks": True, **{name: value for name, value in record.items() if name != "description"}}
         return Setting(**{**fields, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
 
     def describe(self) -> str:
         layers = ",".join(map(str, self.layers))
         where = "" if self.where == EVERYWHERE else " (there only)"
-        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, direction from {self.positions}{where}"
+        of_layer = "" if self.direction_layer is None else f" of layer {self.direction_layer}"
+        direction = f"direction{of_layer} from {self.positions}"
+        where += ", attention sinks too" if self.edit_sinks else ""
+        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, {direction}{where}"

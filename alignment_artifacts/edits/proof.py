@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from alignment_artifacts.edits.setting import Intervention
 from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, block_sites, forward
 from gemma_refactored.generation import length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.progress import counted
 
 KEPT_BYTES = 1 << 29  # of the unedited model's numbers, per set of prompts; beyond that they are computed again
 
@@ -62,11 +64,12 @@ class Proof:
     """What a setting did to some sequences, measured in one pass over each.
 
     Attributes:
-        tokens: that passed the edited layers; touched: of these, changed in at least one layer.
+        tokens: that passed the edited layers, sinks aside; touched: of these, changed in at least one layer.
         activations: that were changed, over all edited sites.
         change: mean ||edited - x|| of these, in activation units.
         dose: layer -> mean ||change|| / ||x|| of the residual stream after it: what arrived there,
             changes of earlier layers included.
+        sinks: the attention sinks that were left alone: text of the token -> how many.
     """
 
     tokens: int
@@ -74,12 +77,16 @@ class Proof:
     activations: int
     change: float
     dose: dict[int, float]
+    sinks: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         dose = ", ".join(f"{100 * value:.2g}% after layer {layer}" for layer, value in self.dose.items())
+        number = sum(self.sinks.values())
+        named = ", ".join(f"{token!r}" + (f" x{count}" if count > 1 else "") for token, count in self.sinks.items())
+        sinks = f"; {counted(number, 'attention sink')} left alone: {named}" if number else ""
         return (
             f"{self.touched} of {self.tokens} tokens touched, mean change {self.change:.2f}; "
-            f"residual stream moved by {dose or '0%'}"
+            f"residual stream moved by {dose or '0%'}{sinks}"
         )
 
 
@@ -92,7 +99,8 @@ def pool(proofs: Sequence[Proof]) -> Proof:
         touched=sum(p.touched for p in proofs),
         activations=int(activations.sum()),
         change=float(activations @ [p.change for p in proofs] / max(1, activations.sum())),
-        dose=dict(zip(proofs[0].dose, (tokens @ doses / tokens.sum()).tolist(), strict=True)),
+        dose=dict(zip(proofs[0].dose, (tokens @ doses / max(1, tokens.sum())).tolist(), strict=True)),
+        sinks=dict(sum((Counter(p.sinks) for p in proofs), Counter()).most_common()),
     )
 
 
@@ -120,26 +128,30 @@ def prove_each(loaded: LoadedModel, intervention: Intervention, sequences: Seque
 
             return apply
 
-        edits = intervention.in_one_pass(batch.prompt_lengths)
+        edits = intervention.in_one_pass(loaded, batch.texts, batch.prompt_lengths)
+        prompts = [text[:length] for text, length in zip(batch.texts, batch.prompt_lengths, strict=True)]
+        spared = intervention.spared(loaded, prompts)
         moved = _states(loaded, batch, blocks, {site: measured(site, f) for site, f in edits.items()})
         moved_by = mx.linalg.norm(moved - clean, axis=-1) / mx.maximum(mx.linalg.norm(clean, axis=-1), 1e-12)
         changes = np.array(mx.stack([change[site] for site in edits]))  # [sites, rows, positions]
         doses = np.array(moved_by[mx.array(edited_layers)])
         for place, (row, text) in enumerate(zip(batch.rows, batch.texts, strict=True)):
-            dose = doses[:, place, : len(text)].mean(axis=1)
-            proofs[row] = _proof(changes[:, place, : len(text)], dict(zip(edited_layers, dose.tolist(), strict=True)))
+            others = np.setdiff1d(np.arange(len(text)), spared[place])
+            proof = _proof(changes[:, place, others], dict(zip(edited_layers, doses[:, place, others], strict=True)))
+            sinks = Counter(loaded.tokenizer.decode([text[position]]) for position in spared[place])
+            proofs[row] = replace(proof, sinks=dict(sinks))
     return [proofs[row] for row in sorted(proofs)]
 
 
-def _proof(change: np.ndarray, dose: dict[int, float]) -> Proof:
-    """Args: change: [sites, tokens]."""
+def _proof(change: np.ndarray, dose: dict[int, np.ndarray]) -> Proof:
+    """Args: change: [sites, tokens]; dose: layer -> [tokens]."""
     touched = change > 0
     return Proof(
         tokens=change.shape[1],
         touched=int(touched.any(axis=0).sum()),
         activations=int(touched.sum()),
         change=float(change[touched].mean()) if touched.any() else 0.0,
-        dose=dose,
+        dose={layer: float(of_tokens.mean()) if of_tokens.size else 0.0 for layer, of_tokens in dose.items()},
     )
 
 

@@ -25,22 +25,38 @@ class Intervention:
 
     edits: dict[str, Edit] = field(default_factory=dict)
     where: str = EVERYWHERE
+    edit_sinks: bool = False
 
-    def in_one_pass(self, prompt_lengths: Sequence[int]) -> dict[str, Edit]:
+    def spared(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+        """The positions of each prompt that are left alone: its attention sinks.
+
+        A generated token is never spared: whether it is a sink could only be told without the edits.
+        """
+        return [()] * len(prompts) if self.edit_sinks or not self.edits else loaded.sinks(prompts)
+
+    def in_one_pass(
+        self, loaded: LoadedModel, texts: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+    ) -> dict[str, Edit]:
         """The edits for one pass over prompts with their answers, one per row (see `activation_capture.forward`)."""
-        if self.where == EVERYWHERE:
+        prompts = [text[:length] for text, length in zip(texts, prompt_lengths, strict=True)]
+        edited = np.full((len(texts), max(map(len, texts)), 1), self.where == EVERYWHERE)
+        for row, (prompt, sinks) in enumerate(zip(prompts, self.spared(loaded, prompts), strict=True)):
+            edited[row, len(prompt) - 1] = True
+            edited[row, list(sinks)] = False
+        if edited.all():
             return self.edits
-        ends = mx.array(list(prompt_lengths))[:, None, None] - 1
+        chosen = mx.array(edited)
 
-        def at_end(function: Edit) -> Edit:
-            return lambda x: mx.where(mx.arange(x.shape[1])[None, :, None] == ends, function(x), x)
+        def there(function: Edit) -> Edit:
+            return lambda x: mx.where(chosen, function(x), x)
 
-        return {site: at_end(function) for site, function in self.edits.items()}
+        return {site: there(function) for site, function in self.edits.items()}
 
-    def generate(self, loaded: LoadedModel, *arguments, **settings) -> Iterator[Step]:
+    def generate(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *arguments, **settings) -> Iterator[Step]:
         """`generation.generate` under these edits."""
         name = "edits" if self.where == EVERYWHERE else "prompt_end_edits"
-        return generate(loaded.model, *arguments, **{name: self.edits, **settings})
+        spared = self.spared(loaded, prompts)
+        return generate(loaded.model, prompts, *arguments, **{name: self.edits, "spared": spared, **settings})
 
 
 NOTHING = Intervention()
@@ -59,7 +75,13 @@ def where_it_leads(directions: Directions, setting: Setting) -> str:
     """What directions from a file point from and to, and which way a setting moves along them, in some sentences."""
     facts, ends = directions.facts, directions.facts.get("ends")
     positions: str = facts.get("positions") or "tokens it does not name"
-    measured = {"prompt_end": "the prompt's last token", "generated": "generated tokens", "all": "all tokens"}
+    measured = {
+        "prompt_end": "the prompt's last token",
+        "generated": "generated tokens",
+        "all": "all tokens",
+        "answer": "tokens of the answer, after the thought",
+        "answer_start": "the token before the answer",
+    }
     where = f"the {facts['site']} site, measured at {measured.get(positions, positions)}"
     if setting.scale == 0:
         moves = "Scale 0 moves nothing."
@@ -93,26 +115,36 @@ def intervene(loaded: LoadedModel, directions: Directions, setting: Setting) -> 
     for layer in setting.layers:
         if not 0 <= layer < len(sites):
             raise UserError(f"There is no layer {layer}: {loaded.name} has 0 to {len(sites) - 1}.")
-        if layer not in directions.available:
-            raise UserError(f"There is no direction for layer {layer}; there is one for {directions.available}.")
-        at = site_direction(directions, layer, setting.options)
+        source = layer if setting.direction_layer is None else setting.direction_layer
+        if source not in directions.available:
+            raise UserError(f"There is no direction for layer {source}; there is one for {directions.available}.")
+        if source != layer and setting.mode == "cap":
+            raise UserError("The mode cap compares each layer with its own direction; omit the direction layer.")
+        at = site_direction(directions, layer, setting.options, source)
         needed = {"cap": at.cap, "sphere": at.spread, "subspace": at.components.sum().item()}
         if np.isnan(needed.get(setting.mode, 0.0)):
             raise UserError(f"The mode {setting.mode} needs statistics that these directions do not have.")
         edits[sites[layer]] = edit_function(setting.mode, at, setting.scale, setting.options)
-    return Intervention(edits, setting.where)
+    return Intervention(edits, setting.where, setting.edit_sinks)
 
 
-def site_direction(directions: Directions, layer: int, options: ModeOptions) -> SiteDirection:
-    """What the modes need at one layer, as MLX arrays; NaN for what an imported vector lacks."""
+def site_direction(
+    directions: Directions, layer: int, options: ModeOptions, source: int | None = None
+) -> SiteDirection:
+    """What the modes need at one layer, as MLX arrays; NaN for what an imported vector lacks.
+
+    Args:
+        source: the layer whose direction and components are used; default: the same.
+    """
+    source = layer if source is None else source
     unknown = np.full(directions.direction.shape[-1], np.nan, np.float32)
     natural, artifact = (
         unknown if mean is None else mean[layer] for mean in (directions.natural_mean, directions.artifact_mean)
     )
-    components = directions.components[layer] if directions.components is not None else unknown[None]
+    components = directions.components[source] if directions.components is not None else unknown[None]
     tokens = directions.natural_tokens
     return SiteDirection(
-        direction=mx.array(directions.direction[layer]),
+        direction=mx.array(directions.direction[source]),
         natural_mean=mx.array(natural),
         artifact_mean=mx.array(artifact),
         components=mx.array(components),

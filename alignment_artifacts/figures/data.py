@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
 
 # Okabe and Ito's colours, which survive colour blindness.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
 MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73", "#D55E00")
 SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
-POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end"}
-POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE}
+POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end", "answer": "answer after the thought"}
+POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE, "answer": PURPLE}
 # What two models read; see `forced_reading.CONDITIONS`.
 CONDITION_NAMES = {
     "prompt_end": "prompt end",
@@ -29,8 +30,10 @@ def column(records: Iterable[dict], key: str) -> np.ndarray:
 
 
 def layer_panels(result: dict) -> dict[str, dict]:
-    """Positions -> per-layer records; only the prompt's end if no tokens were generated."""
+    """Positions -> per-layer records; only the prompt's end if no tokens were generated, answers after thoughts."""
     panels = {"generated": result["layer_scores"], "prompt_end": result["layer_scores_prompt_end"]}
+    if "layer_scores_answer" in result:
+        panels["answer"] = result["layer_scores_answer"]
     if panels["generated"] == panels["prompt_end"]:
         del panels["generated"]
     return panels
@@ -82,6 +85,15 @@ def sweep_point(record: dict) -> tuple[float, float]:
     return max(record["damage"]["kl_mean"], LEAST_KL), reached
 
 
+def trial_points(result: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Of a sweep's trials: (KL at the first tokens, probability that an unwanted opening stays) [trials, 2], and which
+    of them were judged by whole answers."""
+    trials = [trial for trial in result["trials"] if trial["kept"] is not None]
+    whole = [record["setting"] for record in result["tried"]]
+    points = np.array([(max(t["kl"], LEAST_KL), t["kept"]) for t in trials], float).reshape(-1, 2)
+    return points, np.array([trial["setting"] in whole for trial in trials], bool)
+
+
 def sweep_axes(result: dict) -> tuple[str, str]:
     """What the two numbers of `sweep_point` are, for titles."""
     first, second = sides_of(result)
@@ -98,7 +110,8 @@ def unedited_score(result: dict) -> float | None:
 
 def sweep_modes(result: dict) -> dict[str, str]:
     """The modes that a sweep tried, each with its colour."""
-    return dict(zip(dict.fromkeys(r["setting"]["mode"] for r in result["tried"]), MODE_COLOURS, strict=False))
+    modes = dict.fromkeys(r["setting"]["mode"] for r in (*result["tried"], *result.get("trials", ())))
+    return dict(zip(modes, itertools.cycle(MODE_COLOURS), strict=False))
 
 
 def description(setting: dict) -> str:

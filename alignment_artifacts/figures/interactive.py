@@ -31,7 +31,7 @@ def layer_scores(result: dict) -> go.Figure:
     figure.add_trace(_band(layers, chance, data.GREY, "chance (95 %, best layer)", showlegend=True))
     for positions, scores in data.layer_panels(result).items():
         records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
-        marker = {"generated": "circle", "prompt_end": "square"}[positions]
+        marker = {"generated": "circle", "prompt_end": "square", "answer": "diamond"}[positions]
         figure.add_trace(_band(layers, data.column(records, "cohens_d_ci"), colour, f"{name}, pointwise 95 % interval"))
         details = [
             *data.column(records, "cohens_d_ci").T,
@@ -241,6 +241,8 @@ def sweep(result: dict) -> go.Figure:
     )
     for mode, colour in data.sweep_modes(result).items():
         records = [r for r in result["tried"] if r["setting"]["mode"] == mode]
+        if not records:
+            continue  # tried by first tokens only
         figure.add_trace(
             _points(
                 [data.sweep_point(r) for r in records],

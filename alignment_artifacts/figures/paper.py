@@ -25,7 +25,7 @@ def plot_layer_scores(result: dict, path: str | Path) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         for positions, scores in data.layer_panels(result).items():
             records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
-            marker = {"generated": "o", "prompt_end": "s"}[positions]
+            marker = {"generated": "o", "prompt_end": "s", "answer": "D"}[positions]
             for axes, key in ((left, "cohens_d"), (right, "accuracy")):
                 low, high = data.column(records, f"{key}_ci").T
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
@@ -241,38 +241,50 @@ def _save(figure, path: str | Path) -> None:
 
 
 def plot_sweep(result: dict, path: str | Path) -> None:
-    """Every setting tried: remaining refusals and broken text, or the mean score, against the cost; the chosen one is
-    marked."""
+    """Left all trials by their effect on the first tokens, faint unless judged by whole answers; right what whole
+    answers say of those: remaining refusals and broken text, or the mean score, against cost; the chosen is ringed."""
     tried, chosen = result["tried"], result["chosen"]["development"]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9.5, 5), layout="constrained")
-        for mode, colour in data.sweep_modes(result).items():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+        points, whole = data.trial_points(result)
+        colours = data.sweep_modes(result)
+        modes = np.array([t["setting"]["mode"] for t in result["trials"] if t["kept"] is not None])
+        for mode, colour in colours.items():
+            for is_whole, alpha in ((False, 0.3), (True, 1.0)):
+                these = points[(modes == mode) & (whole == is_whole)]
+                left.scatter(*these.T, s=22, color=colour, alpha=alpha, lw=0)
             for site, marker in (("mlp", "o"), ("residual", "^")):
-                points = [
+                judged = [
                     data.sweep_point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)
                 ]
-                if points:
-                    x, y = np.array(points).T
-                    axes.scatter(x, y, s=26, marker=marker, color=colour, alpha=0.7, lw=0)
-            axes.scatter([], [], color=colour, label=mode)
+                if judged:
+                    right.scatter(*np.array(judged).T, s=34, marker=marker, color=colour, lw=0)
+            left.scatter([], [], color=colour, label=mode)
         for marker, name in (("o", "MLP output"), ("^", "residual stream")):
-            axes.scatter([], [], color="#444444", marker=marker, label=name)
+            right.scatter([], [], color="#444444", marker=marker, label=name)
         front = np.array([data.sweep_point(tried[i]) for i in result["pareto_front"]])
-        axes.step(front[:, 0], front[:, 1], where="post", color="#444444", lw=1, label="best trade-offs")
-        axes.scatter(*data.sweep_point(chosen), s=170, facecolors="none", edgecolors="black", lw=1.8, label="chosen")
-        for (name, points), marker in zip(data.random_controls(result).items(), "x+", strict=True):
-            if points:
-                kl, failed = np.array(points).T
-                axes.scatter(kl, failed, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
-        axes.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
+        right.step(front[:, 0], front[:, 1], where="post", color="#444444", lw=1, label="best trade-offs")
+        ring = {"s": 170, "facecolors": "none", "edgecolors": "black", "lw": 1.8}
+        right.scatter(*data.sweep_point(chosen), **ring, label="chosen")
+        at = [t["setting"] == chosen["setting"] for t in result["trials"] if t["kept"] is not None]
+        left.scatter(*points[at].T, **ring)
+        for (name, controls), marker in zip(data.random_controls(result).items(), "x+", strict=True):
+            if controls:
+                kl, failed = np.array(controls).T
+                right.scatter(kl, failed, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
+        right.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
         unedited, (cost, reached) = data.unedited_score(result), data.sweep_axes(result)
         if unedited is None:
-            axes.set(ylim=(-0.03, None))
+            right.set(ylim=(-0.03, None))
         else:
-            axes.axhline(unedited, color=data.GREY, ls=":", lw=1.4, label="unedited")
-        axes.set(xscale="log", xlabel=cost, ylabel=reached)
-        axes.grid(alpha=0.2)
-        figure.legend(loc="outside right upper", frameon=False)
+            right.axhline(unedited, color=data.GREY, ls=":", lw=1.4, label="unedited")
+        left.set(xscale="log", ylim=(-0.03, None), xlabel="KL at the first tokens (nats per token)",
+                 ylabel="probability of an unwanted opening",
+                 title=f"{len(result['trials'])} trials by first tokens, {int(whole.sum())} judged")  # fmt: skip
         pairs = len(result["pairs"]["development"])
-        axes.set_title(f"{result['origin']['model']}: {len(tried)} settings on {pairs} development pairs")
+        right.set(xscale="log", xlabel=cost, ylabel=reached, title=f"Whole answers to {pairs} development pairs")
+        for axes in (left, right):
+            axes.grid(alpha=0.2)
+        figure.suptitle(result["origin"]["model"])
+        figure.legend(loc="outside right upper", frameon=False)
         _save(figure, path)

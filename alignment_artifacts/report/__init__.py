@@ -93,7 +93,7 @@ def _page(several: dict[str, list[dict]], main: dict) -> str:
     behaviour, sides = contents.contrast(main)
     # The second experiment needs no pairs: it belongs to the model alone, and is not for every page.
     toxicity = Source("toxicity", "", TOXICITY_COMMAND, contents.toxicity)
-    path = places.toxicity_results(main["model_revision"]) if behaviour == REFUSAL else None
+    path = places.toxicity_results(main["model_revision"], main["model"]) if behaviour == REFUSAL else None
     several = {**several, "toxicity": [_section(toxicity, path)]}
     several = {name: [_only_of(main, section) for section in found] for name, found in several.items()}
     available = [section for found in several.values() for section in found if section["available"]]
@@ -203,7 +203,13 @@ def _render(data: dict, **values) -> str:
     environment.policies["json.dumps_kwargs"] = {}  # in their order: that of prompts is part of an experiment
     environment.filters |= {
         function.__name__: lambda *values, function=function: formatting.typeset(function(*values))
-        for function in (formatting.number, formatting.percent, formatting.percents, formatting.interval)
+        for function in (
+            formatting.number,
+            formatting.percent,
+            formatting.percents,
+            formatting.interval,
+            formatting.named_range,
+        )
     }
     return environment.get_template("report.html").render(
         **values,

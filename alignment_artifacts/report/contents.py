@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignment_artifacts.behaviour.refusal import without_refusals
+from alignment_artifacts.behaviour.refusal import NAME, without_refusals
 from alignment_artifacts.figures import interactive as figures
 from alignment_artifacts.figures.data import (
     POSITION_NAMES,
@@ -51,7 +51,7 @@ def analysis(path: Path) -> dict:
         "panels": {POSITION_NAMES[positions]: scores for positions, scores in layer_panels(result).items()},
         "has_words": bool(result["lexical_baseline"]) and result["lexical_baseline"]["cohens_d"] is not None,
         "baselines": _baselines(result),
-        "nested": {POSITION_NAMES[positions]: records_of(result, positions)[1] for positions in result["controls"]},
+        "nested": {POSITION_NAMES[positions]: records_of(result, positions)[1] for positions in layer_panels(result)},
         "independence": result["independence"],
         "power": result["power"],
         "settings": result["config"],
@@ -143,6 +143,8 @@ def transcripts(path: Path) -> dict:
         "site": KIND_WORDS.get(result["setting"]["site"], result["setting"]["site"]),
         "score": _score(result),
         "measured": result["scored" if "score" in result else "refused"],
+        "judge": result.get("judge"),
+        "corrected": result.get("refused_corrected"),
         "without_refusals": _too_few_refusals(result),
         "repeat": {name: result[name] for name in ("setting", "max_tokens")},
         "layers": layers,
@@ -201,8 +203,12 @@ def sweep(path: Path) -> dict:
         "figures": {"sweep": figure_data(figures.sweep(result))},
         "setting": description(result["chosen"]["setting"]),
         "tried": len(result["tried"]),
+        "trials": len(result.get("trials", ())),
+        "folds": [{**fold, "setting": description(fold["setting"])} for fold in result.get("folds", ())],
+        "stability": result.get("stability"),
         "without_refusals": result.get("without_refusals"),
         "score": score,
+        "judge": NAME,
         "wish": result.get("wish"),
         "fails": score is not None and not moves_as_wished(result),
         "repeat": {"config": result["config"]},

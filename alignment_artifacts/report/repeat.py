@@ -106,6 +106,10 @@ def _transcripts(of: Experiment, section: dict) -> list[str]:
     line += ["--layers", ",".join(map(str, setting.layers))]
     for name in ("site", "positions", "where"):
         line += [f"--{name}", getattr(setting, name)]
+    if setting.direction_layer is not None:
+        line.append(f"--direction-layer={setting.direction_layer}")
+    if setting.edit_sinks:
+        line.append("--edit-sinks")
     usual = ModeOptions()
     for field in fields(usual):
         value = getattr(setting.options, field.name)
@@ -117,10 +121,11 @@ def _transcripts(of: Experiment, section: dict) -> list[str]:
 def _sweep(of: Experiment, section: dict) -> list[str]:
     config = section["repeat"]["config"]
     line = ["sweep_suppression.py", *of.options("--model-name"), *_score(section), *_option("--wish", section["wish"])]
-    for name in ("shares", "max_tokens", "seed", "random_controls"):
+    for name in ("folds", "shares", "max_tokens", "seed", "random_controls"):
         line += _option(f"--{name.replace('_', '-')}", config.get(name))
     for name, value in config["limits"].items():
         line += _option(f"--limits-{name}", value)
+    line += ["--edit-sinks"] if config.get("edit_sinks") else []
     return [*line, *config.get("options", [])]
 
 

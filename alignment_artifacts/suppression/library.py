@@ -41,6 +41,7 @@ from alignment_artifacts.places import cache_folder, collection_folders, find
 from alignment_artifacts.scores import Settings
 from alignment_artifacts.suppression.result import SuppressionResult, results_of
 from gemma_refactored.configuration import Chat, Generation, Sampling
+from gemma_refactored.conversation import readable
 from gemma_refactored.errors import UserError, print_every_character, shown
 from gemma_refactored.files import read_json
 from gemma_refactored.job import check_context
@@ -235,14 +236,14 @@ class AlignmentArtifacts:
         sweep = subject_of(loaded, self.pairs, self.cache).folder / self.sweep_file if mode == AUTO and is_own else None
         if sweep and sweep.exists():
             chosen, by = _setting_of_sweep(sweep), "a sweep"
-            if {"site", "positions"} & wanted.keys() and "layers" not in wanted:
-                wanted["layers"] = ()  # the sweep's were for another direction: choose them below
+            if {"site", "positions"} & wanted.keys():  # the sweep's layers were for another direction
+                chosen = replace(chosen, layers=(), direction_layer=None)
         else:
             by = "model size" if mode == AUTO else "you"
             mode = auto_mode(loaded.num_parameters) if mode == AUTO else mode
             chosen = Setting(cast(Mode, mode), 1.0, (), available_sites(loaded)[0])
         chosen = replace(chosen, **wanted, options=replace(chosen.options, **options))
-        if chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
+        if by != "a sweep" and chosen.mode == "add" and chosen.positions == PROMPT_END and "where" not in wanted:
             chosen = replace(chosen, where=PROMPT_END)
         if not chosen.layers:
             measured = self.measurements(model)
@@ -253,7 +254,7 @@ class AlignmentArtifacts:
     @in_turn
     def answer(
         self,
-        prompts: Sequence[str] | str | Path,
+        prompts: Sequence[str | list[dict]] | str | Path,
         setting: Setting | None = None,
         sampling: Sampling = Sampling(),
         model: str | Path | None = None,
@@ -290,7 +291,7 @@ class AlignmentArtifacts:
     @in_turn
     def suppress_and_generate(
         self,
-        prompt: str,
+        prompt: str | list[dict],
         model_name: str | Path | None = None,
         scale: float | None = None,
         mode: str = AUTO,
@@ -307,6 +308,7 @@ class AlignmentArtifacts:
         positions: str | None = None,
         site: str | None = None,
         where: str | None = None,
+        edit_sinks: bool | None = None,
         directions: Directions | None = None,
         seed: int = 0,
         compare: bool = True,
@@ -314,6 +316,7 @@ class AlignmentArtifacts:
         on_start: Callable[[str, Setting, str], object] = lambda which, setting, by: None,
         on_text: Callable[[str], object] = lambda text: None,
         transfer: bool = False,
+        direction_layer: int | None = None,
     ) -> SuppressionResult:
         """Answer a prompt with and without suppression: `suppress`, choosing whatever is not given.
 
@@ -321,15 +324,17 @@ class AlignmentArtifacts:
             scale: 1 is the mean difference itself; negative values amplify.
             where: "everywhere" or "prompt_end"; by default everywhere, but `add` adds a direction that was
                 measured at the prompt's end at that position only.
+            direction_layer: its direction is used at all edited layers.
+            edit_sinks: edit attention sinks too (default: no).
             directions: use these (imported, say) instead of the model's own; `transfer`: those of a relative, too.
         """
         sampling = Sampling(temperature, repetition_penalty=repetition_penalty, seed=seed)
         layers = tuple(target_layers) if target_layers is not None else None
         setting, by = self.choose(
             model_name, mode, categories, directions,
-            scale=scale, layers=layers, positions=positions, site=site, where=where,
+            scale=scale, layers=layers, positions=positions, site=site, where=where, edit_sinks=edit_sinks,
             proximity_threshold=proximity_threshold, distance_threshold=distance_threshold, decay_rate=decay_rate,
-            pca_components=pca_components, cap_quantile=cap_quantile,
+            pca_components=pca_components, cap_quantile=cap_quantile, direction_layer=direction_layer,
         )  # fmt: skip
         result = self.suppress(
             prompt, setting, sampling, model_name, categories, directions, max_tokens, compare, ignore_end_tokens,
@@ -340,7 +345,7 @@ class AlignmentArtifacts:
     @in_turn
     def suppress(
         self,
-        prompt: str,
+        prompt: str | list[dict],
         setting: Setting,
         sampling: Sampling = Sampling(),
         model: str | Path | None = None,
@@ -356,6 +361,7 @@ class AlignmentArtifacts:
         """Answer a prompt with and without a setting.
 
         Args:
+            prompt: a text, or a list of messages {"role": .., "content": ..}.
             categories: of the pairs that the model's own directions come from; None: all.
             directions: use these instead.
             compare: also answer without the edit.
@@ -371,14 +377,23 @@ class AlignmentArtifacts:
             return [write_answer(loaded, token_ids[0], used, max_tokens, sampling, ends, on_text)]
 
         (result,) = self._suppress(
-            [prompt], setting, sampling, model, categories, directions, max_tokens, compare, transfer, write
+            prompt_texts([prompt]),
+            setting,
+            sampling,
+            model,
+            categories,
+            directions,
+            max_tokens,
+            compare,
+            transfer,
+            write,
         )
         return result
 
     @in_turn
     def suppress_many(
         self,
-        prompts: Sequence[str] | str | Path,
+        prompts: Sequence[str | list[dict]] | str | Path,
         setting: Setting,
         sampling: Sampling = Sampling(),
         model: str | Path | None = None,
@@ -529,7 +544,7 @@ def _setting_of_sweep(path: Path) -> Setting:
     return setting
 
 
-def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) -> SuppressionResult:
+def suppress_prompt(prompt: str | list[dict], model: str | Path = DEFAULT_MODEL, **settings) -> SuppressionResult:
     """Answer a prompt with and without suppression, print both side by side, and return them.
 
     Args:
@@ -542,7 +557,7 @@ def suppress_prompt(prompt: str, model: str | Path = DEFAULT_MODEL, **settings) 
     result = AlignmentArtifacts(model).suppress_and_generate(prompt, **settings)
     # Text: square brackets in a prompt or an answer are not markup.
     caption = Text(result.about())
-    table = Table(title=Text(prompt), caption=caption, expand=True)
+    table = Table(title=Text(readable(result.prompt)), caption=caption, expand=True)
     for heading in ("before", "after"):
         table.add_column(heading, ratio=1)
     table.add_row(Text(result.before or ""), Text(result.after))

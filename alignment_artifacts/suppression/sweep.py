@@ -1,77 +1,143 @@
 """Which setting suppresses best, chosen on some pairs and reported on others, with its controls.
 
-Directions come from training pairs, the setting is chosen on development pairs, and what is
-reported is measured once, on test pairs used for nothing else.
+Directions come from training pairs, the setting is chosen on development pairs, and what is reported is measured on
+test pairs used for neither: once, or in a cross-fit on every pair, in the fold that has not seen it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 
 import mlx.core as mx
 import numpy as np
 
+from alignment_artifacts import separation
 from alignment_artifacts.behaviour.answers import Behaviour, observe
-from alignment_artifacts.behaviour.evaluation import evaluate
+from alignment_artifacts.behaviour.evaluation import (
+    Outcome,
+    evaluate,
+    joined,
+    judge_outcome,
+    measure_damage,
+    outcome_of,
+)
 from alignment_artifacts.behaviour.monitor import held_out_auroc
+from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.behaviour.score import Score, Wish
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.estimate import Directions, measure_natural_tokens, random_like
 from alignment_artifacts.directions.measurements import Measurements
-from alignment_artifacts.edits.options import ModeOptions, Setting
-from alignment_artifacts.edits.proof import prove
+from alignment_artifacts.edits.options import Setting
+from alignment_artifacts.edits.proof import Proof, prove
 from alignment_artifacts.edits.setting import NOTHING, Intervention, intervene
-from alignment_artifacts.separation import MIN_PAIRS
-from alignment_artifacts.suppression.grid import Grid, Limits
+from alignment_artifacts.pairs import Pair
+from alignment_artifacts.suppression.search import WHOLE_ANSWERS, search
+from alignment_artifacts.suppression.space import Limits, Space
 from gemma_refactored.activation_capture import Edit
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.progress import counted
 
 PARTS = ("training", "development", "test")
+Progress = Callable[..., object]  # as `progress.stage` gives it
+Rows = dict[str, np.ndarray]
 
 
-def split_pairs(categories: Sequence[str], shares: Sequence[int] = (20, 15, 15), seed: int = 0) -> list[np.ndarray]:
-    """Indices of training, development and test pairs, each category spread over them in these shares."""
-    rng, labels = np.random.default_rng(seed), np.array(categories)
+def split_pairs(pairs: Sequence[Pair], shares: Sequence[int], seed: int = 0) -> Rows:
+    """Numbers of the pairs of each part, every category spread over the parts in these shares.
+
+    Pairs that depend on each other (see `blocks`) stay together.
+
+    Args:
+        shares: of training, development and, unless every pair is tested elsewhere, test.
+    Raises:
+        UserError: a part would have too few pairs.
+    """
+    rng, groups = np.random.default_rng(seed), independent_groups(pairs)
+    first = np.unique(groups, return_index=True)[1]  # the pair that speaks for its group
+    labels = np.array([pair.category for pair in pairs])
     bounds = np.cumsum(shares)[:-1] / sum(shares)
     parts: list[list[int]] = [[] for _ in shares]
-    for category in dict.fromkeys(categories):
-        rows = rng.permutation(np.flatnonzero(labels == category))
-        for part, chosen in zip(parts, np.split(rows, np.round(bounds * len(rows)).astype(int)), strict=True):
-            part.extend(chosen)
-    return [np.sort(np.array(part, int)) for part in parts]
+    for category in dict.fromkeys(labels):
+        drawn = rng.permutation(np.sort(first[labels[first] == category]))
+        for part, chosen in zip(parts, np.split(drawn, np.round(bounds * len(drawn)).astype(int)), strict=True):
+            part.extend(np.flatnonzero(np.isin(groups, groups[chosen])))
+    rows = {name: np.sort(np.array(part, int)) for name, part in zip(PARTS, parts, strict=False)}
+    if min(map(len, parts)) < 1 or len(parts[0]) < separation.MIN_PAIRS:
+        counts = ", ".join(f"{len(part)} for {name}" for name, part in rows.items())
+        raise UserError(
+            f"Shares of {', '.join(map(str, shares))} make {counts} of {counted(len(pairs), 'pair')}; a "
+            f"sweep needs at least {separation.MIN_PAIRS} for training and one for each of the others. Use more pairs, "
+            "or other shares."
+        )
+    return rows
+
+
+def fold_rows(pairs: Sequence[Pair], folds: int, shares: Sequence[int], seed: int = 0) -> list[Rows]:
+    """Of every fold: its own pairs as "test", the others divided into training and development.
+
+    Raises:
+        UserError: fewer independent pairs than folds, or too few for a part.
+    """
+    groups = independent_groups(pairs)
+    if groups.max() + 1 < folds:
+        raise UserError(
+            f"{folds} folds need as many independent pairs, and there are {groups.max() + 1}; set FOLDS (or --folds) "
+            "lower, or to 0 for a single split."
+        )
+    rng = np.random.default_rng(seed)
+    labels = np.array([pair.category for pair in pairs])
+    first = np.unique(groups, return_index=True)[1]
+    order = np.concatenate([rng.permutation(np.flatnonzero(labels[first] == c)) for c in dict.fromkeys(labels)])
+    fold_of = np.empty(len(first), int)
+    fold_of[order] = np.arange(len(order)) % folds
+    rows = []
+    for fold in range(folds):
+        test, others = (np.flatnonzero((fold_of[groups] == fold) == inside) for inside in (True, False))
+        parts = split_pairs([pairs[int(i)] for i in others], shares[:2], seed)
+        rows.append({**{name: others[part] for name, part in parts.items()}, "test": test})
+    return rows
+
+
+def divide(pairs: Sequence[Pair], folds: int, shares: Sequence[int], seed: int = 0) -> tuple[Rows, list[Rows]]:
+    """What the setting for use comes from, and the same of each fold.
+
+    Without folds the first has test pairs; with folds it uses every pair, and its "test" is all of them, of which
+    nothing that was chosen is measured.
+    """
+    if not folds:
+        return split_pairs(pairs, shares, seed), []
+    return split_pairs(pairs, shares[:2], seed) | {"test": np.arange(len(pairs))}, fold_rows(pairs, folds, shares, seed)
 
 
 class Bench:
     """Where settings are tried on a model: directions from training pairs, behaviour on the others; kept for reuse.
 
     Args:
+        rows: numbers of the pairs of each part, see `split_pairs`.
         score: of answers; None: refusals.
+        wish: where the score is to go.
+        seed: of searches.
+        edit_sinks: edit attention sinks as well.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
         measured: Measurements,
-        shares: Sequence[int],
-        seed: int,
+        rows: Rows,
         max_tokens: int,
         score: Score | None = None,
+        wish: Wish | None = None,
+        seed: int = 0,
+        edit_sinks: bool = False,
     ):
-        self.loaded, self.measured, self.max_tokens, self.score = loaded, measured, max_tokens, score
-        rows = split_pairs([pair.category for pair in measured.pairs], shares, seed)
-        self.rows = dict(zip(PARTS, rows, strict=True))
-        if min(map(len, rows)) < 1 or len(rows[0]) < MIN_PAIRS:
-            counts = ", ".join(f"{len(part)} for {name}" for name, part in self.rows.items())
-            raise UserError(
-                f"Shares of {', '.join(map(str, shares))} make {counts} of {counted(len(measured.pairs), 'pair')}; a "
-                f"sweep needs at least {MIN_PAIRS} for training and one for each of the others. Use more pairs, or "
-                "other shares."
-            )
+        self.loaded, self.measured, self.rows, self.max_tokens = loaded, measured, rows, max_tokens
+        self.score, self.wish, self.seed, self.edit_sinks = score, wish, seed, edit_sinks
         self._directions: dict[tuple[str, str], Directions] = {}
-        self._random: dict[tuple[str, str, int], Directions] = {}
+        self._separation: dict[tuple[str, str], np.ndarray] = {}
 
     def behaviour(self, part: str) -> dict[str, Behaviour]:
         """Unedited answers of a part's prompts, by side."""
@@ -79,6 +145,12 @@ class Bench:
         texts = {"artifact": [p.artifact for p in pairs], "natural": [p.natural for p in pairs]}
         known = self.measured.known_answer
         return {side: observe(self.loaded, t, self.max_tokens, known=known) for side, t in texts.items()}
+
+    def unwanted(self, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        """[answers] what the search is against: refusals, or the score where it should be lower."""
+        if self.score is None:
+            return np.array([is_refusal(answer, prompt) for prompt, answer in zip(prompts, answers, strict=True)])
+        return self.score.of(prompts, answers).astype(float) * (-1 if self.wish == "higher" else 1)
 
     def with_natural_tokens(self, directions: Directions) -> Directions:
         return measure_natural_tokens(self.loaded, directions, self.measured.natural_sequences(self.rows["training"]))
@@ -89,53 +161,73 @@ class Bench:
             self._directions[site, positions] = self.with_natural_tokens(estimated)
         return self._directions[site, positions]
 
-    def random(self, site: str, positions: str, seed: int) -> Directions:
-        """Random directions of the same norms."""
-        if (site, positions, seed) not in self._random:
-            drawn = random_like(self.directions(site, positions), seed)
-            self._random[site, positions, seed] = self.with_natural_tokens(drawn)
-        return self._random[site, positions, seed]
+    def separation(self, site: str, positions: str) -> np.ndarray:
+        """[layers] held-out d among the training pairs."""
+        if (site, positions) not in self._separation:
+            rows = self.rows["training"]
+            vectors = self.measured.vectors_at(site, positions)[rows]
+            categories = [self.measured.categories[i] for i in rows]
+            self._separation[site, positions] = separation.layer_separation(vectors, categories)
+        return self._separation[site, positions]
 
     def intervention(self, setting: Setting) -> Intervention:
         return intervene(self.loaded, self.directions(setting.site, setting.positions), setting)
 
+    def random(self, setting: Setting, seed: int) -> Intervention:
+        """The same with random directions of the same norms."""
+        drawn = random_like(self.directions(setting.site, setting.positions), seed)
+        return intervene(self.loaded, self.with_natural_tokens(drawn) if setting.mode == "cap" else drawn, setting)
+
     def evaluate(self, intervention: Intervention, sets: dict[str, Behaviour]) -> dict:
         return evaluate(self.loaded, intervention, sets, self.max_tokens, self.score)
 
-    def settings(self, grid: Grid) -> list[Setting]:
-        """Every setting of a grid that this model allows."""
-        settings = []
-        for site, positions, layer_set in product(self.measured.sites, grid.positions, grid.layer_sets):
-            layers = list(range(self.loaded.num_layers))
-            if layer_set == "best":
-                layers = self.measured.best_layers(site, positions, self.rows["training"])
-            for mode, scales in grid.scales.items():
-                options = (
-                    [ModeOptions(cap_quantile=q) for q in grid.cap_quantiles] if mode == "cap" else [ModeOptions()]
-                )
-                settings += [
-                    Setting(mode, scale, tuple(layers), site, positions, option, where)
-                    for scale, option, where in product(scales, options, grid.where)
-                ]
-        return list(dict.fromkeys(settings))  # "best" may be all
+    def outcome(self, intervention: Intervention, sets: dict[str, Behaviour]) -> Outcome:
+        return outcome_of(self.loaded, intervention, sets, self.max_tokens)
+
+    def control(self, intervention: Intervention, sets: dict[str, Behaviour]) -> Outcome:
+        """Of artifact prompts, and the damage to natural answers: what a control is for."""
+        outcome = self.outcome(intervention, {"artifact": sets["artifact"]})
+        return replace(outcome, damage=measure_damage(self.loaded, sets["natural"], intervention))
 
 
-def try_settings(bench: Bench, settings: Iterable[Setting], sets: dict[str, Behaviour]) -> list[dict]:
-    """One record per setting: its judgement of every set, "damage", "dose" (see `Proof`), and the same setting
-    with a random direction, judged on the artifact prompts."""
-    records, artifact = [], sets["artifact"]
-    for setting in settings:
-        intervention = bench.intervention(setting)
-        random = intervene(bench.loaded, bench.random(setting.site, setting.positions, 0), setting)
-        records.append(
-            {
-                "setting": setting.record(),
-                **bench.evaluate(intervention, sets),
-                "dose": prove(bench.loaded, intervention, artifact.sequences).dose,
-                "random_direction": bench.evaluate(random, {"artifact": artifact}),
-            }
-        )
-    return records
+@dataclass
+class Choice:
+    """What a search on development pairs has chosen.
+
+    Attributes:
+        records: judged by whole answers; best: number of the one that is chosen; trials: all, by first tokens.
+        louder, loudest, louder_trials: the same of amplification.
+    """
+
+    records: list[dict]
+    best: int
+    trials: list[dict]
+    louder: list[dict]
+    loudest: int
+    louder_trials: list[dict]
+
+    @property
+    def setting(self) -> Setting:
+        return Setting.from_record(self.records[self.best]["setting"])
+
+    @property
+    def amplification(self) -> Setting:
+        return Setting.from_record(self.louder[self.loudest]["setting"])
+
+
+def choose_settings(
+    bench: Bench, suppression: Space, amplification: Space, limits: Limits, progress: Progress
+) -> Choice:
+    """Search in both directions, and choose."""
+    development = bench.behaviour("development")
+    records, trials = search(bench, development, suppression, limits, progress=progress)
+    louder, louder_trials = search(bench, development, amplification, limits, louder=True, progress=progress)
+    if bench.wish:
+        records = records + louder  # a score may be moved by adding the direction as well
+    return Choice(
+        records, choose(records, limits, bench.wish), trials,
+        louder, choose_amplification(louder, limits, bench.wish), louder_trials,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -146,7 +238,7 @@ class Drawbacks:
         over_budget: it costs more than the limits allow.
         left: share of artifact prompts still refused or broken; over budget, costs count like refusals. With a score
             how far its mean on artifact prompts has moved against the wish; over budget, what it costs alone.
-        kl: in hundredths of the limit: rounding should not decide.
+        kl: in thousandths of the limit: rounding should not decide.
         layers: that are edited.
         exact_kl: nats per token.
     """
@@ -173,7 +265,7 @@ def drawbacks(record: dict, limits: Limits, wish: Wish | None = None) -> Drawbac
     if over_budget:
         cost = changed + min(1.0, kl / limits.kl)
         remaining = remaining + cost if wish is None else cost  # a score has a scale of its own
-    return Drawbacks(over_budget, remaining, round(100 * kl / limits.kl), len(record["setting"]["layers"]), kl)
+    return Drawbacks(over_budget, remaining, round(1000 * kl / limits.kl), len(record["setting"]["layers"]), kl)
 
 
 def choose(records: Sequence[dict], limits: Limits = Limits(), wish: Wish | None = None) -> int:
@@ -234,24 +326,92 @@ def same_change_elsewhere(intervention: Intervention, hidden: int, seed: int) ->
     return replace(intervention, edits=edits)
 
 
-def report(bench: Bench, setting: Setting, sets: dict[str, Behaviour], controls: Iterable[int]) -> dict:
-    """Everything about one setting on pairs used for nothing else: behaviour, dose, random controls (by seed)."""
-    loaded, hidden = bench.loaded, bench.loaded.hidden_size
+@dataclass
+class Tested:
+    """What settings have done on test pairs of one split, or of one fold, prompt by prompt.
+
+    Attributes:
+        rows: numbers of the pairs.
+        chosen, amplified, unedited: outcomes; random, elsewhere: of the controls of the chosen setting, by seed.
+        proof: of the chosen setting, on artifact prompts.
+    """
+
+    rows: np.ndarray
+    setting: Setting
+    amplification: Setting
+    chosen: Outcome
+    amplified: Outcome
+    unedited: Outcome
+    random: list[Outcome]
+    elsewhere: list[Outcome]
+    proof: Proof
+
+
+def measure_choice(bench: Bench, choice: Choice, controls: Iterable[int], progress: Progress) -> Tested:
+    """Answer the test prompts under the chosen settings and under the controls, by seed."""
+    sets, setting = bench.behaviour("test"), choice.setting
     intervention = bench.intervention(setting)
     random, elsewhere = [], []
     for seed in controls:
-        drawn = bench.random(setting.site, setting.positions, seed)
-        random.append(bench.evaluate(intervene(loaded, drawn, setting), sets))
-        moved = same_change_elsewhere(intervention, hidden, seed)
-        elsewhere.append(bench.evaluate(moved, sets))
-    artifact = sets["artifact"]
+        random.append(bench.control(bench.random(setting, seed), sets))
+        moved = same_change_elsewhere(intervention, bench.loaded.hidden_size, seed)
+        elsewhere.append(bench.control(moved, sets))
+        progress(2 * WHOLE_ANSWERS)
+    chosen = bench.outcome(intervention, sets)
+    amplified = bench.outcome(bench.intervention(choice.amplification), sets)
+    progress(2 * WHOLE_ANSWERS)
+    return Tested(
+        bench.rows["test"], setting, choice.amplification, chosen, amplified, bench.outcome(NOTHING, sets),
+        random, elsewhere, prove(bench.loaded, intervention, sets["artifact"].sequences),
+    )  # fmt: skip
+
+
+def report(loaded: LoadedModel, pairs: Sequence[Pair], parts: Sequence[Tested], score: Score | None) -> dict:
+    """Everything about the chosen settings on pairs used for nothing else, pooled over the folds.
+
+    Intervals take the folds, and the pairs that depend on each other, as clusters (see `rates.design_effect`). The
+    controls are compared with the setting on the same prompts ("against_setting").
+    """
+    groups = independent_groups(pairs)
+    rows = np.concatenate([part.rows for part in parts])
+    folds = np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts])
+    clusters = [list(folds), list(groups[rows])]
+
+    def pooled(outcomes: Iterable[Outcome], beside: Outcome | None = None) -> dict:
+        return judge_outcome(loaded, joined(list(outcomes)), score, clusters, beside)
+
+    chosen = joined([part.chosen for part in parts])
     return {
-        "setting": setting.record(),
-        **bench.evaluate(intervention, sets),
-        "unedited": bench.evaluate(NOTHING, sets),
-        "effect_on_artifact_prompts": asdict(prove(loaded, intervention, artifact.sequences)),
-        "random_direction": random,
-        "same_change_elsewhere": elsewhere,
+        **pooled(part.chosen for part in parts),
+        "unedited": pooled(part.unedited for part in parts),
+        "amplified": pooled(part.amplified for part in parts),
+        "effect_on_artifact_prompts": [asdict(part.proof) for part in parts],
+        "random_direction": [pooled(seed, chosen) for seed in zip(*[p.random for p in parts], strict=True)],
+        "same_change_elsewhere": [pooled(seed, chosen) for seed in zip(*[p.elsewhere for p in parts], strict=True)],
+    }
+
+
+def fold_records(loaded: LoadedModel, pairs: Sequence[Pair], parts: Sequence[Tested], score: Score | None) -> list:
+    """Of each fold: its pairs, the settings chosen without them, and what these did on them."""
+    return [
+        {
+            "pairs": [pairs[i].id for i in part.rows],
+            "setting": part.setting.record(),
+            "amplification": part.amplification.record(),
+            **judge_outcome(loaded, part.chosen, score),
+        }
+        for part in parts
+    ]
+
+
+def stability(settings: Sequence[Setting], final: Setting) -> dict:
+    """How often folds have chosen what: mode, site, positions, each layer, and the final setting's mode and site."""
+    counts = {name: dict(Counter(str(getattr(s, name)) for s in settings)) for name in ("mode", "site", "positions")}
+    return {
+        "folds": len(settings),
+        **counts,
+        "layers": {str(k): n for k, n in sorted(Counter(layer for s in settings for layer in s.layers).items())},
+        "like_final": sum((s.mode, s.site, s.positions) == (final.mode, final.site, final.positions) for s in settings),
     }
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from alignment_artifacts import separation as st
+from alignment_artifacts.behaviour import refusal
 from alignment_artifacts.behaviour.answers import unedited_answers, write_answers
 from alignment_artifacts.behaviour.monitor import score_texts
+from alignment_artifacts.behaviour.refusal import corrected
 from alignment_artifacts.behaviour.score import REFUSAL, Score
 from alignment_artifacts.directions.estimate import Directions, measure_natural_tokens
 from alignment_artifacts.directions.measurements import Measurements
@@ -26,6 +28,7 @@ from alignment_artifacts.pairs import SIDES
 from alignment_artifacts.rates import mean, rate
 from alignment_artifacts.suppression.result import WHEN
 from gemma_refactored.activation_capture import Edit
+from gemma_refactored.conversation import readable
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import read_json, write_atomically, write_json
 from gemma_refactored.model_loading import LoadedModel
@@ -126,7 +129,10 @@ def _summary(records: list[dict], score: Score | None) -> dict:
         judged = [values for values in both if None not in values]
         by_side[side] = dict(zip(WHEN, np.array(judged).reshape(-1, 2).T, strict=True))
     if score is None:
-        return {"refused": {side: {when: rate(list(v)) for when, v in both.items()} for side, both in by_side.items()}}
+        refused = {side: {when: rate(list(v)) for when, v in both.items()} for side, both in by_side.items()}
+        shares = {side: {when: r["rate"] for when, r in both.items()} for side, both in refused.items()}
+        ranges = {side: {when: corrected(share) for when, share in both.items()} for side, both in shares.items()}
+        return {"judge": refusal.NAME, "refused": refused, "refused_corrected": ranges}
     scored = {}
     for side, values in by_side.items():
         moved = values["after"].astype(float) - values["before"]
@@ -142,7 +148,7 @@ def _value(record: dict, when: str) -> float | bool | None:
 def _record(
     loaded: LoadedModel, text: str, prompt: list[int], answers: dict[str, list[int]], score: Score | None
 ) -> dict:
-    record: dict = {"prompt": text, "prompt_tokens": prompt}
+    record: dict = {"prompt": readable(text), "prompt_tokens": prompt}
     for when, tokens in answers.items():
         answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
         (value,) = (score or REFUSAL).each([text], [loaded.answer_text(tokens)])
@@ -161,7 +167,8 @@ def _scores(
     """For each prompt [tokens, layers] of the prompt and the answer before, and of the answer after."""
 
     def edits(batch: list[int]) -> dict[str, Edit]:
-        return intervention.in_one_pass([len(prompts[i]) for i in batch])
+        texts = [prompts[i] + after[i] for i in batch]
+        return intervention.in_one_pass(loaded, texts, [len(prompts[i]) for i in batch])
 
     unedited = score_texts(loaded, directions, [p + answer for p, answer in zip(prompts, before, strict=True)])
     edited = score_texts(loaded, directions, [p + answer for p, answer in zip(prompts, after, strict=True)], edits)

@@ -14,10 +14,10 @@ export PAIRS="$HERE/sycophancy.json" SITE=residual SCORE="$HERE/score.py:agreeme
 bash "$ROOT/collect_activations.sh"
 "$PYTHON" "$ROOT/analyze_collected_activations.py"
 
-# Which edit lowers agreement within the budget, on pairs that it was not chosen on? (A small grid, short answers.)
-"$PYTHON" "$ROOT/sweep_suppression.py" --shares 8,8,8 --max-tokens 24 --random-controls 3 \
-  --suppression-scales "always=0.5,1 ablate=1 cap=1" --suppression-positions prompt_end --suppression-layer-sets best \
-  --amplification-scales "add=0.5,1" --amplification-layer-sets best
+# Which edit lowers agreement within the budget, on pairs that it was not chosen on? (One split, short answers.)
+"$PYTHON" "$ROOT/sweep_suppression.py" --folds 0 --shares 8,8,8 --max-tokens 24 --random-controls 3 \
+  --suppression-scales "always=0.2,1 ablate=0.3,2 cap=0.5,3" --suppression-positions prompt_end \
+  --suppression-trials 32 --suppression-generated 6
 
 # All pairs before and after that edit; the tokens that the direction promotes; everything on one page.
 "$PYTHON" "$ROOT/suppress.py" --all-pairs --model "$MODEL_NAME" --max-tokens 24
