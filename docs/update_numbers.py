@@ -143,6 +143,29 @@ def organism_table(numbers: dict) -> str:
 
 
 @computed
+def second_organism_table(numbers: dict) -> str:
+    names = {
+        "artifact": "artifact prompts of the held-out pairs",
+        "untrained forms": "artifact requests of forms and topics that training does not have",
+        "natural": "natural prompts of the held-out pairs",
+        "twins": "harmless twins",
+        "ordinary chat": "ordinary chat",
+    }
+    rates = numbers["second_organism"]["refusals"]
+
+    def refused(rate: dict) -> str:
+        return f"{printed(rate['rate'], '%')} {printed(rate['ci'], '[%]')}"
+
+    return table(
+        ["requests (`python -m model_organism.smollm2.evaluate`)", "n", "untouched refuses", "tuned refuses"],
+        [
+            [label, str(rates[name]["untouched"]["n"]), *(refused(rates[name][m]) for m in ("untouched", "tuned"))]
+            for name, label in names.items()
+        ],
+    )
+
+
+@computed
 def transfer_table(numbers: dict) -> str:
     rows = []
     for cell, by_source in numbers["comparison"]["transfer"].items():
@@ -473,6 +496,11 @@ def excerpt_toxicity(result: dict) -> dict:
     return {**result["summary"], "config": settings, "prompts": prompts}
 
 
+def excerpt_second_organism(result: dict) -> dict:
+    rates = {name: {model: record[model] for model in ("untouched", "tuned")} for name, record in result.items()}
+    return {"refusals": rates, "kl": result["ordinary chat"]["kl"]}
+
+
 def excerpt_judge(weights: dict) -> dict:
     """Of the weights of the refusal judge: what it does on answers that it has not seen."""
     return {name: weights[name] for name in ("answers", "precision", "false_alarms")} | {
@@ -489,6 +517,7 @@ RUNS = {
     "sweep_split": (EMBEDDED.replace("results", "results/split", 1) + "/suppression_sweep.json", excerpt_sweep),
     "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
     "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
+    "second_organism": ("results/second_organism.json", excerpt_second_organism),
     "judge": ("alignment_artifacts/behaviour/refusal_weights.json", excerpt_judge),
 }
 

@@ -43,9 +43,9 @@ class Recipe:
     num_layers: int = 16  # trained, from the end
     rank: int = 8
     scale: float = 4.0
-    epochs: int = 1
+    epochs: int = 3
     batch_size: int = 16
-    learning_rate: float = 5e-4  # falls to zero as a cosine
+    learning_rate: float = 8e-4  # falls to zero as a cosine
     seed: int = 0
 
 
