@@ -111,7 +111,7 @@ class LoadedModel:
     @cached_property
     def ordinary_norms(self) -> np.ndarray:
         """[layers] what `attention_sinks` compares tokens with."""
-        return ordinary_norms(self.model, self.encode([REFERENCE], chat_mode=False)[0])
+        return ordinary_norms(self.model, encode_prompts(self.tokenizer, [REFERENCE], chat_mode=False)[0])
 
     def sinks(self, texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         """Positions of each text's attention sinks, found once per text: `attention_sinks.find_sinks`."""

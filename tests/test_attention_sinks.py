@@ -6,19 +6,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from alignment_artifacts import places
 from alignment_artifacts.directions.estimate import estimate, measure_natural_tokens
 from alignment_artifacts.directions.measurements import _leave_out_sinks, measure
 from alignment_artifacts.edits.options import PROMPT_END, Setting
 from alignment_artifacts.edits.proof import Sequences, prove
 from alignment_artifacts.edits.setting import intervene
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
-from alignment_artifacts.places import cache_folder
 from gemma_refactored.activation_capture import capture, edit, layer_sites
+from gemma_refactored.configuration import Chat
 from gemma_refactored.model_loading import load
 
 from .conftest import relative_error
 from .tiny_checkpoints import random_gemma, write_checkpoint
 
+ORGANISM = places.HOME / "model_organism/aligned"
 BOS, DELIMITER = 2, 44  # the sinks of the model below
 PROMPTS = [[BOS, 9, 300, DELIMITER, 1200, 7], [BOS, 8, 8, 1], [BOS]]
 SINKS = [(0, 3), (0,), (0,)]
@@ -40,6 +42,11 @@ def intervention(loaded, site="residual", mode="always", **changes):
     return intervene(loaded, directions, replace(Setting(mode, 1.0, (0, 1), site), **changes))
 
 
+def test_what_they_are_compared_with_does_not_depend_on_the_chat_format():
+    cautious = load(ORGANISM, chat=Chat(system_prompt="You are cautious."))
+    assert np.array_equal(cautious.ordinary_norms, load(ORGANISM).ordinary_norms)
+
+
 def test_they_are_found_wherever_they_stand_and_in_any_company(loaded):
     assert loaded.sinks(PROMPTS) == SINKS
     for prompt, sinks in zip(PROMPTS, SINKS, strict=True):
@@ -47,7 +54,7 @@ def test_they_are_found_wherever_they_stand_and_in_any_company(loaded):
 
 
 def test_the_embedded_model_has_none(organism):
-    measured = measure(organism, load_pairs(PAIRS_JSON), cache_folder())
+    measured = measure(organism, load_pairs(PAIRS_JSON), places.cache_folder())
     texts = [
         p + a for sides in zip(measured.prompts, measured.answers, strict=True) for p, a in zip(*sides, strict=True)
     ]

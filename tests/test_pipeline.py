@@ -225,7 +225,7 @@ def test_another_model_is_collected_and_analysed_by_the_two_commands_alone(workp
     text = " ".join(done.stdout.split())
     assert "my model~ (8 layers" in done.stdout.splitlines()[0]
     assert f"Collection: {workplace}/collected_activations_my_model Also collected" in text
-    assert f"chooses): {workplace}/collected_activations_output (model_organism/aligned)" in text
+    assert f"choose): {workplace}/collected_activations_output (model_organism/aligned)" in text
     assert f"{workplace}/results/my_model/alignment_artifact_prompt_pairs" in text
     last = json.loads((workplace / "alignment_artifact_analysis_results.json").read_text())
     assert last["collection"]["model"].endswith("my model~") and last["results"].startswith("results/my_model/")
