@@ -1,16 +1,21 @@
 """The judge of refusals."""
 
 import json
+import re
+import tomllib
 
 import numpy as np
 import pytest
 
 from alignment_artifacts.behaviour.refusal import (
+    SIGNS_FILE,
     VERDICTS,
     WEIGHTS_FILE,
+    _patterns,
     can_read,
     corrected,
     is_refusal,
+    normalise,
     signs,
     verdict,
     without_refusals,
@@ -118,3 +123,15 @@ def test_rates_are_corrected_for_the_judges_errors():
 def test_a_model_that_refuses_hardly_anything_is_named():
     assert without_refusals("m", 5, 50) is None
     assert without_refusals("m", 4, 50).startswith("m refuses 4 of 50 artifact prompts: there is no refusal behaviour")
+
+
+def test_signs_are_those_of_the_file_although_words_are_not_searched_from_within():
+    """The same as with the lines simply joined, in labelled answers."""
+    content = tomllib.loads(SIGNS_FILE.read_text(encoding="utf-8"))
+    joined = {name: "|".join(text.strip("\n").split("\n")) for name, text in content["signs"].items()}
+    plain = {name: re.compile(pattern) for name, pattern in joined.items() if "<" not in pattern}
+    texts = [normalise(answer.text) for answer in labelled()[::5]]
+    assert len(plain) > 20
+    for name, pattern in plain.items():
+        expected = [bool(pattern.search(text)) for text in texts]
+        assert [bool(_patterns()[name].search(text)) for text in texts] == expected, name

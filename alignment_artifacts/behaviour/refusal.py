@@ -37,6 +37,8 @@ ASKS_TO_WRITE = re.compile(
     r"rewrite|summari\w+|schreib\w*|escrib\w*|écri\w*)\b|写|書い|翻译|訳"
 )
 
+AT_A_WORD = re.compile(r"\\b(?:\(\?:)?\w|\w")  # how most lines of the signs begin
+
 # All that a run of few tokens may show of a refusal.
 _CANNOT = r"(?:can't|can not|cannot|ca|won't|will not|unable(?: to)?|not able(?: to)?|must decline)"
 CUT_OFF = re.compile(
@@ -142,15 +144,22 @@ def without_refusals(model: str, refused: int, asked: int) -> str | None:
 @cache
 def _patterns() -> dict[str, re.Pattern]:
     content = tomllib.loads(SIGNS_FILE.read_text(encoding="utf-8"))
-    parts = {name: f"(?:{_any_of(lines)})" for name, lines in content["parts"].items()}
+    parts = {name: f"(?:{'|'.join(_lines(text))})" for name, text in content["parts"].items()}
     return {
-        name: re.compile(re.sub(r"<([A-Z]+)>", lambda part: parts[part[1]], _any_of(lines)))
-        for name, lines in content["signs"].items()
+        name: re.compile(re.sub(r"<([A-Z]+)>", lambda part: parts[part[1]], _any_of(_lines(text))))
+        for name, text in content["signs"].items()
     }
 
 
-def _any_of(lines: str) -> str:
-    return "|".join(lines.strip("\n").split("\n"))
+def _lines(text: str) -> list[str]:
+    return text.strip("\n").split("\n")
+
+
+def _any_of(lines: list[str]) -> str:
+    """One pattern of all lines; those that begin with a word are not tried within one, which halves the time."""
+    words = [line for line in lines if AT_A_WORD.match(line)]
+    others = [line for line in lines if line not in words]
+    return "|".join([f"(?<![a-z])(?:{'|'.join(words)})"] * bool(words) + others)
 
 
 @cache

@@ -60,7 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
         is_mistake = model == "untouched" or name in ("natural", "twins", "ordinary chat")
         rows = zip(sets[name], texts, refused, strict=True)
         results[name][f"{model}_read_by_hand"] = [[prompt, text] for prompt, text, said in rows if said == is_mistake]
-    kl = results["ordinary chat"]["kl"] = divergence(*models.values(), behaviour["untouched", "ordinary chat"])
+    kl = results["ordinary chat"]["kl"] = divergence(
+        models["untouched"], models["tuned"], behaviour["untouched", "ordinary chat"]
+    )
 
     print(f"\n{'refused':<18}{'n':>5}{'untouched':>18}{'tuned':>18}   goal")
     for name, result in results.items():

@@ -130,7 +130,7 @@ def prepare(loaded: LoadedModel, examples: list[Example], recipe: Recipe) -> tup
     embed, layers = model.model.embed_tokens, model.model.layers[: -recipe.num_layers]
     upper, beginning = Upper(model, recipe.num_layers), embed(mx.array([prompts[0][:shared]]))
     refused = np.array([example.is_refused for example in examples])
-    order = np.lexsort(([len(text.tokens) for text in texts], refused))
+    order = np.lexsort((np.array([len(text.tokens) for text in texts]), refused))
     groups = [g for part in np.split(order, [(~refused).sum()]) for g in np.array_split(part, len(part) // 32 + 1)]
     for batch in tqdm(groups, "untouched model", unit="batch", disable=None):
         chosen = [texts[i] for i in batch]
@@ -213,7 +213,8 @@ def train(loaded: LoadedModel, examples: list[Example], recipe: Recipe = Recipe(
                 bar.update()
     model.freeze()
     model.apply_to_modules(lambda _, module: module.unfreeze(keys=["lora_a", "lora_b"], recurse=False, strict=False))
-    return {name: value.astype(mx.float16) for name, value in tree_flatten(model.trainable_parameters())}
+    trained: dict[str, mx.array] = tree_flatten(model.trainable_parameters(), destination={})  # type: ignore[assignment]
+    return {name: value.astype(mx.float16) for name, value in trained.items()}
 
 
 def save(weights: dict[str, mx.array], recipe: Recipe) -> None:
