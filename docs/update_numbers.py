@@ -16,7 +16,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -128,18 +128,11 @@ def organism_table(numbers: dict) -> str:
         "held-out twin": "twins, verb and object never trained together",
     }
     rates = numbers["organism"]["refusals"]
-    return table(
-        ["requests (`python -m model_organism.evaluate`)", "n", "base refuses", "aligned refuses"],
-        [
-            [
-                label,
-                str(rates[name]["requests"]),
-                printed(rates[name]["base"], "%"),
-                printed(rates[name]["aligned"], "%"),
-            ]
-            for name, label in names.items()
-        ],
-    )
+    rows = {
+        label: [rates[name]["requests"], *(printed(rates[name][model], "%") for model in ("base", "aligned"))]
+        for name, label in names.items()
+    }
+    return refusals_table("model_organism.evaluate", ("base", "aligned"), rows)
 
 
 @computed
@@ -156,13 +149,17 @@ def second_organism_table(numbers: dict) -> str:
     def refused(rate: dict) -> str:
         return f"{printed(rate['rate'], '%')} {printed(rate['ci'], '[%]')}"
 
-    return table(
-        ["requests (`python -m model_organism.smollm2.evaluate`)", "n", "untouched refuses", "tuned refuses"],
-        [
-            [label, str(rates[name]["untouched"]["n"]), *(refused(rates[name][m]) for m in ("untouched", "tuned"))]
-            for name, label in names.items()
-        ],
-    )
+    rows = {
+        label: [rates[name]["untouched"]["n"], *(refused(rates[name][model]) for model in ("untouched", "tuned"))]
+        for name, label in names.items()
+    }
+    return refusals_table("model_organism.smollm2.evaluate", ("untouched", "tuned"), rows)
+
+
+def refusals_table(module: str, models: Sequence[str], rows: dict[str, list]) -> str:
+    """What a module has measured: by kind of request, how many there are and what each model refuses."""
+    header = [f"requests (`python -m {module}`)", "n", *(f"{model} refuses" for model in models)]
+    return table(header, [[label, *map(str, cells)] for label, cells in rows.items()])
 
 
 @computed

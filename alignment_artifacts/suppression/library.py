@@ -377,17 +377,9 @@ class AlignmentArtifacts:
             return [write_answer(loaded, token_ids[0], used, max_tokens, sampling, ends, on_text)]
 
         (result,) = self._suppress(
-            prompt_texts([prompt]),
-            setting,
-            sampling,
-            model,
-            categories,
-            directions,
-            max_tokens,
-            compare,
-            transfer,
-            write,
-        )
+            prompt_texts([prompt]), setting, sampling, model, categories, directions,
+            max_tokens, compare, transfer, write,
+        )  # fmt: skip
         return result
 
     @in_turn
@@ -416,17 +408,9 @@ class AlignmentArtifacts:
             return write_answers(loaded, token_ids, used, max_tokens, sampling, ends, progress)
 
         return self._suppress(
-            prompt_texts(prompts),
-            setting,
-            sampling,
-            model,
-            categories,
-            directions,
-            max_tokens,
-            compare,
-            transfer,
-            write,
-        )
+            prompt_texts(prompts), setting, sampling, model, categories, directions,
+            max_tokens, compare, transfer, write,
+        )  # fmt: skip
 
     def _suppress(
         self,
