@@ -21,7 +21,7 @@ from typing import Annotated
 from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.default_model import DEFAULT_MODEL
-from alignment_artifacts.formatting import described_mean, named_range, number, percent, rate
+from alignment_artifacts.formatting import described_mean, interval, named_range, number, percent, rate
 from alignment_artifacts.pairs import REFUSAL
 from alignment_artifacts.suppression.space import Limits, Space
 from gemma_refactored.configuration import Chat, Seed
@@ -177,10 +177,10 @@ def run(constants: Constants) -> None:
     per_fold = "; as many per fold" if folds else ""
     print(f"{trials} settings tried, {whole_answers} of them judged by whole answers{per_fold}")
     test = sweep.report(loaded, pairs, parts, score)
-    if twins:  # with the final setting, which was not chosen on them
-        of_twins = {"twins": observe(loaded, twins, constants.max_tokens)}
-        test |= final.evaluate(final.intervention(choice.setting), of_twins)
-        test["unedited"] |= final.evaluate(NOTHING, of_twins)
+    of_twins = observe(loaded, twins, constants.max_tokens) if twins else None
+    if of_twins:  # with the final setting, which was not chosen on them
+        test |= final.evaluate(final.intervention(choice.setting), {"twins": of_twins})
+        test["unedited"] |= final.evaluate(NOTHING, {"twins": of_twins})
     result = {
         "model": measured.facts,
         "config": {
@@ -202,7 +202,7 @@ def run(constants: Constants) -> None:
         },
         "test": test,
         **about,
-        **({} if score else {"monitor": sweep.monitor_results(measured)}),
+        **({} if score else {"monitor": sweep.monitor_results(loaded, measured, of_twins)}),
         "pareto_front": sweep.pareto_front(choice.records, wish),
         "tried": choice.records,
         "trials": choice.trials,
@@ -280,6 +280,23 @@ def print_tables(result: dict) -> None:
         f"{suppressed} suppressed (docs/suppression.md)."
     )
     print(textwrap.fill(text, 80))
+    for site, monitor in result["monitor"].items():
+        print(textwrap.fill(described_monitor(site, monitor, result["origin"]["sides"]), 80))
+
+
+def described_monitor(site: str, monitor: dict, sides: Sequence[str]) -> str:
+    """How well refusals are foretold, of which prompts."""
+
+    def told(name: str, of: dict) -> str:
+        counts = f"{of['refused']} refused, {of['answered']} answered"
+        known = "not measurable" if of["auroc"] is None else f"{number(of['auroc'])} {interval(of['auroc_ci'])}"
+        return f"{name} {known} ({counts})"
+
+    named = {"all pairs": monitor, f"{sides[1]} prompts alone": monitor["within_artifact"]}
+    if "twins" in monitor:
+        named["twins"] = monitor["twins"]
+    listed = "; ".join(told(name, of) for name, of in named.items())
+    return f"Refusals foretold by the score at the prompt's end ({site}), AUROC: {listed}."
 
 
 def tested(result: dict) -> str:

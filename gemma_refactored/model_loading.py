@@ -38,7 +38,7 @@ from .files import is_anything, is_file
 from .generation import padding_is_harmless
 from .gguf_files import WEIGHTS, read_weights
 from .layout_corrections import correct_layout, translated_classes
-from .linux_cpu import warn_if_slow
+from .linux_cpu import share_work, warn_if_slow
 from .model_architecture import Gemma, GemmaConfig
 from .prompt_processing import encode_prompts
 from .settings import record
@@ -194,6 +194,8 @@ def load(
     if is_expanded and isinstance(model, Gemma):
         share_rotations(model)
     num_parameters = count_parameters(model)
+    if on_linux_cpu:
+        share_work(num_parameters)
     if split:
         shard(model, config["model_type"])
     model.eval()

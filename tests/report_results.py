@@ -140,7 +140,11 @@ def write_sweep(folder, origin=ORIGIN):
         "test": {**judged(0.1, 0.02), "unedited": judged(1, 0.0), "random_direction": [judged(1, 0.001)] * 2,
                  "same_change_elsewhere": [judged(0.9, 0.002)]},
         "amplification": {"test": judged(1, 0.4)},
-        "monitor": {"mlp": {"auroc": 0.97, "auroc_ci": [0.9, 1.0]}, "residual": {"auroc": None, "auroc_ci": None}},
+        "monitor": {
+            "mlp": {"auroc": 0.97, "auroc_ci": [0.9, 1.0],
+                    "twins": {"refused": 9, "answered": 91, "auroc": 0.83, "auroc_ci": [0.7, 0.91]}},
+            "residual": {"auroc": None, "auroc_ci": None},
+        },
         "pareto_front": [0, 2, 3],
         "tried": tried,
         "trials": [{"setting": t["setting"], "kl": 0.1, "kept": 0.5, "loss": 0.7} for t in tried]

@@ -1,6 +1,7 @@
 """OpenBLAS and a frugal memory allocator are put in place on a CPU-only Linux and nowhere else."""
 
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -65,3 +66,23 @@ def test_the_order_of_imports_is_said_where_it_costs(first):
     program = f"import {first}, gemma_refactored.linux_cpu as l; l.warn_if_slow()"
     output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert output.stderr.count("Import gemma_refactored first.") == (first == "mlx.core")
+
+
+@pytest.mark.skipif(
+    not linux_cpu.is_linux_cpu() or not linux_cpu.load_openblas(), reason="needs OpenBLAS on a Linux CPU"
+)
+@pytest.mark.parametrize(("environment", "threads"), [({}, (1, 0)), ({"OPENBLAS_NUM_THREADS": "1"}, (1, 1))])
+def test_a_small_model_is_not_divided_among_threads(environment, threads):
+    """0 stands for all processors."""
+    program = """
+import ctypes, gemma_refactored, gemma_refactored.linux_cpu as l
+for size in (l.SMALL - 1, l.SMALL):
+    l.share_work(size)
+    print(ctypes.CDLL(None).openblas_get_num_threads(), ctypes.CDLL(None).openblas_get_num_procs())
+"""
+    inherited = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=True)
+    for line, wanted in zip(done.stdout.splitlines(), threads, strict=True):
+        used, all_of_them = map(int, line.split())
+        assert used == (wanted or all_of_them)

@@ -151,6 +151,8 @@ def test_numbers_are_those_of_the_files(page, results):
     caps = [r for r in results["sweep"]["tried"] if r["setting"]["mode"] == "cap"]
     assert kl == [r["damage"]["kl_mean"] for r in caps]
     assert left == [r["artifact"]["refused_or_broken"]["rate"] for r in caps]
+    foretold = "among twins 0.83 [0.70, 0.91] (9 refused, 91 answered)."
+    assert foretold in " ".join(find(page, "#sweep").get_attribute("textContent").split())
     toxicity = [r["steering"]["mean_toxicity"] for r in results["toxicity"]["sweep"].values() if r["layer"] == 0]
     assert plotted(page, "toxicity", 0, "y") == toxicity
     compared = results["comparison"]["conditions"]["prompt_end"]["layers"]

@@ -125,7 +125,11 @@ def test_truth_and_monitor_are_reported(swept):
     assert min(truth["cosine_with_planted"]["prompt_end"].values()) > 0.9
     assert truth["planted_ablated"]["artifact"]["refused"]["rate"] <= 0.05
     assert set(truth["chosen_layers_planted"]) <= set(PLANTED_LAYERS)
-    assert result["monitor"]["mlp"]["auroc"] > 0.9
+    monitor = result["monitor"]["mlp"]
+    assert monitor["auroc"] > 0.9
+    refused = result["test"]["unedited"]["twins"]["refused"]
+    assert monitor["twins"]["refused"] == refused["hits"]
+    assert monitor["twins"]["answered"] == refused["n"] - refused["hits"]
     assert result["chosen"]["setting"]["mode"] in ("cap", "ablate")
 
 

@@ -23,7 +23,7 @@ from alignment_artifacts.behaviour.evaluation import (
     measure_damage,
     outcome_of,
 )
-from alignment_artifacts.behaviour.monitor import held_out_auroc
+from alignment_artifacts.behaviour.monitor import auroc_elsewhere, held_out_auroc
 from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.behaviour.score import Score, Wish
 from alignment_artifacts.blocks import independent_groups
@@ -434,7 +434,11 @@ def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour], pl
     }
 
 
-def monitor_results(measured: Measurements) -> dict:
-    """Held-out AUROC of the score at the prompt's end against refusals, by site, without the single scores."""
-    results = {site: held_out_auroc(measured, site) for site in measured.sites}
-    return {site: {k: v for k, v in result.items() if k != "scores"} for site, result in results.items()}
+def monitor_results(loaded: LoadedModel, measured: Measurements, twins: Behaviour | None) -> dict:
+    """AUROC of the score at the prompt's end against refusals, by site, without the single scores: held out on the
+    pairs, and of twins ("twins") from a direction of all pairs."""
+    results = {}
+    for site in measured.sites:
+        held_out = {name: value for name, value in held_out_auroc(measured, site).items() if name != "scores"}
+        results[site] = held_out | ({"twins": auroc_elsewhere(loaded, measured, site, twins)} if twins else {})
+    return results
