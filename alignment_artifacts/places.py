@@ -308,7 +308,7 @@ def _names(typed: str | None) -> tuple[str | None, ...]:
     if typed is None:
         return (None,)
     path = find_model(typed)
-    return (path, str(Path(path).resolve())) if os.path.isdir(path) else (path,)
+    return (path, str(Path(path).resolve())) if os.path.exists(path) else (path,)
 
 
 # Results.

@@ -173,6 +173,10 @@ def test_a_model_that_is_named_chooses_among_collections(home, tmp_path):
     local = collect(home / "collected_activations_b", model_path=str(tmp_path / "local"))
     assert places.choose_collection(PAIRS, None, "who/a")[0] == hub
     assert places.choose_collection(PAIRS, None, "local/")[0] == local
+    (tmp_path / "weights.gguf").touch()
+    (tmp_path / "link.gguf").symlink_to("weights.gguf")
+    file = collect(home / "collected_activations_c", model_path=str(tmp_path / "weights.gguf"))
+    assert places.choose_collection(PAIRS, None, "link.gguf")[0] == file
     with pytest.raises(UserError, match="no collection of who/c.*collected_activations_a"):
         places.choose_collection(PAIRS, None, "who/c")
     with pytest.raises(UserError, match="no collection of these pairs"):
