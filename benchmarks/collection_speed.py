@@ -29,7 +29,7 @@ from gemma_refactored.files import step_file, write_json
 from gemma_refactored.npz_files import compressed_npz, npz
 from gemma_refactored.prompt_processing import load_prompts
 
-from .job import MAX_TOKENS, ROOT, SITES, make_job, multiply_adds, prompts_file
+from .job import MAX_TOKENS, ROOT, make_job, multiply_adds, prompts_file, sites
 
 HERE = Path(__file__).resolve().parent
 RESULTS, TABLE, PLOT = HERE / "results.json", HERE / "results.md", HERE / "collection_speed.png"
@@ -99,7 +99,7 @@ def disagreement(job: Path, ours: Path, theirs: Path) -> float:
     worst = 0.0
     for row, step, arrays in saved_steps(job, ours):
         with np.load(theirs / str(row) / f"{step}.npz") as file:
-            difference = max(np.abs(file[site] - arrays[site]).max() for site in SITES)
+            difference = max(np.abs(file[site] - arrays[site]).max() for site in sites(job))
         worst = max(worst, float(difference / max(np.abs(array).max() for array in arrays.values())))
     return worst
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .job import CONFIG, MAX_TOKENS, Saved, model_folder, prompts_file, token_ids
+from .job import MAX_TOKENS, Saved, config, model_folder, prompts_file, token_ids
 
 
 def ours(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tuple[float, list]:
@@ -74,7 +74,7 @@ def transformers_hooks(job: Path, out: Path, batch: int, dtype: str, text_only: 
     """transformers' generate, with a forward hook on every MLP that saves when the last layer is through."""
     model, ids = torch_model(job, dtype), token_ids(job)
     model.generation_config.eos_token_id = None
-    saved, answers = Saved(out, len(ids)), {}
+    saved, answers = Saved(job, out, len(ids)), {}
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, inputs, output: saved.add(output[:, -1].float().numpy()))
     start = time.perf_counter()
@@ -91,7 +91,7 @@ def nnsight(job: Path, out: Path, batch: int, dtype: str, text_only: bool) -> tu
     hf_model = torch_model(job, dtype)
     hf_model.generation_config.eos_token_id = None
     model, ids = LanguageModel(hf_model, tokenizer=AutoTokenizer.from_pretrained(model_folder(job))), token_ids(job)
-    saved, answers = Saved(out, len(ids)), {}
+    saved, answers = Saved(job, out, len(ids)), {}
     start = time.perf_counter()
     for rows, tokens, mask in padded_batches(ids, batch):
         with model.generate({"input_ids": tokens, "attention_mask": mask}, **GREEDY) as tracer:
@@ -116,8 +116,8 @@ def transformer_lens(job: Path, out: Path, batch: int, dtype: str, text_only: bo
         str(model_folder(job)), hf_model=torch_model(job, dtype), tokenizer=tokenizer, dtype=getattr(torch, dtype)
     )
     ids = token_ids(job)
-    saved, answers = Saved(out, len(ids)), {}
-    layers = range(CONFIG["num_hidden_layers"])
+    saved, answers = Saved(job, out, len(ids)), {}
+    layers = range(config(job)["num_hidden_layers"])
     hooks = [(f"blocks.{i}.mlp.hook_out", lambda value, hook: saved.add(value[:, -1].float().numpy())) for i in layers]
     start = time.perf_counter()
     for rows, tokens, mask in padded_batches(ids, batch):
