@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +26,6 @@ BENCHMARKS = {
 }  # fmt: skip
 DOCUMENTS = ("*.md", "docs/*.md", "toxicity_steering/*.md", "gemma_refactored/*.md")
 MARKER = re.compile(r"<!--=([^>\s]+)(?: ([^>]+?))?-->(.*?)<!--=-->", re.DOTALL)
-EMBEDDED = "results/aligned/alignment_artifact_prompt_pairs/data"
-PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
 
 COMPUTED: dict[str, Callable[[dict], object]] = {}
 
@@ -365,177 +361,6 @@ def scaling_peak_gb(numbers: dict) -> float:
     return max(r["peak_bytes"] for r in numbers["scaling"]) / 1e9
 
 
-# Excerpts of the results of runs.
-
-
-def excerpt_analysis(result: dict) -> dict:
-    layers = {"prompt_end": result["layer_scores_prompt_end"], "generated": result["layer_scores"]}
-    nested = {"prompt_end": result["best_layer_nested_prompt_end"], "generated": result["best_layer_nested"]}
-    return {
-        "num_pairs": result["layer_scores"]["0"]["num_pairs"],
-        "num_layers": len(result["layer_scores"]),
-        **{
-            positions: {"nested": nested[positions], "layers": list(scores.values())}
-            for positions, scores in layers.items()
-        },
-        "words": result["lexical_baseline"],
-        "beyond_words": result["controls"]["prompt_end"]["beyond_words"],
-        "length": result["length_baseline"],
-    }
-
-
-def excerpt_comparison(result: dict) -> dict:
-    conditions = {name: condition["layers"] for name, condition in result["conditions"].items()}
-    layers = conditions["prompt_end"]
-    peak = max(range(len(layers)), key=lambda i: abs(layers[i]["difference"]))
-    same_text = [abs(r["difference"]) for name in ("neutral", "answers_a", "answers_b") for r in conditions[name]]
-    free = [r["difference"] for r in conditions["own_answers"]]
-    rows = {
-        "natural/artifact → twin/artifact": "natural/artifact -> twin/artifact",
-        "twin/artifact → natural/artifact": "twin/artifact -> natural/artifact",
-    }
-    transfer = {
-        label: {
-            source: {key: cells[cell][key] for key in ("cohens_d", "accuracy")} for source, cells in sources.items()
-        }
-        for label, cell in rows.items()
-        for sources in [result["transfer"]]
-    }
-    transfer["four categories → the fifth, lowest d of five"] = {
-        source: {"cohens_d": min(r["cohens_d"] for cell, r in cells.items() if cell.startswith("others -> "))}
-        for source, cells in result["transfer"].items()
-    }
-    return {
-        "peak": {"layer": peak, **layers[peak]},
-        "different_layers": [i for i, r in enumerate(layers) if r["p_value"] is not None and r["p_value"] <= 0.05],
-        "identical_layers": [i for i, r in enumerate(layers) if r["largest_change"] == 0],
-        "largest_difference_on_the_same_text": max(same_text),
-        "moved": [r["relative_change"] for r in layers if r["relative_change"]],
-        "own_answers": {"smallest_difference": min(free), "largest_difference": max(free)},
-        "weights": excerpt_weights(result["weights"]),
-        "change_space": excerpt_change_space(result["change_space"]),
-        "planted_layers": [int(layer) for layer in result["planted_truth"]],
-        "planted_cosines": list(result["planted_truth"].values()),
-        "transfer": transfer,
-    }
-
-
-def excerpt_change_space(changes: dict) -> dict:
-    layers = changes["layers"]
-    best = max((i for i, r in enumerate(layers) if r["b"][0] is not None), key=lambda i: layers[i]["b"][0])
-    first = {"first": layers[best]["b"][0], "before": layers[best]["a"][0], "random": changes["random_95"][0]}
-    return {"layer": best, **first}
-
-
-def excerpt_weights(changes: dict) -> dict:
-    tensors = sorted(changes["tensors"], key=lambda tensor: tensor["layer"])
-    return {
-        "tensors": changes["num_tensors"],
-        "number": len(tensors),
-        "layers": [tensor["layer"] for tensor in tensors],
-        "smallest_change": min(tensor["relative_change"] for tensor in tensors),
-        "largest_change": max(tensor["relative_change"] for tensor in tensors),
-        "largest_effective_rank": max(tensor["effective_rank"] for tensor in tensors),
-        "smallest_cosine_with_planted": min(abs(tensor["cosine_with_planted"]) for tensor in tensors),
-        "smallest_cosine_with_contrast": min(tensor["cosine_with_contrast"] for tensor in tensors),
-    }
-
-
-def excerpt_sweep(result: dict) -> dict:
-    def judged(record: dict, *names: str) -> dict:
-        return {
-            key: value
-            for name in ("refused", *names)
-            for key, value in ((name, record[name]["rate"]), (f"{name}_ci", record[name]["ci"]))
-        } | {"broken": record["broken"]["rate"]}
-
-    def over_seeds(records: list[dict]) -> dict:
-        return {name: [r["artifact"][name]["rate"] for r in records] for name in ("refused", "broken")}
-
-    test, amplified, planted = result["test"], result["amplification"]["test"], result["planted_truth"]
-    cosines = [c for layer, c in planted["cosine_with_planted"]["prompt_end"].items()]
-    return {
-        "pairs": {part: len(ids) for part, ids in result["pairs"].items()},
-        "twins_tried": test["twins"]["refused"]["n"],
-        "tried": len(result["tried"]),
-        "trials": len(result["trials"]),
-        "folds": len(result.get("folds", ())),
-        "seconds": result["seconds"],
-        "stability": result.get("stability"),
-        "random_directions": len(test["random_direction"]),
-        "setting": result["chosen"]["setting"]["description"],
-        "amplification": result["amplification"]["setting"]["description"],
-        "artifact": {
-            "unedited": judged(test["unedited"]["artifact"]),
-            "suppressed": judged(test["artifact"]),
-            "random": over_seeds(test["random_direction"]),
-            "same_change_elsewhere": over_seeds(test["same_change_elsewhere"]),
-        },
-        "natural": {
-            "suppressed": {**judged(test["natural"], "unchanged"), "kl": test["damage"]["kl_mean"]},
-            "amplified": judged(amplified["natural"]),
-        },
-        "twins": {
-            "unedited": judged(test["unedited"]["twins"]),
-            "suppressed": judged(test["twins"], "unchanged"),
-        },
-        "planted_ablated": judged(planted["planted_ablated"]["artifact"])
-        | {"unchanged": planted["planted_ablated"]["natural"]["unchanged"]["rate"]},
-        "planted_cosines": {"smallest": min(cosines), "largest": max(cosines)},
-        "monitor": {site: {key: m[key] for key in ("auroc", "auroc_ci")} for site, m in result["monitor"].items()},
-    }
-
-
-def excerpt_toxicity(result: dict) -> dict:
-    config = result["experiment"]["config"]
-    settings = {name: config[name] for name in ("num_pairs", "samples", "max_kl")}
-    prompts = len(result["experiment"]["data"]["challenging"])
-    return {**result["summary"], "config": settings, "prompts": prompts}
-
-
-def excerpt_second_organism(result: dict) -> dict:
-    rates = {name: {model: record[model] for model in ("untouched", "tuned")} for name, record in result.items()}
-    return {"refusals": rates, "kl": result["ordinary chat"]["kl"]}
-
-
-def excerpt_judge(weights: dict) -> dict:
-    """Of the weights of the refusal judge: what it does on answers that it has not seen."""
-    return {name: weights[name] for name in ("answers", "precision", "false_alarms")} | {
-        "recall": weights["recall_of_all"],
-        "least_recall": min(weights["recall"].values()), "largest_recall": max(weights["recall"].values()),
-    }  # fmt: skip
-
-
-RUNS = {
-    "analysis": (f"{EMBEDDED}/alignment_artifact_analysis_results.json", excerpt_analysis),
-    "comparison": (f"{EMBEDDED}/model_comparison.json", excerpt_comparison),
-    "sweep": (f"{EMBEDDED}/suppression_sweep.json", excerpt_sweep),
-    # RESULTS_DIR=results/split python sweep_suppression.py --folds 0
-    "sweep_split": (EMBEDDED.replace("results", "results/split", 1) + "/suppression_sweep.json", excerpt_sweep),
-    "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
-    "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
-    "second_organism": ("results/second_organism.json", excerpt_second_organism),
-    "judge": ("alignment_artifacts/behaviour/refusal_weights.json", excerpt_judge),
-}
-
-
-def take_excerpts() -> None:
-    """New excerpts from every result file that exists, with the commit and the versions of the libraries."""
-    revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    made = {
-        "commit": revision.stdout.strip(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
-    for name, (file, excerpt) in RUNS.items():
-        source = ROOT / file
-        if not source.exists():
-            print(f"{name}: no {file}; its excerpt stays as it is")
-            continue
-        content = {"made": {"from": file, **made}, **excerpt(json.loads(source.read_text()))}
-        (EXCERPTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        print(f"{name}: taken from {file}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a document is out of date")
@@ -544,6 +369,8 @@ def main() -> int:
     if arguments.check and arguments.from_results:
         parser.error("--check changes nothing, so it cannot take new excerpts")
     if arguments.from_results:
+        from excerpts import take_excerpts  # beside this script
+
         take_excerpts()
     numbers, stale = load(), 0
     for path in documents():
