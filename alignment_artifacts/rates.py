@@ -26,30 +26,35 @@ def wilson(share: float, n: float, z: float = 1.96) -> list[float]:
     return [float(max(min(low, share), 0.0)), float(min(max(high, share), 1.0))]
 
 
-def design_effect(values: Sequence[float] | np.ndarray, *clusters: Sequence[int]) -> float:
+def design_effect(values: Sequence[float] | np.ndarray, *clusters: Sequence[int]) -> tuple[float, float]:
     """How many times as large the variance of a mean is as that of independent values, and at least 1.
 
     The between-cluster variance over that of independent values (Kish 1965), the largest of several ways to cluster.
 
     Args:
         clusters: [values] labels of what varies together (folds, pairs that share a prompt).
+    Returns:
+        The effect, and the degrees of freedom of an interval: those of the clusters (their number less one) as far as
+        the variance is theirs, infinite if none is.
     """
-    x = np.asarray(values, float)
+    x, largest, freedom = np.asarray(values, float), 1.0, np.inf
     if len(x) < 2 or x.std() == 0:
-        return 1.0
-    effects = [1.0]
+        return largest, freedom
     for labels in clusters:
         sums = np.bincount(np.unique(labels, return_inverse=True)[1], x - x.mean())
-        if len(sums) > 1:
-            effects.append(len(sums) / (len(sums) - 1) * float((sums**2).sum()) / (len(x) * x.var(ddof=1)))
-    return max(effects)
+        others = len(sums) - 1
+        effect = len(sums) / others * float((sums**2).sum()) / (len(x) * x.var(ddof=1)) if others else 1.0
+        if effect > largest:
+            largest, freedom = effect, others / (1 - 1 / effect)
+    return largest, freedom
 
 
 def rate(flags: Sequence[bool], *clusters: Sequence[int]) -> dict:
     """A share with its Wilson interval, for as many independent flags as the `design_effect` of the clusters leaves."""
     hits, n = int(sum(flags)), len(flags)
-    effective = n / design_effect(flags, *clusters)
-    return {"rate": hits / n if n else None, "hits": hits, "n": n, "ci": wilson(hits / n if n else 0.0, effective)}
+    effect, freedom = design_effect(flags, *clusters)
+    interval = wilson(hits / n if n else 0.0, n / effect, t_quantile(freedom))
+    return {"rate": hits / n if n else None, "hits": hits, "n": n, "ci": interval}
 
 
 def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> dict:
@@ -121,6 +126,7 @@ def mean(values: np.ndarray, *clusters: Sequence[int]) -> dict:
     centre = float(values.mean()) if len(values) else None
     if len(set(values)) <= 1:
         return {"mean": centre, "n": len(values), "ci": None}
-    wider = np.sqrt(design_effect(values, *clusters))
+    effect, freedom = design_effect(values, *clusters)
+    wider = np.sqrt(effect) * t_quantile(freedom) / t_quantile(np.inf)
     ends = [float(values.mean() + wider * (end - values.mean())) for end in bootstrap_mean(values[:, None])]
     return {"mean": centre, "n": len(values), "ci": ends}

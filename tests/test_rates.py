@@ -39,16 +39,18 @@ def test_wilson_is_never_of_zero_width():
 def test_what_varies_together_counts_less():
     rng = np.random.default_rng(0)
     values = rng.normal(size=200)
-    assert design_effect(values, range(200)) == pytest.approx(1)
+    assert design_effect(values, range(200))[0] == pytest.approx(1)
     doubled, pairs = np.repeat(values, 2), np.repeat(np.arange(200), 2)
-    assert design_effect(doubled, pairs) == pytest.approx(2, rel=0.01)  # each counted twice
+    assert design_effect(doubled, pairs) == pytest.approx((2, 398), rel=0.01)  # each counted twice; half of it is theirs
     assert design_effect(doubled, pairs, np.zeros(400, int)) == design_effect(doubled, pairs)
     flags = list(doubled > 1)
     low, high = rate(flags, pairs)["ci"]
     assert (low, high) == pytest.approx(rate(list(values > 1))["ci"], rel=0.02)
+    apart = np.repeat([0.0, 1.0], 50)  # two clusters, and nothing but what lies between them
+    assert design_effect(apart, apart)[1] == pytest.approx(1, rel=0.02)
     narrow, wide = mean(doubled)["ci"], mean(doubled, pairs)["ci"]
     assert wide[0] < narrow[0] < narrow[1] < wide[1] and mean(doubled, range(400))["ci"] == pytest.approx(narrow)
-    assert design_effect([True] * 5, [0, 0, 1, 1, 1]) == 1 and rate([], [])["n"] == 0
+    assert design_effect([True] * 5, [0, 0, 1, 1, 1]) == (1, np.inf) and rate([], [])["n"] == 0
 
 
 def test_a_rate_over_folds_that_differ_covers_what_it_is_about():
