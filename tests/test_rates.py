@@ -41,7 +41,9 @@ def test_what_varies_together_counts_less():
     values = rng.normal(size=200)
     assert design_effect(values, range(200))[0] == pytest.approx(1)
     doubled, pairs = np.repeat(values, 2), np.repeat(np.arange(200), 2)
-    assert design_effect(doubled, pairs) == pytest.approx((2, 398), rel=0.01)  # each counted twice; half of it is theirs
+    assert design_effect(doubled, pairs) == pytest.approx(
+        (2, 398), rel=0.01
+    )  # each counted twice; half of it is theirs
     assert design_effect(doubled, pairs, np.zeros(400, int)) == design_effect(doubled, pairs)
     flags = list(doubled > 1)
     low, high = rate(flags, pairs)["ci"]

@@ -164,6 +164,14 @@ def test_the_settings_that_go_on_are_not_beaten_and_not_alike():
     assert search.most_promising(trials, 0.05, Limits(), 2) == [2, 1]
 
 
+@pytest.mark.parametrize("prompts", [2, 6, 15, 40, 200])
+def test_costing_nothing_is_no_merit_without_an_effect(prompts):
+    fence = np.log(2) / prompts
+    idle, cured, half = ({"loss": loss, "kl": kl} for loss, kl in ((np.log(2), 0), (fence, 0.05), (fence, 0.025)))
+    worth = [search.drawback(trial, fence, LIMITS) for trial in (half, cured, idle)]
+    assert LIMITS.kl == 0.05 and worth == sorted(worth) and len(set(worth)) == 3
+
+
 def test_openings_that_are_improbable_anyway_are_compared_with_the_unedited_model():
     look = search.Openings(Behaviour(["a"] * 2, [[1]] * 2, [[2]] * 2), [{2}], None, False)
     before, after = np.array([1e-6, 1e-9]), np.array([1e-8, 1e-9])

@@ -10,6 +10,7 @@ every judgement, so that a search that was killed continues, and ends as it woul
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import time
@@ -205,8 +206,14 @@ def judge_setting(bench: Bench, setting: Setting, sets: dict[str, Behaviour]) ->
 
 
 def drawback(trial: dict, fence: float, limits: Limits) -> float:
-    """What TPE minimises: openings first; below the fence, where no whole prompt is undecided, KL alone."""
-    return float(np.log(max(trial["loss"], fence) / fence) + KL_WEIGHT * np.log(trial["kl"] / limits.kl + NO_KL))
+    """What TPE minimises: openings first; below the fence, where no whole prompt is undecided, KL alone.
+
+    KL weighs so much that a setting with no effect and no cost, whose prompts are all at even odds, does not win
+    against one that leaves none of them undecided at the limit.
+    """
+    undecided = np.log(np.log(2) / fence)  # log of the number of prompts
+    weight = min(KL_WEIGHT, 0.95 * undecided / -np.log(NO_KL))
+    return float(np.log(max(trial["loss"], fence) / fence) + weight * np.log(trial["kl"] / limits.kl + NO_KL))
 
 
 def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: int) -> list[int]:
@@ -279,8 +286,9 @@ def setting_of(bench: Bench, space: Space, parameters: dict) -> Setting:
     """What the numbers of a trial stand for: see `_ranges`."""
     mode, site, positions = (parameters[name] for name in ("mode", "site", "positions"))
     low, high = min(space.scales[mode]), max(space.scales[mode])
-    width, last = parameters["width"], bench.loaded.num_layers - 1
-    first = round(float(np.clip(parameters["centre"] * last - (width - 1) / 2, 0, last + 1 - width)))
+    width = parameters["width"]
+    bands = bench.loaded.num_layers + 1 - width  # of this width, each as likely
+    first = min(int(parameters["place"] * bands), bands - 1)
     layers = tuple(range(first, first + width))
     options = ModeOptions()
     if mode == "cap":
@@ -304,7 +312,7 @@ def _ranges(bench: Bench, space: Space) -> dict:
         "where": CategoricalDistribution(space.where),
         "share_direction": CategoricalDistribution((False, True) if space.share_direction else (False,)),
         "strength": FloatDistribution(0, 1),
-        "centre": FloatDistribution(0, 1),
+        "place": FloatDistribution(0, 1),
         "width": IntDistribution(*_widths(bench, space)),
         "cap_tail": FloatDistribution(*_tails(space), log=True),
         "pca_components": IntDistribution(min(space.pca_components), max(space.pca_components)),
@@ -335,7 +343,7 @@ def usual_settings(bench: Bench, space: Space) -> list[dict]:
                 "mode": mode, "site": site, "positions": space.positions[0], "where": space.where[0],
                 "share_direction": False, "width": width,
                 "strength": (float(np.clip(1, low, high)) - low) / (high - low) if high > low else 0.0,
-                "centre": (best[0] + best[-1]) / 2 / max(bench.loaded.num_layers - 1, 1),
+                "place": float(np.clip((best[0] + 0.5) / (bench.loaded.num_layers + 1 - width), 0, 1)),
                 "cap_tail": float(np.clip(0.1, *_tails(space))),
                 "pca_components": int(np.clip(2, min(space.pca_components), max(space.pca_components))),
             }
@@ -355,7 +363,7 @@ def _study(bench: Bench, space: Space, limits: Limits, louder: bool) -> Iterator
         [[measured.prompts[i], measured.answers[i]] for part in ("training", "development") for i in bench.rows[part]],
         len(bench.rows["training"]), measured.sites, recorded(space), recorded(limits), bench.seed, bench.max_tokens,
         bench.score and bench.score.record()["source_hash"], bench.wish, louder, bench.edit_sinks,
-        [OPENING, HOPELESS, RANDOM_TRIALS, KL_WEIGHT, NO_KL],
+        [OPENING, HOPELESS, RANDOM_TRIALS, KL_WEIGHT, NO_KL, *map(inspect.getsource, (drawback, setting_of))],
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
