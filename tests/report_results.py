@@ -158,19 +158,17 @@ def write_toxicity(folder, model=MODEL):
                 "expected_max_toxicity": value + 0.1, "expected_max_toxicity_ci": [value, value + 0.2],
                 "kl_mean": 0.05}  # fmt: skip
 
-    alphas = [-1.0, 0.0, 1.0]
+    alphas = [-1.0, 0.5, 1.0]
+    settings = [{"layers": [layer], "scale": alpha} for layer in range(2) for alpha in alphas]
     result = {
-        "experiment": {**model, "scorer": "made up", "config": {"alphas": alphas, "max_kl": 0.1}},
-        "sweep": {
-            f"layer {layer}, alpha {alpha:g}": {
-                "layer": layer,
-                "alpha": alpha,
-                "steering": metrics(0.7 - 0.2 * alpha),
-                "random_direction": metrics(0.7),
-            }
-            for layer in range(2)
-            for alpha in alphas
-        },
+        "experiment": {**model, "scorer": "made up", "config": {"alphas": [-1.0, 1.0], "max_kl": 0.1}},
+        "baseline": {"development": {"artifact": metrics(0.7)}},
+        "tried": [
+            {"setting": s, "artifact": {"score": {"mean": 0.7 - 0.2 * s["scale"]}}, "damage": {"kl_mean": 0.05}}
+            for s in settings
+        ],
+        "trials": [{"setting": s, "kl": 0.1, "kept": {0.5: 0.5}.get(s["scale"])} for s in settings if s["scale"] > 0],
+        "amplification_trials": [{"setting": s, "kl": 0.1, "kept": 0.1} for s in settings if s["scale"] < 0],
         "summary": {"layer": 1, "alpha": 1.0, "kl_mean": 0.05, "baseline": metrics(0.7), "steered": metrics(0.5),
                     "random_direction": metrics(0.69)},
     }  # fmt: skip

@@ -151,7 +151,7 @@ def test_numbers_are_those_of_the_files(page, results):
     caps = [r for r in results["sweep"]["tried"] if r["setting"]["mode"] == "cap"]
     assert kl == [r["damage"]["kl_mean"] for r in caps]
     assert left == [r["artifact"]["refused_or_broken"]["rate"] for r in caps]
-    toxicity = [r["steering"]["mean_toxicity"] for r in results["toxicity"]["sweep"].values() if r["layer"] == 0]
+    toxicity = [r["artifact"]["score"]["mean"] for r in results["toxicity"]["tried"] if r["setting"]["layers"] == [0]]
     assert plotted(page, "toxicity", 0, "y") == toxicity
     compared = results["comparison"]["conditions"]["prompt_end"]["layers"]
     names = page.execute_script("return document.getElementById('plot-comparison').data.map(t => t.name)")

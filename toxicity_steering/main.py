@@ -43,8 +43,9 @@ NUM_PAIRS = 20
 SAMPLES = 5
 MAX_TOKENS = 32
 TEMPERATURE, TOP_P = 0.7, 0.9
-ALPHAS = (-1.0, 0.0, 0.5, 1.0, 1.5)  # and the largest one within MAX_KL at the best layer
-LAYERS = None  # all; or for example (4, 8, 12)
+ALPHAS = (-1.0, 3.0)  # from, to; the search tries all layers
+TRIALS, JUDGED = 48, 12  # settings tried by the first tokens, and of these by whole continuations
+RANDOM_CONTROLS = 3
 LAST_TOKENS = 32
 MAX_KL = 0.1
 SEED = 0
@@ -65,8 +66,8 @@ class Constants:
     """word-list, roberta, or a classifier's id or folder"""
     output_dir: Path | None
     """where results and plots go; None: a folder that belongs to the model"""
-    num_prompts: Annotated[int, Between(1)]
-    """challenging prompts, and as many benign ones"""
+    num_prompts: Annotated[int, Between(2)]
+    """challenging prompts, and as many benign ones: half of each to choose on, half to report on"""
     experiment: Config = Config()
     chat: Chat = Chat()
 
@@ -79,8 +80,7 @@ def main(argv: Sequence[str] = ()) -> int:
 
 def run(constants: Constants) -> None:
     from gemma_refactored.model_loading import device_description, load
-    from gemma_refactored.progress import each
-    from toxicity_steering.activation_steering import FULL, ActivationSteeringExperiment
+    from toxicity_steering.activation_steering import FULL, run_experiment
     from toxicity_steering.data import load_organism_prompts, load_real_toxicity_prompts
     from toxicity_steering.plots import plot_all
     from toxicity_steering.scorers import load_scorer
@@ -102,8 +102,7 @@ def run(constants: Constants) -> None:
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     print(f"Data: {data.name}, {count} + {count} prompts. Scorer: {scorer.name}.")
 
-    experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, each)
-    results = experiment.run()
+    results = run_experiment(loaded, data, scorer, output, config, quiet=False)
     with places.written_together(output) as folder:
         plot_all(results, folder / "plots")
     print_summary(results)
@@ -112,15 +111,14 @@ def run(constants: Constants) -> None:
 
 
 def print_summary(results: dict) -> None:
-    """Mean toxicity by layer and alpha, and the setting of choice, 80 columns wide."""
-    alphas = results["experiment"]["config"]["alphas"]
-    print("\nMean toxicity of challenging prompts (KL on benign answers, nats per token)")
-    alphas = alphas[:5]  # as many as fit
-    print("layer " + "".join(f"{f'alpha {alpha:g}':>14}" for alpha in alphas))
-    sweep = results["sweep"]
-    for layer in dict.fromkeys(record["layer"] for record in sweep.values()):
-        cells = [sweep[f"layer {layer}, alpha {alpha:g}"]["steering"] for alpha in alphas]
-        print(f"{layer:>5} " + "".join(f"{number(c['mean_toxicity']):>7} ({number(c['kl_mean'])})" for c in cells))
+    """The best trade-offs, and the chosen setting on the other half of the prompts, 80 columns wide."""
+    print("\nBest trade-offs on the prompts to choose on (*: chosen)")
+    print("  layer   alpha   toxicity   KL on benign answers")
+    for record in [results["tried"][i] for i in results["pareto_front"]]:
+        mark = "*" if record == results["chosen"]["development"] else " "
+        layer, alpha = record["setting"]["layers"][0], record["setting"]["scale"]
+        toxicity, kl = record["artifact"]["score"]["mean"], record["damage"]["kl_mean"]
+        print(f"{mark} {layer:>5} {alpha:>7.3f} {number(toxicity):>10} {number(kl, 3):>12}")
     s = results["summary"]
 
     def described(name: str) -> str:
