@@ -4,9 +4,11 @@ A steering vector is the mean residual stream of benign continuations minus that
 Sign convention, everywhere: the vector times alpha is *added*, so a positive alpha moves away
 from toxicity, a negative one towards it, and 0 changes nothing. As a script it is the same as main.py.
 
-The setting is searched, tested and reported as `sweep_suppression.py` does it: toxic continuations and challenging
+Settings are judged, chosen, tested and reported as `sweep_suppression.py` does it: toxic continuations and challenging
 prompts are the artifact side, benign ones the natural side, and alpha is the scale of the mode "always", which
-subtracts toxic minus benign. Vectors come from training prompts, the layer and alpha from half of the others.
+subtracts toxic minus benign. Vectors come from training prompts, layer and alpha from half of the others. Every layer
+is tried with every alpha, by whole continuations: first tokens, by which a search tries settings, do not tell which
+layer is best.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ from alignment_artifacts.behaviour.score import Score
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.directions.files import save_directions
 from alignment_artifacts.directions.measurements import Measurements
-from alignment_artifacts.edits.options import ELSEWHERE
+from alignment_artifacts.edits.options import ELSEWHERE, Setting
 from alignment_artifacts.edits.setting import NOTHING, Intervention
 from alignment_artifacts.pairs import SIDES, Pair, PromptPairs
-from alignment_artifacts.suppression.search import WHOLE_ANSWERS, steps
-from alignment_artifacts.suppression.space import Limits, Space
+from alignment_artifacts.suppression.search import judge_setting
+from alignment_artifacts.suppression.space import Limits
 from alignment_artifacts.suppression.sweep import (
-    PARTS,
     Bench,
+    Choice,
     Rows,
-    choose_settings,
+    choose,
+    choose_amplification,
     measure_choice,
-    pareto_front,
     report,
 )
 from gemma_refactored.activation_capture import layer_sites, read
@@ -84,10 +86,13 @@ def run_experiment(
 
     Args:
         score: toxicity of a continuation, in [0, 1].
-        output: folder of the result files; the search's journal is there, too.
+        output: folder of the result files.
     Raises:
-        UserError: the folder holds another experiment, or there are too few toxic continuations.
+        UserError: the folder holds another experiment, too few continuations are toxic, or there is no such layer.
     """
+    layers = config.layers if config.layers is not None else tuple(range(loaded.num_layers))
+    if bad := [layer for layer in layers if layer >= loaded.num_layers]:
+        raise UserError(f"There is no layer {bad[0]}: {loaded.name} has 0 to {loaded.num_layers - 1}.")
     description = {
         **loaded.facts(),
         "scorer": score.name,
@@ -99,7 +104,7 @@ def run_experiment(
         results = _resumed(output, {"experiment": description, "versions": library_versions()})
         is_continued = "baseline" in results
         try:
-            _run(loaded, data, score, output, config, quiet, results)
+            _run(loaded, data, score, output, replace(config, layers=layers), quiet, results)
         except KeyboardInterrupt:
             write_json(output / PARTIAL, results)
             raise
@@ -135,31 +140,37 @@ def _run(
         for layer, (norm, d) in enumerate(zip(norms, separation, strict=True))
     }
     save(pairs=[pairs[i].id for i in bench.rows["training"]], vectors=vectors)
-    away, towards = spaces(config)
-    total = steps(away) + steps(towards) + WHOLE_ANSWERS * 2 * (1 + config.random_controls)
-    with stage("steering", total, "step", quiet) as progress:
+    settings = [
+        Setting("always", alpha, (layer,), SITE, ELSEWHERE) for layer in config.layers or () for alpha in config.alphas
+    ]
+    judged = results.get("sweep", {})
+    with stage("steering", len(settings) + 2 * (1 + config.random_controls), "setting", quiet) as progress:
+        for setting in settings:
+            name = f"layer {setting.layers[0]}, alpha {setting.scale:g}"
+            if is_new := name not in judged:
+                judged[name] = judge_setting(bench, setting, asked["development"])
+                save(sweep=judged)
+            progress(1, kept=not is_new)
         limits = Limits(config.max_kl, changed=1.0)  # nearly every sampled continuation changes somewhere
-        choice = choose_settings(bench, away, towards, limits, progress)
-        save(
-            chosen={"setting": choice.setting.record(), "development": choice.records[choice.best]},
-            amplification={"setting": choice.amplification.record(), "development": choice.louder[choice.loudest]},
-            pareto_front=pareto_front(choice.records, bench.wish),
-            tried=choice.records,
-            trials=choice.trials,
-            amplification_trials=choice.louder_trials,
-        )
-        tested = measure_choice(bench, choice, range(config.random_controls), progress)
-    outcomes = {
-        "baseline": tested.unedited, "steered": tested.chosen, "random_direction": tested.random[0],
-        "negative_alpha": tested.amplified,
-    }  # fmt: skip
+        records = list(judged.values())
+        towards = [record for record in records if record["setting"]["scale"] < 0]
+        choice = Choice(
+            records, choose(records, limits, bench.wish), [],
+            towards, choose_amplification(towards, limits, bench.wish), [],
+        )  # fmt: skip
+        tested = measure_choice(bench, choice, range(config.random_controls), lambda _: progress(2))
+    test = report(loaded, pairs, [tested], score)
     summary: dict = {
         name: measures(loaded, score, outcome.behaviours["artifact"], outcome.answers["artifact"], config)
-        for name, outcome in outcomes.items()
-    }
-    base, test = summary["baseline"]["mean_toxicity"], report(loaded, pairs, [tested], score)
-    summary = {name: {key: value for key, value in of.items() if key != "token_ids"} for name, of in summary.items()}
-    change = {name: of["mean_toxicity"] / base - 1 if base else None for name, of in summary.items()}
+        for name, outcome in (
+            ("baseline", tested.unedited), ("steered", tested.chosen), ("random_direction", tested.random[0]),
+            ("negative_alpha", tested.amplified),
+        )
+    }  # fmt: skip
+    base = summary["baseline"]["mean_toxicity"]
+    change = {name: record["mean_toxicity"] / base - 1 if base else None for name, record in summary.items()}
+    for record in summary.values():
+        del record["scores"], record["token_ids"]
     summary |= {
         "layer": choice.setting.layers[0],
         "alpha": choice.setting.scale,
@@ -278,37 +289,31 @@ def bench_of(
     Args:
         training: side -> `measures` of the training prompts.
     """
-    entries = [
-        (name, "training", [(asked["training"][side], i) for side, i in both])
+    contrast = [
+        (name, [(asked["training"][side], i) for side, i in both])
         for name, *both in contrastive_pairs(training, config.num_pairs)
     ]
+    pairs = [Pair(name, "training", *(b.texts[i] for b, i in both)) for name, both in contrast]
+    rows = {"training": np.arange(len(pairs))}
     for part in ("development", "test"):
-        sides = [asked[part][side] for side in SIDES]
-        count = min(len(side.texts) for side in sides)
-        entries += [(f"{part} {i}", part, [(side, i) for side in sides]) for i in range(count)]
-    prompts, answers = (
-        [[getattr(behaviour, name)[i] for behaviour, i in both] for *_, both in entries]
-        for name in ("token_ids", "answers")
-    )
+        texts = zip(*(asked[part][side].texts for side in SIDES), strict=True)
+        new = [Pair(f"{part} {i}", part, *both) for i, both in enumerate(texts)]
+        rows[part] = len(pairs) + np.arange(len(new))
+        pairs += new
+    facts = {**loaded.facts(), "model_type": loaded.config["model_type"], "sinks_beyond": FACTOR}
     measured = Measurements(
         folder=output,
-        facts={
-            **loaded.facts(), "model_type": loaded.config["model_type"], "sinks_beyond": FACTOR,
-            "versions": library_versions(), "last_tokens": config.last_tokens, "sampling": asdict(_sampling(config)),
-        },
+        facts={**facts, "versions": library_versions()},
         sites=(SITE,),
-        pairs=PromptPairs(
-            [Pair(name, part, *(b.texts[i] for b, i in both)) for name, part, both in entries],
-            "toxicity", ("benign", "toxic"),
-        ),
-        prompts=prompts,
-        answers=answers,
-        texts=[[b.answer_text(loaded.tokenizer, b.answers[i]) for b, i in both] for *_, both in entries],
-    )  # fmt: skip
-    rows = {name: np.array([i for i, (_, part, _) in enumerate(entries) if part == name]) for name in PARTS}
-    both = [[[*prompts[i][side], *answers[i][side]] for i in rows["training"]] for side in range(2)]
-    vectors = np.stack([_mean_states(loaded, texts, config.last_tokens) for texts in both], axis=1)
-    measured.vectors[SITE, ELSEWHERE] = vectors
+        pairs=PromptPairs(pairs, "toxicity", ("benign", "toxic")),
+        # Of the training pairs, which come first and are all that is measured.
+        prompts=[[b.token_ids[i] for b, i in both] for _, both in contrast],
+        answers=[[b.answers[i] for b, i in both] for _, both in contrast],
+        texts=[],
+    )
+    texts = [[[*b.token_ids[i], *b.answers[i]] for b, i in both] for _, both in contrast]
+    vectors = [_mean_states(loaded, list(of_side), config.last_tokens) for of_side in zip(*texts, strict=True)]
+    measured.vectors[SITE, ELSEWHERE] = np.stack(vectors, axis=1)
     return SampledBench(loaded, measured, rows, asked, config, score)
 
 
@@ -325,16 +330,6 @@ def _towards_benign(directions: Directions, config: Config) -> Directions:
         directions, facts=facts, direction=-directions.direction, natural_mean=directions.artifact_mean,
         artifact_mean=directions.natural_mean, natural_tokens=None,
     )  # fmt: skip
-
-
-def spaces(config: Config) -> tuple[Space, Space]:
-    """Alphas that lead away from toxicity, and fewer that lead towards it; one layer at a time."""
-    away = Space(
-        {"always": (0.0, max(config.alphas))}, (ELSEWHERE,), widths=(1, 1), share_direction=False,
-        trials=config.trials, generated=config.judged,
-    )  # fmt: skip
-    fewer, fewest = -(-config.trials // 4), -(-config.judged // 4)
-    return away, replace(away, scales={"always": (min(config.alphas), 0.0)}, trials=fewer, generated=fewest)
 
 
 def _resumed(output: Path, fresh: dict) -> dict:

@@ -15,13 +15,11 @@ class Config:
 
     alphas: Annotated[
         tuple[Annotated[float, Between(-1000, 1000)], ...],
-        Must(lambda a: min(a) < 0 < max(a), "contain a negative and a positive strength"),
-    ] = (-1.0, 3.0)
-    """least and largest strength to try; positive ones lead away from toxicity"""
-    trials: Annotated[int, Between(1, 100_000)] = 48
-    """settings that are tried by their effect on the first tokens alone; a quarter as many with negative strengths"""
-    judged: Annotated[int, Between(1, 100_000)] = 12
-    """the most promising of these, which are judged by whole continuations"""
+        Must(lambda alphas: min(alphas) < 0 < max(alphas), "have strengths on both sides of 0"),
+    ] = (-1.0, 0.5, 1.0, 1.25, 1.5, 2.0)
+    """strengths to try at each layer, positive ones away from toxicity"""
+    layers: tuple[Annotated[int, Between(0)], ...] | None = None
+    """layers to steer, one at a time; None: all"""
     random_controls: Annotated[int, Between(1)] = 3
     """random directions, and random changes of equal size, beside the chosen setting"""
     num_pairs: Annotated[int, Between(1)] = 20

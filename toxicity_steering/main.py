@@ -43,8 +43,8 @@ NUM_PAIRS = 20
 SAMPLES = 5
 MAX_TOKENS = 32
 TEMPERATURE, TOP_P = 0.7, 0.9
-ALPHAS = (-1.0, 3.0)  # from, to; the search tries all layers
-TRIALS, JUDGED = 48, 12  # settings tried by the first tokens, and of these by whole continuations
+ALPHAS = (-1.0, 0.5, 1.0, 1.25, 1.5, 2.0)
+LAYERS = None  # all; or for example (4, 8, 12)
 RANDOM_CONTROLS = 3
 LAST_TOKENS = 32
 MAX_KL = 0.1
@@ -111,14 +111,16 @@ def run(constants: Constants) -> None:
 
 
 def print_summary(results: dict) -> None:
-    """The best trade-offs, and the chosen setting on the other half of the prompts, 80 columns wide."""
-    print("\nBest trade-offs on the prompts to choose on (*: chosen)")
-    print("  layer   alpha   toxicity   KL on benign answers")
-    for record in [results["tried"][i] for i in results["pareto_front"]]:
-        mark = "*" if record == results["chosen"]["development"] else " "
-        layer, alpha = record["setting"]["layers"][0], record["setting"]["scale"]
-        toxicity, kl = record["artifact"]["score"]["mean"], record["damage"]["kl_mean"]
-        print(f"{mark} {layer:>5} {alpha:>7.3f} {number(toxicity):>10} {number(kl, 3):>12}")
+    """Mean toxicity by layer and alpha, and the setting of choice, 80 columns wide."""
+    from alignment_artifacts.figures.data import alpha_table
+
+    (layers, alphas, toxicity), (_, _, kl) = (alpha_table(results, name) for name in ("toxicity", "kl"))
+    print("\nOn the prompts to choose on: mean toxicity (KL on benign answers, nats per token)")
+    alphas = alphas[-6:]  # as many as fit
+    print("layer " + "".join(f"{f'{alpha:g}':>12}" for alpha in alphas))
+    for layer, *cells in zip(layers, toxicity[:, -6:], kl[:, -6:], strict=True):
+        row = (f"{number(float(t))} ({number(float(cost))})" for t, cost in zip(*cells, strict=True))
+        print(f"{layer:>5} " + "".join(f"{cell:>12}" for cell in row))
     s = results["summary"]
 
     def described(name: str) -> str:

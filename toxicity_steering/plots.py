@@ -9,10 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.lines import Line2D
 
-from alignment_artifacts.figures import data
-from alignment_artifacts.figures.data import BLUE, GREY, ORANGE
+from alignment_artifacts.figures.data import BLUE, GREY, ORANGE, alpha_table
 from alignment_artifacts.figures.paper import STYLE
 
 
@@ -32,65 +30,51 @@ def plot_all(results: dict, folder: Path) -> None:
 
 
 def alpha_sweep(results: dict):
-    """Toxicity and the cost of steering against alpha, one colour per layer; small points: by the first tokens."""
-    figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
-    steered = data.steered(results)
-    layers = sorted({layer for pair in steered.values() for points in pair for layer in points})
-    colours = dict(zip(layers, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers))), strict=True))
-    for axes, (judged, tried) in zip(panels, steered.values(), strict=True):
-        for points, size in ((judged, 6), (tried, 2.5)):
-            for layer, (alphas, values) in points.items():
-                axes.plot(alphas, values, "o", color=colours[layer], ms=size)
-        axes.set_xlabel("alpha (positive: away from toxicity)")
-        axes.grid(alpha=0.2)
+    """Toxicity and the cost of steering against alpha, one line per layer, on the prompts to choose on."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
+    layers, alphas, steered = alpha_table(results, "toxicity")
+    kl = alpha_table(results, "kl")[2]
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
+    for i, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
+        label = f"layer {layer}" if len(layers) <= 10 or i in (0, len(layers) - 1) else None
+        left.plot(alphas, steered[i], color=colour, marker="o", ms=3.5, label=label)
+        right.plot(alphas, kl[i], color=colour, marker="o", ms=3.5)
     unsteered = results["baseline"]["development"]["artifact"]["mean_toxicity"]
-    panels[0].axhline(unsteered, color=GREY, ls=":", lw=1.5)
-    panels[1].axhline(results["experiment"]["config"]["max_kl"], color=GREY, ls="--", lw=1)
-    panels[0].set(title="Challenging prompts", ylabel="mean toxicity", ylim=(0, 1))
-    panels[1].set(title="KL on benign answers", ylabel="nats per token")
-    panels[1].set_yscale("symlog", linthresh=0.1)
-    shown = layers if len(layers) <= 10 else (layers[0], layers[-1])
-    entries = [Line2D([], [], color=colours[layer], marker="o", ls="", label=f"layer {layer}") for layer in shown]
-    entries += [
-        Line2D([], [], color=GREY, marker="o", ls="", ms=2.5, label="by first tokens: toxic\nopenings, and their KL"),
-        Line2D([], [], color=GREY, ls=":", label="unsteered"),
-        Line2D([], [], color=GREY, ls="--", label="limit"),
-    ]
-    figure.legend(handles=entries, loc="outside right center", frameon=False)
+    left.axhline(unsteered, color=GREY, ls=":", lw=1.5, label="unsteered")
+    right.axhline(results["experiment"]["config"]["max_kl"], color=GREY, ls="--", lw=1, label="limit")
+    summary = results["summary"]
+    chosen = {"color": "black", "marker": "*", "ms": 11, "ls": "", "label": "chosen"}
+    left.plot([summary["alpha"]], [steered[layers.index(summary["layer"]), alphas.index(summary["alpha"])]], **chosen)
+    left.set(
+        title="Mean toxicity, challenging prompts",
+        xlabel="alpha (positive: away from toxicity)",
+        ylabel="mean toxicity",
+        ylim=(0, 1),
+    )
+    right.set(title="KL on benign answers", xlabel="alpha", ylabel="nats per token")
+    for axes in (left, right):
+        axes.grid(alpha=0.2)
+    figure.legend(loc="outside right center", frameon=False)
     return figure
 
 
-def cells(points: dict[int, np.ndarray], layers: list[int], alphas: np.ndarray) -> np.ndarray:
-    """[layers, alphas] mean value of the settings nearest to each alpha; NaN where nothing was tried."""
-    table = np.full((len(layers), len(alphas)), np.nan)
-    for layer, (at, values) in points.items():
-        nearest = np.abs(at[:, None] - alphas).argmin(axis=1)
-        for column in set(nearest):
-            table[layers.index(layer), column] = values[nearest == column].mean()
-    return table
-
-
 def heatmaps(results: dict):
-    """What was tried, layers x alphas rounded to a quarter: mean toxicity, and how probable toxic openings remain."""
+    """Mean toxicity and KL on the prompts to choose on, layers x alphas; empty where nothing was tried."""
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
-    judged, tried = data.steered(results)["toxicity"]
-    layers = sorted({*judged, *tried})
-    ends = [alpha for points in (judged, tried) for alphas, _ in points.values() for alpha in alphas]
-    alphas = np.arange(np.floor(4 * min(ends)), np.ceil(4 * max(ends)) + 1) / 4
-    titles = "Mean toxicity of whole continuations", "Probability of a toxic opening"
-    for axes, points, title in zip(panels, (judged, tried), titles, strict=True):
-        table = cells(points, layers, alphas)
-        image = axes.imshow(table, aspect="auto", cmap="Oranges", vmin=0, vmax=1)
-        columns, rows = (range(0, n, max(1, n // 8)) for n in table.shape[::-1])
-        axes.set_xticks(columns, [f"{alphas[i]:g}" for i in columns])
-        axes.set_yticks(rows, [layers[i] for i in rows])
-        if len(layers) <= 16:
-            for (i, j), value in np.ndenumerate(table):
-                if not np.isnan(value):
-                    colour = "white" if value > 0.6 else "black"
-                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    limit = results["experiment"]["config"]["max_kl"]
+    shown = (("toxicity", "Mean toxicity", 1.0), ("kl", f"KL on benign answers (limit {limit:g})", 2 * limit))
+    for axes, (name, title, most) in zip(panels, shown, strict=True):
+        layers, alphas, table = alpha_table(results, name)
+        image = axes.imshow(table, aspect="auto", cmap="Oranges", vmin=0, vmax=most)
+        axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+        ticks = range(0, len(layers), max(1, len(layers) // 16))
+        axes.set_yticks(ticks, [layers[i] for i in ticks])
+        for (i, j), value in np.ndenumerate(table):
+            if len(layers) <= 16 and not np.isnan(value):
+                colour = "white" if value > 0.6 * most else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set(title=title, xlabel="alpha", ylabel="layer")
-    figure.colorbar(image, ax=panels, shrink=0.8)
+        figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -168,24 +168,13 @@ def direction_shares(result: dict) -> tuple[dict[str, np.ndarray], float]:
     return lines, limits[0]
 
 
-def by_layer(records: Sequence[dict], value: Callable[[dict], float | None]) -> dict[int, np.ndarray]:
-    """Settings that steer one layer each: layer -> [2, settings] alpha and a value, in the order of alpha; without
-    those that have no value."""
-    points: dict[int, list] = {}
-    for record in sorted(records, key=lambda r: r["setting"]["scale"]):
-        if (number := value(record)) is not None:
-            points.setdefault(record["setting"]["layers"][0], []).append((record["setting"]["scale"], number))
-    return {layer: np.transpose(points[layer]) for layer in sorted(points)}
-
-
-def steered(results: dict) -> dict[str, tuple[dict[int, np.ndarray], dict[int, np.ndarray]]]:
-    """The toxicity experiment `by_layer`: "toxicity" (whole continuations: the mean; first tokens: the probability of a
-    toxic opening) and "kl", each of settings judged by whole continuations and of those tried by the first tokens."""
-    tried = results["trials"] + results["amplification_trials"]
-    return {
-        "toxicity": (
-            by_layer(results["tried"], lambda r: r["artifact"]["score"]["mean"]),
-            by_layer(results["trials"], lambda t: t["kept"]),
-        ),
-        "kl": (by_layer(results["tried"], lambda r: r["damage"]["kl_mean"]), by_layer(tried, lambda t: t["kl"])),
-    }
+def alpha_table(results: dict, name: str) -> tuple[list[int], list[float], np.ndarray]:
+    """The toxicity sweep as (layers, alphas, [layers, alphas] of one number: "toxicity" or "kl"); NaN where nothing
+    was tried."""
+    points = {(r["setting"]["layers"][0], r["setting"]["scale"]): r for r in results["sweep"].values()}
+    layers, alphas = sorted({layer for layer, _ in points}), sorted({alpha for _, alpha in points})
+    table = np.full((len(layers), len(alphas)), np.nan)
+    for (layer, alpha), r in points.items():
+        value = r["damage"]["kl_mean"] if name == "kl" else r["artifact"]["score"]["mean"]
+        table[layers.index(layer), alphas.index(alpha)] = value
+    return layers, alphas, table

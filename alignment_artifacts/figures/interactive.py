@@ -283,26 +283,22 @@ def sweep(result: dict) -> go.Figure:
 
 
 def toxicity(results: dict) -> go.Figure:
-    """Toxicity and the cost of steering against alpha, one colour per layer; small points: by the first tokens."""
+    """Toxicity and the cost of steering against alpha, one line per layer."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
-    steered = data.steered(results)
-    layers = sorted({layer for pair in steered.values() for points in pair for layer in points})
+    layers, alphas, steered = data.alpha_table(results, "toxicity")
+    kl = data.alpha_table(results, "kl")[2]
     # This part of the scale is visible on white and on black.
     shades = sample_colorscale("Plasma", np.linspace(0.35, 0.8, len(layers)).tolist())
-    for row, (judged, tried) in enumerate(steered.values(), 1):
-        for layer, colour in zip(layers, shades, strict=True):
-            for points, what, size in ((judged, "whole continuations", 9), (tried, "first tokens", 4)):
-                if layer in points:
-                    figure.add_trace(
-                        go.Scatter(
-                            x=points[layer][0], y=points[layer][1], name=f"layer {layer}, {what}", mode="markers",
-                            marker={"color": colour, "size": size}, legendgroup=f"{layer}", showlegend=row == 1,
-                            hovertemplate=f"layer {layer}, {what}, alpha %{{x}}: %{{y:.3f}}<extra></extra>",
-                        ), row, 1
-                    )  # fmt: skip
+    for i, (layer, colour) in enumerate(zip(layers, shades, strict=True)):
+        shared = {"x": alphas, "legendgroup": str(layer), "line": {"color": colour}}
+        hover = f"layer {layer}, alpha %{{x}}: %{{y:.3f}}<extra></extra>"
+        figure.add_trace(go.Scatter(y=steered[i], name=f"layer {layer}", hovertemplate=hover, **shared), 1, 1)
+        figure.add_trace(go.Scatter(y=kl[i], showlegend=False, hovertemplate=hover, **shared), 2, 1)
+    unsteered = results["baseline"]["development"]["artifact"]["mean_toxicity"]
+    figure.add_hline(unsteered, line={"color": data.GREY, "dash": "dot", "width": 1.5}, row=1, col=1)
     limit = results["experiment"]["config"]["max_kl"]
     figure.add_hline(limit, line={"color": data.GREY, "dash": "dash", "width": 1}, row=2, col=1)
-    return _styled(figure, "alpha (positive: away from toxicity)", ("toxicity", "KL, nats per token"), 620)
+    return _styled(figure, "alpha (positive: away from toxicity)", ("mean toxicity", "KL, nats per token"), 620)
 
 
 def _styled(figure: go.Figure, x: str, y: str | tuple[str, ...], height: int = 400, xaxis: dict | None = None,

@@ -24,7 +24,6 @@ import numpy as np
 
 from alignment_artifacts.behaviour.answers import Behaviour
 from alignment_artifacts.behaviour.evaluation import log_probabilities, token_damage
-from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.edits.options import ModeOptions, Setting
 from alignment_artifacts.edits.setting import NOTHING, Intervention
 from alignment_artifacts.suppression.space import Limits, Space
@@ -37,14 +36,12 @@ if TYPE_CHECKING:
     from alignment_artifacts.suppression.sweep import Bench
 
 OPENING = 8  # tokens of an answer that a trial looks at
-# Times the limit of KL: the first words of an answer carry about twice the KL of its mean, and a trial beyond twice
-# that ends after its first pass. It is a plain bar because there is only one step for a pruner to go by.
-OPENING_KL = 2
-HOPELESS = 2 * OPENING_KL
+# Times the limit of KL: the first words of an answer carry about twice the KL of its mean, and a trial beyond this
+# bar ends after its first pass. It is a plain bar because there is only one step for a pruner to go by.
+HOPELESS = 4
 BROKEN_KL = 1e6  # of a model that an edit breaks so far that it predicts no numbers
 RANDOM_TRIALS = 20  # with those that every search begins with, before TPE proposes
 KL_WEIGHT, NO_KL = 0.5, 0.002  # of log KL against log loss; KL far below this share of the limit is as good as none
-OVER_LIMIT = 10  # with a score, of log KL beyond the limit: what costs less than the limit costs nothing
 WHOLE_ANSWERS = 6  # trials that take as long as judging one setting by whole answers, about: for estimates
 FOLDER = "searches"  # of journals, among the measurements of the model
 
@@ -174,7 +171,7 @@ def search(
             progress(1)
         trials = _results(study)
         records = []
-        for number in most_promising(trials, look.fence, limits, space.generated, bench.wish):
+        for number in most_promising(trials, look.fence, limits, space.generated):
             name = f"judged {number}"
             if is_new := name not in study.user_attrs:
                 setting = Setting.from_record(trials[number]["setting"])
@@ -207,21 +204,12 @@ def judge_setting(bench: Bench, setting: Setting, sets: dict[str, Behaviour]) ->
     return {"setting": setting.record(), **bench.evaluate(bench.intervention(setting), sets)}
 
 
-def drawback(trial: dict, fence: float, limits: Limits, wish: Wish | None = None) -> float:
-    """What TPE minimises: openings first; below the fence, where no whole prompt is undecided, KL alone.
-
-    A score need not fall without a cost, and is chosen by how far it moves within the limit of KL: where KL counted
-    below it too, the setting that changes nothing would be the best.
-    """
-    loss, share = float(np.log(max(trial["loss"], fence) / fence)), trial["kl"] / limits.kl
-    if wish:
-        return loss + OVER_LIMIT * float(np.log(max(share / OPENING_KL, 1)))
-    return loss + KL_WEIGHT * float(np.log(share + NO_KL))
+def drawback(trial: dict, fence: float, limits: Limits) -> float:
+    """What TPE minimises: openings first; below the fence, where no whole prompt is undecided, KL alone."""
+    return float(np.log(max(trial["loss"], fence) / fence) + KL_WEIGHT * np.log(trial["kl"] / limits.kl + NO_KL))
 
 
-def most_promising(
-    trials: Sequence[dict], fence: float, limits: Limits, count: int, wish: Wish | None = None
-) -> list[int]:
+def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: int) -> list[int]:
     """Trials that no other beats in both loss and KL, least drawback first, then the rest; those that ended early last.
 
     A loss of a tenth of the fence is as good as none. Of settings that hardly differ only one.
@@ -234,7 +222,7 @@ def most_promising(
             return (2, trial["kl"])
         loss, kl = max(trial["loss"], fence / 10), trial["kl"]
         is_beaten = any(x <= loss and y <= kl and (x, y) != (loss, kl) for x, y in points)
-        return (int(is_beaten), drawback(trial, fence, limits, wish))
+        return (int(is_beaten), drawback(trial, fence, limits))
 
     chosen: dict[tuple, int] = {}
     for number in sorted(range(len(trials)), key=rank):
@@ -268,7 +256,7 @@ def _try(
     if kl <= (BROKEN_KL / 2 if look.louder else HOPELESS * limits.kl):
         kept = look.kept(bench.loaded, intervention)
         result |= {"kept": float(kept.mean()), "loss": look.loss(kept)}
-        state, value = optuna.trial.TrialState.COMPLETE, drawback(result, look.fence, limits, bench.wish)
+        state, value = optuna.trial.TrialState.COMPLETE, drawback(result, look.fence, limits)
     if trial is None:
         study.add_trial(
             optuna.trial.create_trial(
@@ -334,29 +322,24 @@ def _widths(bench: Bench, space: Space) -> tuple[int, int]:
 
 
 def usual_settings(bench: Bench, space: Space) -> list[dict]:
-    """Where a search begins: every mode at every site, at strength 1 on the layers that separate best; if no more than
-    one layer is edited, on every one."""
-    last, settings = bench.loaded.num_layers - 1, []
+    """Where a search begins: every mode at every site, at strength 1 on the layers that separate best."""
+    settings = []
     layers = {
         s: bench.measured.best_layers(s, space.positions[0], bench.rows["training"]) for s in bench.measured.sites
     }
     for (site, best), mode in itertools.product(layers.items(), space.scales):
-        bands = [(best[0], best[-1])]
-        if _widths(bench, space)[1] == 1:
-            bands = [(i, i) for i in np.linspace(0, last, min(last + 1, -(-space.trials // 2))).round()]
         low, high = min(space.scales[mode]), max(space.scales[mode])
-        at = float(np.clip(1 if high > 0 else -1, low, high))
-        settings += [
+        width = int(np.clip(best[-1] + 1 - best[0], *_widths(bench, space)))
+        settings.append(
             {
                 "mode": mode, "site": site, "positions": space.positions[0], "where": space.where[0],
-                "share_direction": False, "width": int(np.clip(end + 1 - first, *_widths(bench, space))),
-                "strength": (at - low) / (high - low) if high > low else 0.0,
-                "centre": float(first + end) / 2 / max(last, 1),
+                "share_direction": False, "width": width,
+                "strength": (float(np.clip(1, low, high)) - low) / (high - low) if high > low else 0.0,
+                "centre": (best[0] + best[-1]) / 2 / max(bench.loaded.num_layers - 1, 1),
                 "cap_tail": float(np.clip(0.1, *_tails(space))),
                 "pca_components": int(np.clip(2, min(space.pca_components), max(space.pca_components))),
             }
-            for first, end in bands
-        ]  # fmt: skip
+        )  # fmt: skip
     return settings[: space.trials]
 
 
@@ -372,7 +355,7 @@ def _study(bench: Bench, space: Space, limits: Limits, louder: bool) -> Iterator
         [[measured.prompts[i], measured.answers[i]] for part in ("training", "development") for i in bench.rows[part]],
         len(bench.rows["training"]), measured.sites, recorded(space), recorded(limits), bench.seed, bench.max_tokens,
         bench.score and bench.score.record()["source_hash"], bench.wish, louder, bench.edit_sinks,
-        [OPENING, HOPELESS, RANDOM_TRIALS, KL_WEIGHT, NO_KL, OVER_LIMIT],
+        [OPENING, HOPELESS, RANDOM_TRIALS, KL_WEIGHT, NO_KL],
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
