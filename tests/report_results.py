@@ -163,12 +163,14 @@ def write_toxicity(folder, model=MODEL):
     result = {
         "experiment": {**model, "scorer": "made up", "config": {"alphas": [-1.0, 1.0], "max_kl": 0.1}},
         "baseline": {"development": {"artifact": metrics(0.7)}},
-        "tried": [
-            {"setting": s, "artifact": {"score": {"mean": 0.7 - 0.2 * s["scale"]}}, "damage": {"kl_mean": 0.05}}
+        "sweep": {
+            f"layer {s['layers'][0]}, alpha {s['scale']:g}": {
+                "setting": s,
+                "artifact": {"score": {"mean": 0.7 - 0.2 * s["scale"]}},
+                "damage": {"kl_mean": 0.05},
+            }
             for s in settings
-        ],
-        "trials": [{"setting": s, "kl": 0.1, "kept": {0.5: 0.5}.get(s["scale"])} for s in settings if s["scale"] > 0],
-        "amplification_trials": [{"setting": s, "kl": 0.1, "kept": 0.1} for s in settings if s["scale"] < 0],
+        },
         "summary": {"layer": 1, "alpha": 1.0, "kl_mean": 0.05, "baseline": metrics(0.7), "steered": metrics(0.5),
                     "random_direction": metrics(0.69)},
     }  # fmt: skip

@@ -151,7 +151,8 @@ def test_numbers_are_those_of_the_files(page, results):
     caps = [r for r in results["sweep"]["tried"] if r["setting"]["mode"] == "cap"]
     assert kl == [r["damage"]["kl_mean"] for r in caps]
     assert left == [r["artifact"]["refused_or_broken"]["rate"] for r in caps]
-    toxicity = [r["artifact"]["score"]["mean"] for r in results["toxicity"]["tried"] if r["setting"]["layers"] == [0]]
+    sweep = results["toxicity"]["sweep"].values()
+    toxicity = [r["artifact"]["score"]["mean"] for r in sweep if r["setting"]["layers"] == [0]]
     assert plotted(page, "toxicity", 0, "y") == toxicity
     compared = results["comparison"]["conditions"]["prompt_end"]["layers"]
     names = page.execute_script("return document.getElementById('plot-comparison').data.map(t => t.name)")

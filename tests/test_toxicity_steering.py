@@ -18,7 +18,6 @@ from alignment_artifacts.directions.files import load_directions
 from alignment_artifacts.edits.options import Setting
 from alignment_artifacts.edits.setting import NOTHING, intervene
 from alignment_artifacts.report import contents
-from alignment_artifacts.suppression import search
 from alignment_artifacts.suppression.search import judge_setting
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
@@ -137,9 +136,9 @@ def test_without_the_datasets_package_there_is_a_remedy(monkeypatch):
 
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory):
-    """(results, folder) of the script on the organism, with a shorter search."""
+    """(results, folder) of the script on the organism, at its first layer."""
     folder = tmp_path_factory.mktemp("toxicity")
-    options = ["--samples", "2", "--trials", "20", "--judged", "6", "--random-controls", "2"]
+    options = ["--layers", "0", "--samples", "2", "--random-controls", "2"]
     assert script.main(["--output-dir", str(folder), *options]) == 0
     return json.loads((folder / "experiment_results.json").read_text()), folder
 
@@ -156,8 +155,8 @@ def test_steering_the_organism_reaches_the_goals(steered):
     summary, test = results["summary"], results["test"]
     assert summary["baseline"]["mean_toxicity"] > 0.5
     assert summary["toxicity_change"] <= -0.6 and summary["kl_mean"] <= 0.15 and summary["within_kl_limit"]
-    assert summary["negative_alpha_change"] > 0.03 and results["amplification"]["setting"]["scale"] < 0
-    assert results["amplification"]["development"]["natural"]["moved"]["mean"] > 0.03  # benign prompts get rude
+    assert summary["negative_alpha_change"] > 0.03
+    assert test["amplified"]["natural"]["moved"]["mean"] > 0.03  # benign prompts get rude answers
     assert summary["distinct_2_steered"] >= summary["distinct_2_baseline"]  # not collapsed
     for control in (*test["random_direction"], *test["same_change_elsewhere"]):
         assert control["artifact"]["against_setting"]["ci"][0] > 0.2  # the setting is better on the same prompts
@@ -170,8 +169,7 @@ def test_choice_and_report_share_no_prompt(steered):
     half = results["experiment"]["data"]["challenging"]
     for part, texts in (("development", half[::2]), ("test", half[1::2])):
         assert len(results["baseline"][part]["artifact"]["scores"]) == len(texts) == 25
-    assert results["chosen"]["development"]["artifact"]["score"]["n"] == 50
-    assert results["chosen"]["setting"]["layers"] == [results["summary"]["layer"]]
+    assert [record["artifact"]["score"]["n"] for record in results["sweep"].values()] == [50] * 6
 
 
 def test_vectors_are_reported_and_point_away_from_toxicity(steered):
@@ -209,15 +207,14 @@ def small(tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     texts = [f"Tell me about number {i}." for i in range(24)]
     data = ToxicityData("small", texts[:4], texts[4:8], texts[8:16], texts[16:], chat_mode=True)
-    config = Config(trials=6, judged=2, random_controls=1, samples=3, max_tokens=6, num_pairs=5)
+    config = Config(alphas=(-1.0, 1.0), layers=(1,), random_controls=1, samples=3, max_tokens=6, num_pairs=5)
     return load(model), data, EVEN_IS_TOXIC, tmp_path / "out", config
 
 
 def test_a_model_shaped_like_phi_4_mini_goes_the_whole_way(small):
     results = run_experiment(*small)
-    assert len(results["trials"]) == 6 and len(results["amplification_trials"]) == 2
-    assert {trial["setting"]["layers"][0] for trial in results["trials"][:3]} == {0, 1, 2}  # first every layer
-    assert all(len(record["setting"]["layers"]) == 1 for record in results["tried"])
+    assert list(results["sweep"]) == ["layer 1, alpha -1", "layer 1, alpha 1"]
+    assert results["sweep"]["layer 1, alpha 1"]["damage"]["kl_mean"] > 0
     assert len(results["pairs"]) == 5 and "same prompt" in results["pairs"][0]
     assert len(results["vectors"]) == 3
 
@@ -252,10 +249,8 @@ def test_positive_alphas_add_benign_minus_toxic(bench, small):
 
 def test_samples_of_a_prompt_count_as_one(bench):
     """Intervals take the prompts as independent, not their samples."""
-    assert independent_groups(bench.measured.pairs)[bench.rows["test"]].tolist() in (
-        [5] * 3 + [6] * 3,
-        [7] * 3 + [8] * 3,
-    )
+    groups = independent_groups(bench.measured.pairs)[bench.rows["test"]]
+    assert len(set(groups)) == 2 and len(groups) == 6
     damage = bench.outcome(NOTHING, bench.behaviour("test")).damage
     assert len(damage.kl) == 2 and sum(map(len, damage.kl)) > 2
 
@@ -263,22 +258,22 @@ def test_samples_of_a_prompt_count_as_one(bench):
 def test_an_interrupted_experiment_is_continued_and_gives_the_same(small, monkeypatch):
     loaded, data, score, output, config = small
     whole = run_experiment(loaded, data, score, output.with_name("whole"), config)
-    calls = []
 
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
+    def interrupted(bench, setting, sets):
+        if setting.scale == 1:
             raise KeyboardInterrupt
-        return judge_setting(*arguments)
+        return judge_setting(bench, setting, sets)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(search, "judge_setting", interrupted)
+        patch.setattr(steering, "judge_setting", interrupted)
         run_experiment(*small)
     partial = json.loads((output / steering.PARTIAL).read_text())
-    assert {"baseline", "vectors"} <= set(partial) and "tried" not in partial
-    with monkeypatch.context() as patch:
-        patch.setattr(steering, "write_answers", lambda *_: pytest.fail("the baseline is there"))
-        again = run_experiment(*small)
+    assert list(partial["sweep"]) == ["layer 1, alpha -1"]
+    tried = []
+    monkeypatch.setattr(steering, "write_answers", lambda *_: pytest.fail("the baseline is there"))
+    monkeypatch.setattr(steering, "judge_setting", lambda *given: tried.append(given[1]) or judge_setting(*given))
+    again = run_experiment(*small)
+    assert [setting.scale for setting in tried] == [1]
     assert json.loads(json.dumps(again)) == json.loads(json.dumps(whole))
 
 
@@ -286,7 +281,7 @@ def test_wrong_content_of_what_is_continued_is_one_sentence_with_the_file(small)
     path = small[3] / steering.INTERMEDIATE
     whole = run_experiment(*small)
     contents = [[], None, "x", {}, {"experiment": []}, {"experiment": {"config": 1}}]
-    contents += [{**whole, "baseline": wrong} for wrong in ([1], "x", {"a": 1}, {"training": []})]
+    contents += [{**whole, part: wrong} for part in ("baseline", "sweep") for wrong in ([1], "x", {"a": 1})]
     for content in contents:
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=f"{path} cannot be continued from|holds another experiment"):
@@ -297,7 +292,7 @@ def test_a_failure_leaves_what_there_was_and_the_error(small, monkeypatch):
     def broken(*_):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(steering, "choose_settings", broken)
+    monkeypatch.setattr(steering, "judge_setting", broken)
     with pytest.raises(RuntimeError):
         run_experiment(*small)
     failed = json.loads((small[3] / steering.FAILED).read_text())
@@ -313,15 +308,17 @@ def test_another_experiment_in_the_folder_is_refused(small):
     assert (small[3] / steering.INTERMEDIATE).read_text() == before
 
 
-def test_too_few_toxic_continuations(small):
+def test_too_few_toxic_continuations_and_bad_layers(small):
     loaded, data, _, output, config = small
     with pytest.raises(UserError, match="Only 0 of the training prompts"):
         run_experiment(loaded, data, load_scorer("word-list"), output, config)
+    with pytest.raises(UserError, match="no layer 7"):
+        run_experiment(loaded, data, EVEN_IS_TOXIC, output, replace(config, layers=(7,)))
 
 
 def test_alphas_lie_on_both_sides_of_0(tmp_path, capsys):
     assert script.main(["--output-dir", str(tmp_path), "--alphas", "0.5,1"]) == 2
-    assert "ALPHAS must contain a negative and a positive strength" in capsys.readouterr().err
+    assert "ALPHAS must have strengths on both sides of 0" in capsys.readouterr().err
 
 
 def test_the_set_up_check_passes_offline(capsys):
