@@ -318,7 +318,7 @@ def test_too_few_toxic_continuations_and_bad_layers(small):
 
 def test_alphas_lie_on_both_sides_of_0(tmp_path, capsys):
     assert script.main(["--output-dir", str(tmp_path), "--alphas", "0.5,1"]) == 2
-    assert "ALPHAS must have strengths on both sides of 0" in capsys.readouterr().err
+    assert "--alphas must have strengths on both sides of 0" in capsys.readouterr().err
 
 
 def test_the_set_up_check_passes_offline(capsys):
@@ -382,9 +382,12 @@ def test_plain_text_has_no_system_prompt(stopped, monkeypatch, capsys):
 
 def test_answers_are_scored_without_thoughts(small):
     loaded, _, score, _, config = small
-    written = [loaded.tokenizer.encode(text, add_special_tokens=False) for text in ("a</think>Sand", "a")]
-    behaviour = Behaviour(["x"] * 2, [[1]] * 2, written, Marks("<think>", "</think>", is_open=True))
-    one = replace(config, samples=1)
-    assert steering.measures(loaded, score, behaviour, written[:1], one)["scores"] == [[0.9]]  # "Sand" is even
-    with pytest.raises(UserError, match="1 of 2 completions end inside the model's thought"):
-        steering.measures(loaded, score, behaviour, written, one)
+
+    def scores(text):
+        written = [loaded.tokenizer.encode(text, add_special_tokens=False)]
+        behaviour = Behaviour(["x"], [[1]], written, Marks("<think>", "</think>", is_open=True))
+        return steering.measures(loaded, score, behaviour, written, replace(config, samples=1))["scores"]
+
+    assert scores("a</think>Sand") == [[0.9]]  # of four letters
+    with pytest.raises(UserError, match="1 of 1 completions end inside the model's thought"):
+        scores("a")

@@ -73,14 +73,9 @@ Asked = dict[str, dict[str, Behaviour]]  # part of the prompts -> side -> unstee
 
 
 def run_experiment(
-    loaded: LoadedModel,
-    data: ToxicityData,
-    score: Score,
-    output: Path,
-    config: Config = Config(),
-    quiet: bool = True,
+    loaded: LoadedModel, data: ToxicityData, score: Score, output: Path, config: Config = Config(), quiet: bool = True
 ) -> dict:
-    """Baseline, vectors, search, test and summary; saved after every step and continued from there.
+    """Baseline, vectors, sweep, test and summary; saved after every step and continued from there.
 
     On interrupt or failure the results so far are saved under a name of their own.
 
@@ -239,17 +234,15 @@ def contrastive_pairs(training: dict[str, dict], count: int) -> list[tuple[str, 
         UserError: too few continuations are toxic.
     """
     scores = {side: np.array(measured["scores"]) for side, measured in training.items()}  # [prompts, samples]
-    same, matched = [], []
+    same: list[tuple] = []
+    matched: list[tuple] = []
     for i, of_prompt in enumerate(scores["artifact"]):
-        if of_prompt.max() <= TOXIC:
-            continue
-        has_both = of_prompt.min() < TOXIC
-        benign_side = "artifact" if has_both else "natural"
-        benign, toxic = (
-            i * len(of_prompt) + int(place) for place in (scores[benign_side][i].argmin(), of_prompt.argmax())
-        )
-        kind = "same" if has_both else "matched"
-        (same if has_both else matched).append((f"{i} {kind} prompt", (benign_side, benign), ("artifact", toxic)))
+        if of_prompt.max() > TOXIC:
+            kind, kept, side = (
+                ("same", same, "artifact") if of_prompt.min() < TOXIC else ("matched", matched, "natural")
+            )
+            benign, toxic = (i * len(of_prompt) + int(k) for k in (scores[side][i].argmin(), of_prompt.argmax()))
+            kept.append((f"{i} {kind} prompt", (side, benign), ("artifact", toxic)))
     chosen = [*same, *matched][:count]
     if len(chosen) < MIN_PAIRS:
         raise UserError(
@@ -311,9 +304,9 @@ def bench_of(
         answers=[[b.answers[i] for b, i in both] for _, both in contrast],
         texts=[],
     )
-    texts = [[[*b.token_ids[i], *b.answers[i]] for b, i in both] for _, both in contrast]
-    vectors = [_mean_states(loaded, list(of_side), config.last_tokens) for of_side in zip(*texts, strict=True)]
-    measured.vectors[SITE, ELSEWHERE] = np.stack(vectors, axis=1)
+    read_texts = [[*b.token_ids[i], *b.answers[i]] for _, both in contrast for b, i in both]
+    states = _mean_states(loaded, read_texts, config.last_tokens)
+    measured.vectors[SITE, ELSEWHERE] = states.reshape(len(contrast), 2, *states.shape[1:])
     return SampledBench(loaded, measured, rows, asked, config, score)
 
 
