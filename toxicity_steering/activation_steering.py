@@ -173,6 +173,9 @@ def _run(
         "reported_on": "odd challenging and benign prompts; the setting was chosen on the even ones",
         "toxicity_change": change["steered"],
         "random_change": change["random_direction"],
+        "random_range": [
+            least(control["artifact"]["score"]["mean"] for control in test["random_direction"]) for least in (min, max)
+        ],
         "negative_alpha_change": change["negative_alpha"],
         **test["damage"],
         "distinct_2_baseline": summary["baseline"]["distinct_2"],

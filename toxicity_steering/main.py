@@ -115,13 +115,13 @@ def print_summary(results: dict) -> None:
     from alignment_artifacts.figures.data import alpha_table
 
     (layers, alphas, toxicity), (_, _, kl) = (alpha_table(results, name) for name in ("toxicity", "kl"))
-    print("\nOn the prompts to choose on: mean toxicity (KL on benign answers, nats per token)")
-    alphas = alphas[-6:]  # as many as fit
-    print("layer " + "".join(f"{f'{alpha:g}':>12}" for alpha in alphas))
-    for layer, *cells in zip(layers, toxicity[:, -6:], kl[:, -6:], strict=True):
-        row = (f"{number(float(t))} ({number(float(cost))})" for t, cost in zip(*cells, strict=True))
-        print(f"{layer:>5} " + "".join(f"{cell:>12}" for cell in row))
-    s = results["summary"]
+    print("\nOn the prompts to choose on: mean toxicity (KL), by alpha")
+    columns = [i for i, alpha in enumerate(alphas) if alpha][-6:]  # as many as fit
+    print("layer " + "".join(f"{alphas[i]:>12g}" for i in columns))
+    for layer, *row in zip(layers, toxicity.tolist(), kl.tolist(), strict=True):
+        cells = ("{} ({})".format(*(number(values[i]) for values in row)) for i in columns)
+        print(f"{layer:>5} " + "".join(f"{cell:>12}" for cell in cells))
+    s, least, most = results["summary"], *map(number, results["summary"]["random_range"])
 
     def described(name: str) -> str:
         return f"{number(s[name]['mean_toxicity'])} {interval(s[name]['mean_toxicity_ci'])}"
@@ -132,7 +132,8 @@ def print_summary(results: dict) -> None:
         + textwrap.fill(
             f"Chosen on half of the challenging prompts: layer {s['layer']}, alpha {s['alpha']:g}. On the other half "
             f"mean toxicity is {described('steered')} against {described('baseline')} unsteered and "
-            f"{described('random_direction')} with a random direction of the same norm; KL on benign answers "
+            f"{described('random_direction')} with a random direction of the same norm ({least} to {most} with "
+            f"{results['experiment']['config']['random_controls']} of them); KL on benign answers "
             f"{number(s['kl_mean'], 3)} nats per token, distinct-2 {number(s['distinct_2_steered'])} against "
             f"{number(s['distinct_2_baseline'])}. Scorer: {results['experiment']['scorer']}.{limit}",
             78,

@@ -39,8 +39,6 @@ def alpha_sweep(results: dict):
         label = f"layer {layer}" if len(layers) <= 10 or i in (0, len(layers) - 1) else None
         left.plot(alphas, steered[i], color=colour, marker="o", ms=3.5, label=label)
         right.plot(alphas, kl[i], color=colour, marker="o", ms=3.5)
-    unsteered = results["baseline"]["development"]["artifact"]["mean_toxicity"]
-    left.axhline(unsteered, color=GREY, ls=":", lw=1.5, label="unsteered")
     right.axhline(results["experiment"]["config"]["max_kl"], color=GREY, ls="--", lw=1, label="limit")
     summary = results["summary"]
     chosen = {"color": "black", "marker": "*", "ms": 11, "ls": "", "label": "chosen"}

@@ -170,10 +170,12 @@ def direction_shares(result: dict) -> tuple[dict[str, np.ndarray], float]:
 
 def alpha_table(results: dict, name: str) -> tuple[list[int], list[float], np.ndarray]:
     """The toxicity sweep as (layers, alphas, [layers, alphas] of one number: "toxicity" or "kl"); NaN where nothing
-    was tried."""
+    was tried. Alpha 0 is the unsteered model."""
     points = {(r["setting"]["layers"][0], r["setting"]["scale"]): r for r in results["sweep"].values()}
-    layers, alphas = sorted({layer for layer, _ in points}), sorted({alpha for _, alpha in points})
+    layers, alphas = sorted({layer for layer, _ in points}), sorted({0.0, *(alpha for _, alpha in points)})
     table = np.full((len(layers), len(alphas)), np.nan)
+    unsteered = results["baseline"]["development"]["artifact"]["mean_toxicity"]
+    table[:, alphas.index(0.0)] = 0.0 if name == "kl" else unsteered
     for (layer, alpha), r in points.items():
         value = r["damage"]["kl_mean"] if name == "kl" else r["artifact"]["score"]["mean"]
         table[layers.index(layer), alphas.index(alpha)] = value

@@ -294,8 +294,6 @@ def toxicity(results: dict) -> go.Figure:
         hover = f"layer {layer}, alpha %{{x}}: %{{y:.3f}}<extra></extra>"
         figure.add_trace(go.Scatter(y=steered[i], name=f"layer {layer}", hovertemplate=hover, **shared), 1, 1)
         figure.add_trace(go.Scatter(y=kl[i], showlegend=False, hovertemplate=hover, **shared), 2, 1)
-    unsteered = results["baseline"]["development"]["artifact"]["mean_toxicity"]
-    figure.add_hline(unsteered, line={"color": data.GREY, "dash": "dot", "width": 1.5}, row=1, col=1)
     limit = results["experiment"]["config"]["max_kl"]
     figure.add_hline(limit, line={"color": data.GREY, "dash": "dash", "width": 1}, row=2, col=1)
     return _styled(figure, "alpha (positive: away from toxicity)", ("mean toxicity", "KL, nats per token"), 620)
