@@ -153,6 +153,7 @@ def test_numbers_are_those_of_the_files(page, results):
     assert left == [r["artifact"]["refused_or_broken"]["rate"] for r in caps]
     sweep = results["toxicity"]["sweep"].values()
     toxicity = [r["artifact"]["score"]["mean"] for r in sweep if r["setting"]["layers"] == [0]]
+    toxicity.insert(1, results["toxicity"]["baseline"]["development"]["artifact"]["mean_toxicity"])  # alpha 0
     assert plotted(page, "toxicity", 0, "y") == toxicity
     compared = results["comparison"]["conditions"]["prompt_end"]["layers"]
     names = page.execute_script("return document.getElementById('plot-comparison').data.map(t => t.name)")
