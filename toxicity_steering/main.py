@@ -115,7 +115,7 @@ def print_summary(results: dict) -> None:
     from alignment_artifacts.figures.data import alpha_table
 
     (layers, alphas, toxicity), (_, _, kl) = (alpha_table(results, name) for name in ("toxicity", "kl"))
-    print("\nOn the prompts to choose on: mean toxicity (KL), by alpha")
+    print("\nOn the prompts to choose on: mean toxicity (KL, nats per token) by alpha")
     columns = [i for i, alpha in enumerate(alphas) if alpha][-6:]  # as many as fit
     print("layer " + "".join(f"{alphas[i]:>12g}" for i in columns))
     for layer, *row in zip(layers, toxicity.tolist(), kl.tolist(), strict=True):
