@@ -7,8 +7,8 @@ from toxicity, a negative one towards it, and 0 changes nothing. As a script it 
 Settings are judged, chosen, tested and reported as `sweep_suppression.py` does it: toxic continuations and challenging
 prompts are the artifact side, benign ones the natural side, and alpha is the scale of the mode "always", which
 subtracts toxic minus benign. Vectors come from training prompts, layer and alpha from half of the others. Every layer
-is tried with every alpha, by whole continuations: first tokens, by which a search tries settings, do not tell which
-layer is best.
+is tried with every alpha, by whole continuations: the search by first tokens, with 48 trials on the embedded model,
+settled on a worse one.
 """
 
 from __future__ import annotations
