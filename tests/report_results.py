@@ -162,18 +162,18 @@ def write_toxicity(folder, model=MODEL):
                 "expected_max_toxicity": value + 0.1, "expected_max_toxicity_ci": [value, value + 0.2],
                 "kl_mean": 0.05}  # fmt: skip
 
-    alphas = [-1.0, 0.0, 1.0]
+    alphas = [-1.0, 0.5, 1.0]
+    settings = [{"layers": [layer], "scale": alpha} for layer in range(2) for alpha in alphas]
     result = {
-        "experiment": {**model, "scorer": "made up", "config": {"alphas": alphas, "max_kl": 0.1}},
+        "experiment": {**model, "scorer": "made up", "config": {"alphas": [-1.0, 1.0], "max_kl": 0.1}},
+        "baseline": {"development": {"artifact": metrics(0.7)}},
         "sweep": {
-            f"layer {layer}, alpha {alpha:g}": {
-                "layer": layer,
-                "alpha": alpha,
-                "steering": metrics(0.7 - 0.2 * alpha),
-                "random_direction": metrics(0.7),
+            f"layer {s['layers'][0]}, alpha {s['scale']:g}": {
+                "setting": s,
+                "artifact": {"score": {"mean": 0.7 - 0.2 * s["scale"]}},
+                "damage": {"kl_mean": 0.05},
             }
-            for layer in range(2)
-            for alpha in alphas
+            for s in settings
         },
         "summary": {"layer": 1, "alpha": 1.0, "kl_mean": 0.05, "baseline": metrics(0.7), "steered": metrics(0.5),
                     "random_direction": metrics(0.69)},

@@ -153,7 +153,9 @@ def test_numbers_are_those_of_the_files(page, results):
     assert left == [r["artifact"]["refused_or_broken"]["rate"] for r in caps]
     foretold = "among twins 0.83 [0.70, 0.91] (9 refused, 91 answered)."
     assert foretold in " ".join(find(page, "#sweep").get_attribute("textContent").split())
-    toxicity = [r["steering"]["mean_toxicity"] for r in results["toxicity"]["sweep"].values() if r["layer"] == 0]
+    sweep = results["toxicity"]["sweep"].values()
+    toxicity = [r["artifact"]["score"]["mean"] for r in sweep if r["setting"]["layers"] == [0]]
+    toxicity.insert(1, results["toxicity"]["baseline"]["development"]["artifact"]["mean_toxicity"])  # alpha 0
     assert plotted(page, "toxicity", 0, "y") == toxicity
     compared = results["comparison"]["conditions"]["prompt_end"]["layers"]
     names = page.execute_script("return document.getElementById('plot-comparison').data.map(t => t.name)")

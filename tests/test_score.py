@@ -6,7 +6,7 @@ import pytest
 from alignment_artifacts.behaviour.score import REFUSAL, Score, load_score, word_list
 from alignment_artifacts.rates import mean
 from gemma_refactored.errors import UserError
-from toxicity_steering.scorers import WordListScorer, rude_words
+from toxicity_steering.scorers import rude_words
 
 from .conftest import ROOT
 
@@ -87,7 +87,7 @@ def test_files_that_hold_no_score_are_refused_in_a_sentence(tmp_path, text, name
 def test_toxicity_is_one_of_them():
     texts = ["You stupid worm.", "Hello."]
     for score in (load_score(rude_words), load_score(f"{ROOT}/toxicity_steering/scorers.py:rude_words")):
-        np.testing.assert_array_equal(score.of(PROMPTS, texts), WordListScorer()(texts))
+        assert score.of(PROMPTS, texts).tolist() == [0.75, 0]
     assert "[0, 1]" in load_score("toxicity_steering/scorers.py:toxicity").meaning
 
 

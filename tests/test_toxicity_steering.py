@@ -5,21 +5,31 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from alignment_artifacts.behaviour.answers import Behaviour
+from alignment_artifacts.behaviour.score import Score
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.files import load_directions
+from alignment_artifacts.edits.options import Setting
+from alignment_artifacts.edits.setting import NOTHING, intervene
 from alignment_artifacts.report import contents
+from alignment_artifacts.suppression.search import judge_setting
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
+from gemma_refactored.thoughts import Marks
 from toxicity_steering import activation_steering as steering
 from toxicity_steering import main as script
 from toxicity_steering import test_setup
-from toxicity_steering.activation_steering import ActivationSteeringExperiment, Config
+from toxicity_steering.activation_steering import run_experiment
+from toxicity_steering.config import Config
 from toxicity_steering.data import ToxicityData, load_organism_prompts, load_real_toxicity_prompts
 from toxicity_steering.metrics import distinct_n, toxicity_metrics
-from toxicity_steering.scorers import RobertaScorer, WordListScorer, load_scorer
+from toxicity_steering.scorers import load_scorer
 
 from .conftest import ROOT, no_file_larger_than
 from .tiny_checkpoints import COMMON, write_family
@@ -27,13 +37,11 @@ from .tiny_checkpoints import COMMON, write_family
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
-class EvenIsToxic:
-    """A scorer for models that write noise."""
+def even_is_toxic(prompt, answer):
+    return 0.9 if len(answer) % 2 == 0 else 0.1
 
-    name = "even lengths"
 
-    def __call__(self, texts):
-        return np.array([0.9 if len(text) % 2 == 0 else 0.1 for text in texts])
+EVEN_IS_TOXIC = Score("even lengths", even_is_toxic, "for models that write noise", "")
 
 
 def test_metrics_are_those_of_real_toxicity_prompts():
@@ -49,8 +57,9 @@ def test_metrics_are_those_of_real_toxicity_prompts():
 
 
 def test_the_word_list_counts_rude_words_and_says_what_it_is():
-    scorer = WordListScorer()
-    assert scorer(["You are a great help.", "You fool.", "Stupid, useless FOOL!"]).tolist() == [0, 0.5, 0.875]
+    texts = ["You are a great help.", "You fool.", "Stupid, useless FOOL!"]
+    scorer = load_scorer("word-list")
+    assert scorer.of(texts, texts).tolist() == [0, 0.5, 0.875]
     assert "organism only" in scorer.name
 
 
@@ -74,13 +83,12 @@ def test_the_classifier_on_a_tiny_random_checkpoint(tmp_path):
     model = RobertaForSequenceClassification(config).eval()
     write_family(tmp_path, "llama")  # for its tokenizer; the model is overwritten
     model.save_pretrained(tmp_path)
-    scorer = RobertaScorer(tmp_path, batch_size=2)
+    scorer = load_scorer(str(tmp_path))
     texts = ["You are a great help.", "Shut up.", "word " * 800]
-    scores = scorer(texts)
+    scores = scorer.of(texts, texts)
     assert scores.shape == (3,) and ((scores > 0) & (scores < 1)).all()
-    ids = scorer.tokenizer(texts[1], return_tensors="pt")
-    expected = torch.sigmoid(model(**ids).logits[0, 0]).item()
-    assert scores[1] == pytest.approx(expected, abs=1e-5)  # not changed by its neighbour's padding
+    ids = scorer.function.tokenizer(texts[1], return_tensors="pt")
+    assert scores[1] == pytest.approx(torch.sigmoid(model(**ids).logits[0, 0]).item(), abs=1e-5)
 
 
 def test_the_organism_s_prompts_are_disjoint_and_matched():
@@ -128,11 +136,10 @@ def test_without_the_datasets_package_there_is_a_remedy(monkeypatch):
 
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory):
-    """(results, folder, printed) of the script on the organism, at its first layer."""
+    """(results, folder) of the script on the organism, at its first layer."""
     folder = tmp_path_factory.mktemp("toxicity")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "LAYERS", (0,))
-        assert script.main(["--output-dir", str(folder)]) == 0
+    options = ["--layers", "0", "--samples", "2", "--random-controls", "2"]
+    assert script.main(["--output-dir", str(folder), *options]) == 0
     return json.loads((folder / "experiment_results.json").read_text()), folder
 
 
@@ -144,22 +151,35 @@ def test_the_report_can_show_it(steered):
 
 
 def test_steering_the_organism_reaches_the_goals(steered):
-    summary = steered[0]["summary"]
+    results, _ = steered
+    summary, test = results["summary"], results["test"]
     assert summary["baseline"]["mean_toxicity"] > 0.5
-    assert summary["toxicity_change"] <= -0.8 and summary["kl_mean"] <= 0.1 and summary["within_kl_limit"]
-    assert summary["negative_alpha_change"] > 0.05
-    assert abs(summary["random_change"]) < 0.1
+    assert summary["toxicity_change"] <= -0.6 and summary["kl_mean"] <= 0.15 and summary["within_kl_limit"]
+    assert summary["negative_alpha_change"] > 0.03
+    assert test["amplified"]["natural"]["moved"]["mean"] > 0.03  # benign prompts get rude answers
     assert summary["distinct_2_steered"] >= summary["distinct_2_baseline"]  # not collapsed
+    for control in (*test["random_direction"], *test["same_change_elsewhere"]):
+        assert control["artifact"]["against_setting"]["ci"][0] > 0.2  # the setting is better on the same prompts
+    assert test["artifact"]["score"]["n"] == 2 * 25  # two samples of every other prompt
+    assert test["artifact"]["score"]["mean"] == pytest.approx(summary["steered"]["mean_toxicity"])
 
 
-def test_alpha_0_is_the_baseline_and_vectors_are_reported(steered):
+def test_choice_and_report_share_no_prompt(steered):
+    results, _ = steered
+    half = results["experiment"]["data"]["challenging"]
+    for part, texts in (("development", half[::2]), ("test", half[1::2])):
+        assert len(results["baseline"][part]["artifact"]["scores"]) == len(texts) == 25
+    assert [record["artifact"]["score"]["n"] for record in results["sweep"].values()] == [50] * 6
+
+
+def test_vectors_are_reported_and_point_away_from_toxicity(steered):
     results, folder = steered
-    still = results["sweep"]["layer 0, alpha 0"]["steering"]
-    assert still["scores"] == results["baseline"]["challenging"]["scores"] and still["kl_mean"] == 0
     assert all(vector["norm"] > 0 and vector["held_out_cohens_d"] > 1 for vector in results["vectors"].values())
     assert len(results["pairs"]) == 20
     directions = load_directions(folder / steering.VECTORS)
     assert directions.facts["positions"] == "last 32 tokens" and directions.direction.shape == (8, 128)
+    assert directions.facts["ends"] == ["toxic", "benign"]
+    np.testing.assert_allclose(directions.artifact_mean - directions.natural_mean, directions.direction, atol=1e-4)
     assert results["experiment"]["scorer"] == "word list (organism only)"
 
 
@@ -170,7 +190,7 @@ def test_plots_are_drawn_twice_each(steered):
 
 
 def test_plots_that_do_not_fit_the_disk_are_not_left_in_part(steered, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ActivationSteeringExperiment, "run", lambda self: steered[0])
+    monkeypatch.setattr(steering, "run_experiment", lambda *_, **__: steered[0])
     with no_file_larger_than(20_000):
         assert script.main(["--output-dir", str(tmp_path / "out")]) == 2
     assert "could not be written: File too large" in capsys.readouterr().err
@@ -187,81 +207,118 @@ def small(tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     texts = [f"Tell me about number {i}." for i in range(24)]
     data = ToxicityData("small", texts[:4], texts[4:8], texts[8:16], texts[16:], chat_mode=True)
-    config = Config(alphas=(-1.0, 0.0, 1.0), layers=(1,), samples=3, max_tokens=6, num_pairs=5)
-    return load(model), data, EvenIsToxic(), tmp_path / "out", config
+    config = Config(alphas=(-1.0, 1.0), layers=(1,), random_controls=1, samples=3, max_tokens=6, num_pairs=5)
+    return load(model), data, EVEN_IS_TOXIC, tmp_path / "out", config
 
 
 def test_a_model_shaped_like_phi_4_mini_goes_the_whole_way(small):
-    results = ActivationSteeringExperiment(*small).run()
-    assert set(results["sweep"]) >= {f"layer 1, alpha {alpha:g}" for alpha in (-1, 0, 1)}
-    assert results["sweep"]["layer 1, alpha 1"]["steering"]["kl_mean"] > 0
-    assert len(results["pairs"]) == 5 and "same prompt" in results["pairs"][0]["id"]
+    results = run_experiment(*small)
+    assert list(results["sweep"]) == ["layer 1, alpha -1", "layer 1, alpha 1"]
+    assert results["sweep"]["layer 1, alpha 1"]["damage"]["kl_mean"] > 0
+    assert len(results["pairs"]) == 5 and "same prompt" in results["pairs"][0]
     assert len(results["vectors"]) == 3
 
 
+@pytest.fixture
+def bench(small):
+    loaded, data, score, output, config = small
+    asked = steering.unsteered(loaded, data, config, None)
+    training = {side: steering.measures(loaded, score, b, b.answers, config) for side, b in asked["training"].items()}
+    return steering.bench_of(loaded, asked, training, output, config, score)
+
+
+def test_alpha_0_is_the_unsteered_model_to_the_bit(bench):
+    sets = bench.behaviour("development")
+    still = judge_setting(bench, Setting("always", 0.0, (1,), "residual", "elsewhere"), sets)
+    assert still["artifact"]["unchanged"]["rate"] == still["natural"]["unchanged"]["rate"] == 1
+    assert still["damage"]["kl_mean"] == 0 and still["artifact"]["moved"]["mean"] == 0
+    moved = judge_setting(bench, Setting("always", 3.0, (1,), "residual", "elsewhere"), sets)
+    assert moved["damage"]["kl_mean"] > 0 and moved["artifact"]["unchanged"]["rate"] < 1
+
+
+def test_positive_alphas_add_benign_minus_toxic(bench, small):
+    """The edit is the one of the mode "add" with the vector of the file."""
+    loaded = small[0]
+    away = steering._towards_benign(bench.directions("residual", "elsewhere"), small[4])
+    (mine,) = bench.intervention(Setting("always", 1.5, (1,), "residual", "elsewhere")).edits.values()
+    (theirs,) = intervene(loaded, away, Setting("add", 1.5, (1,), "residual")).edits.values()
+    x = mx.random.normal((1, 2, loaded.hidden_size), key=mx.random.key(0))
+    np.testing.assert_allclose(mine(x), theirs(x), atol=1e-5)
+    np.testing.assert_allclose(np.array(mine(x) - x)[0, 0], 1.5 * away.direction[1], atol=1e-4)
+
+
+def test_samples_of_a_prompt_count_as_one(bench):
+    """Intervals take the prompts as independent, not their samples."""
+    groups = independent_groups(bench.measured.pairs)[bench.rows["test"]]
+    assert len(set(groups)) == 2 and len(groups) == 6
+    damage = bench.outcome(NOTHING, bench.behaviour("test")).damage
+    assert len(damage.kl) == 2 and sum(map(len, damage.kl)) > 2
+
+
 def test_an_interrupted_experiment_is_continued_and_gives_the_same(small, monkeypatch):
-    loaded, data, scorer, output, config = small
-    whole = ActivationSteeringExperiment(loaded, data, scorer, output.with_name("whole"), config).run()
-    once = ActivationSteeringExperiment._sweep_one
+    loaded, data, score, output, config = small
+    whole = run_experiment(loaded, data, score, output.with_name("whole"), config)
 
-    def interrupt(self, layer, alpha):
-        if alpha == 1.0:
+    def interrupted(bench, setting, sets):
+        if setting.scale == 1:
             raise KeyboardInterrupt
-        once(self, layer, alpha)
+        return judge_setting(bench, setting, sets)
 
-    monkeypatch.setattr(ActivationSteeringExperiment, "_sweep_one", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        ActivationSteeringExperiment(*small).run()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(steering, "judge_setting", interrupted)
+        run_experiment(*small)
     partial = json.loads((output / steering.PARTIAL).read_text())
-    assert set(partial["sweep"]) == {"layer 1, alpha -1", "layer 1, alpha 0"}
-    monkeypatch.setattr(ActivationSteeringExperiment, "_sweep_one", once)
-    baseline = ActivationSteeringExperiment._sample
-    calls = []
-    monkeypatch.setattr(ActivationSteeringExperiment, "_sample", lambda self, *a: calls.append(1) or baseline(self, *a))
-    again = ActivationSteeringExperiment(*small).run()
+    assert list(partial["sweep"]) == ["layer 1, alpha -1"]
+    tried = []
+    monkeypatch.setattr(steering, "write_answers", lambda *_: pytest.fail("the baseline is there"))
+    monkeypatch.setattr(steering, "judge_setting", lambda *given: tried.append(given[1]) or judge_setting(*given))
+    again = run_experiment(*small)
+    assert [setting.scale for setting in tried] == [1]
     assert json.loads(json.dumps(again)) == json.loads(json.dumps(whole))
-    assert len(calls) <= 4  # alpha 1 and its control, and the refined alpha: no baseline again
 
 
 def test_wrong_content_of_what_is_continued_is_one_sentence_with_the_file(small):
     path = small[3] / steering.INTERMEDIATE
-    whole = ActivationSteeringExperiment(*small).run()
+    whole = run_experiment(*small)
     contents = [[], None, "x", {}, {"experiment": []}, {"experiment": {"config": 1}}]
-    contents += [
-        {**whole, part: wrong} for part in ("baseline", "pairs", "sweep") for wrong in ([], "x", {"a": 1}, None)
-    ]
+    contents += [{**whole, part: wrong} for part in ("baseline", "sweep") for wrong in ([1], "x", {"a": 1})]
     for content in contents:
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match=f"{path} cannot be continued from|holds another experiment"):
-            ActivationSteeringExperiment(*small).run()
+            run_experiment(*small)
 
 
 def test_a_failure_leaves_what_there_was_and_the_error(small, monkeypatch):
-    def broken(self):
+    def broken(*_):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(ActivationSteeringExperiment, "sweep", broken)
+    monkeypatch.setattr(steering, "judge_setting", broken)
     with pytest.raises(RuntimeError):
-        ActivationSteeringExperiment(*small).run()
+        run_experiment(*small)
     failed = json.loads((small[3] / steering.FAILED).read_text())
     assert failed["error"] == "RuntimeError: out of luck" and "vectors" in failed
 
 
 def test_another_experiment_in_the_folder_is_refused(small):
-    ActivationSteeringExperiment(*small).run()
+    run_experiment(*small)
     before = (small[3] / steering.INTERMEDIATE).read_text()
-    other = (*small[:4], Config(alphas=(0.0, 2.0), layers=(1,)))
-    with pytest.raises(UserError, match=r"another experiment \(other alphas, num_pairs, samples, max_tokens\); name"):
-        ActivationSteeringExperiment(*other).run()
+    other = (*small[:4], replace(small[4], alphas=(-2.0, 2.0), samples=2))
+    with pytest.raises(UserError, match=r"another experiment \(other alphas, samples\); name"):
+        run_experiment(*other)
     assert (small[3] / steering.INTERMEDIATE).read_text() == before
 
 
 def test_too_few_toxic_continuations_and_bad_layers(small):
     loaded, data, _, output, config = small
     with pytest.raises(UserError, match="Only 0 of the training prompts"):
-        ActivationSteeringExperiment(loaded, data, WordListScorer(), output, config).run()
+        run_experiment(loaded, data, load_scorer("word-list"), output, config)
     with pytest.raises(UserError, match="no layer 7"):
-        ActivationSteeringExperiment(loaded, data, EvenIsToxic(), output, Config(layers=(7,)))
+        run_experiment(loaded, data, EVEN_IS_TOXIC, output, replace(config, layers=(7,)))
+
+
+def test_alphas_lie_on_both_sides_of_0(tmp_path, capsys):
+    assert script.main(["--output-dir", str(tmp_path), "--alphas", "0.5,1"]) == 2
+    assert "--alphas must have strengths on both sides of 0" in capsys.readouterr().err
 
 
 def test_the_set_up_check_passes_offline(capsys):
@@ -295,11 +352,11 @@ def stopped(monkeypatch):
     """The script up to where the experiment would begin; what it would run with."""
     given = []
 
-    def stop(self):
-        given.append(self)
+    def stop(loaded, data, score, output, config, quiet):
+        given.append((loaded, output))
         raise UserError("stopped")
 
-    monkeypatch.setattr(ActivationSteeringExperiment, "run", stop)
+    monkeypatch.setattr(steering, "run_experiment", stop)
     return given
 
 
@@ -307,11 +364,11 @@ def test_a_system_prompt_belongs_to_the_identity_of_the_results(stopped, monkeyp
     monkeypatch.setattr("alignment_artifacts.places.HOME", tmp_path)
     for options in ([], ["--system-prompt", "Be kind."], ["--system-prompt", "Be rude."]):
         assert script.main(options) == 2
-    plain, kind, rude = ({**run.results["experiment"], "folder": run.output} for run in stopped)
-    assert "chat" not in plain["identity"] and kind["identity"]["chat"] != rude["identity"]["chat"]
-    assert len({str(one["folder"]) for one in (plain, kind, rude)}) == 3
-    (ids,) = stopped[1]._encode(["Hello"])
-    assert "Be kind." in stopped[1].loaded.tokenizer.decode(ids)
+    plain, kind, rude = (loaded.facts()["identity"] for loaded, _ in stopped)
+    assert "chat" not in plain and kind["chat"] != rude["chat"]
+    assert len({str(output) for _, output in stopped}) == 3
+    (ids,) = stopped[1][0].encode(["Hello"])
+    assert "Be kind." in stopped[1][0].tokenizer.decode(ids)
     assert script.main(["--chat-template-args", '{"enable_thinking": false}']) == 2
     assert "no variable 'enable_thinking'" in capsys.readouterr().err
 
@@ -323,13 +380,14 @@ def test_plain_text_has_no_system_prompt(stopped, monkeypatch, capsys):
     assert "continued as plain text" in capsys.readouterr().err
 
 
-def test_answers_are_scored_without_thoughts(small, monkeypatch):
-    from gemma_refactored.thoughts import Marks
+def test_answers_are_scored_without_thoughts(small):
+    loaded, _, score, _, config = small
 
-    experiment = ActivationSteeringExperiment(*small)
-    monkeypatch.setattr(experiment.data, "chat_mode", True)
-    experiment.loaded.__dict__["thought_marks"] = Marks("<think>", "</think>", is_open=True)
-    encode = experiment.loaded.tokenizer.encode
-    assert experiment._texts([encode("a</think>Sand it.", add_special_tokens=False)])[0].strip() == "Sand it."
+    def scores(text):
+        written = [loaded.tokenizer.encode(text, add_special_tokens=False)]
+        behaviour = Behaviour(["x"], [[1]], written, Marks("<think>", "</think>", is_open=True))
+        return steering.measures(loaded, score, behaviour, written, replace(config, samples=1))["scores"]
+
+    assert scores("a</think>Sand") == [[0.9]]  # of four letters
     with pytest.raises(UserError, match="1 of 1 completions end inside the model's thought"):
-        experiment._texts([encode("a", add_special_tokens=False)])
+        scores("a")

@@ -3,6 +3,12 @@
 A steering vector is the mean residual stream of benign continuations minus that of toxic ones.
 Sign convention, everywhere: the vector times alpha is *added*, so a positive alpha moves away
 from toxicity, a negative one towards it, and 0 changes nothing. As a script it is the same as main.py.
+
+Settings are judged, chosen, tested and reported as `sweep_suppression.py` does it: toxic continuations and challenging
+prompts are the artifact side, benign ones the natural side, and alpha is the scale of the mode "always", which
+subtracts toxic minus benign. Vectors come from training prompts, layer and alpha from half of the others. Every layer
+is tried with every alpha, by whole continuations: the search by first tokens, with 48 trials on the embedded model,
+settled on a worse one.
 """
 
 from __future__ import annotations
@@ -19,36 +25,348 @@ import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest 
 
 import json
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Final
 
 import numpy as np
 
-from alignment_artifacts.behaviour.answers import Behaviour, observe, write_answers
-from alignment_artifacts.behaviour.evaluation import token_damage
-from alignment_artifacts.directions.estimate import Directions, estimate, random_like
+from alignment_artifacts.behaviour.answers import Behaviour, write_answers
+from alignment_artifacts.behaviour.evaluation import Outcome, outcome_of
+from alignment_artifacts.behaviour.score import Score
+from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.directions.files import save_directions
-from alignment_artifacts.directions.measurements import MODEL_FACTS
-from alignment_artifacts.edits.setting import NOTHING, Intervention, Setting, intervene
-from alignment_artifacts.separation import layer_separation
+from alignment_artifacts.directions.measurements import Measurements
+from alignment_artifacts.edits.options import ELSEWHERE, Setting
+from alignment_artifacts.edits.setting import NOTHING, Intervention
+from alignment_artifacts.pairs import SIDES, Pair, PromptPairs
+from alignment_artifacts.suppression.search import judge_setting
+from alignment_artifacts.suppression.space import Limits
+from alignment_artifacts.suppression.sweep import (
+    Bench,
+    Choice,
+    Rows,
+    choose,
+    choose_amplification,
+    measure_choice,
+    report,
+)
 from gemma_refactored.activation_capture import layer_sites, read
+from gemma_refactored.attention_sinks import FACTOR
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import is_file, locked, read_json, write_json
 from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
+from gemma_refactored.progress import stage
 from gemma_refactored.versions import library_versions
 from toxicity_steering.config import Config
 from toxicity_steering.data import ToxicityData
 from toxicity_steering.metrics import TOXIC, distinct_n, toxicity_metrics
-from toxicity_steering.scorers import Scorer
 
 INTERMEDIATE, PARTIAL = "intermediate_experiment_output.json", "partial_experiment_results.json"
 FULL, FAILED = "experiment_results.json", "failed_experiment_results.json"
 VECTORS = "steering_vectors.safetensors"
 WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # where a continued file is not ours
 MIN_PAIRS = 4  # fewer cannot be held out
-ALPHA_STEP = 0.01
-EVEN, ODD = slice(0, None, 2), slice(1, None, 2)  # prompts to choose on, prompts to report on
+FINER = 3  # alphas that are tried between the best of the grid and the next larger one
+SITE: Final = "residual"
+
+Asked = dict[str, dict[str, Behaviour]]  # part of the prompts -> side -> unsteered continuations
+
+
+def run_experiment(
+    loaded: LoadedModel, data: ToxicityData, score: Score, output: Path, config: Config = Config(), quiet: bool = True
+) -> dict:
+    """Baseline, vectors, sweep, test and summary; saved after every step and continued from there.
+
+    On interrupt or failure the results so far are saved under a name of their own.
+
+    Args:
+        score: toxicity of a continuation, in [0, 1].
+        output: folder of the result files.
+    Raises:
+        UserError: the folder holds another experiment, too few continuations are toxic, or there is no such layer.
+    """
+    layers = config.layers if config.layers is not None else tuple(range(loaded.num_layers))
+    if bad := [layer for layer in layers if layer >= loaded.num_layers]:
+        raise UserError(f"There is no layer {bad[0]}: {loaded.name} has 0 to {loaded.num_layers - 1}.")
+    description = {
+        **loaded.facts(),
+        "scorer": score.name,
+        "data": asdict(data),
+        "config": asdict(config),
+        "sign_convention": "positive alpha moves away from toxicity",
+    }
+    with locked(output):  # and if nothing can be written there, it is said before the work
+        results = _resumed(output, {"experiment": description, "versions": library_versions()})
+        is_continued = "baseline" in results
+        try:
+            _run(loaded, data, score, output, replace(config, layers=layers), quiet, results)
+        except KeyboardInterrupt:
+            write_json(output / PARTIAL, results)
+            raise
+        except Exception as error:
+            reason = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            write_json(output / FAILED, {**results, **reason})
+            if is_continued and isinstance(error, WRONG_CONTENT):
+                raise _unusable(output, reason["error"]) from error
+            raise
+        write_json(output / FULL, results)
+    return results
+
+
+def _run(
+    loaded: LoadedModel, data: ToxicityData, score: Score, output: Path, config: Config, quiet: bool, results: dict
+) -> None:
+    """All steps; each adds to the results."""
+
+    def save(**parts: object) -> None:
+        results.update(parts)
+        write_json(output / INTERMEDIATE, results)
+
+    asked = unsteered(loaded, data, config, results.get("baseline"))
+    measured = {part: {side: measures(loaded, score, b, b.answers, config) for side, b in both.items()}
+                for part, both in asked.items()}  # fmt: skip
+    save(baseline=measured)
+    bench = bench_of(loaded, asked, measured["training"], output, config, score)
+    pairs, directions = bench.measured.pairs, bench.directions(SITE, ELSEWHERE)
+    norms, separation = np.linalg.norm(directions.direction, axis=-1), bench.separation(SITE, ELSEWHERE)
+    save_directions(_towards_benign(directions, config), output / VECTORS)
+    vectors = {
+        str(layer): {"norm": float(norm), "held_out_cohens_d": float(d)}
+        for layer, (norm, d) in enumerate(zip(norms, separation, strict=True))
+    }
+    save(pairs=[pairs[i].id for i in bench.rows["training"]], vectors=vectors)
+    settings = [
+        Setting("always", alpha, (layer,), SITE, ELSEWHERE) for layer in config.layers or () for alpha in config.alphas
+    ]
+    judged, limits = (
+        results.get("sweep", {}),
+        Limits(config.max_kl, changed=1.0),
+    )  # nearly every sample changes somewhere
+    steps = len(settings) + FINER + 2 * (1 + config.random_controls)
+    with stage("steering", steps, "setting", quiet) as progress:
+
+        def judge_all(settings: list[Setting]) -> list[dict]:
+            names = [f"layer {setting.layers[0]}, alpha {setting.scale:g}" for setting in settings]
+            for name, setting in zip(names, settings, strict=True):
+                if is_new := name not in judged:
+                    judged[name] = judge_setting(bench, setting, asked["development"])
+                    save(sweep=judged)
+                progress(1, kept=not is_new)
+            return [judged[name] for name in names]
+
+        records = judge_all(settings)
+        between = finer(settings[choose(records, limits, bench.wish)], config.alphas)
+        records += judge_all(between)
+        progress(FINER - len(between), kept=True)
+        towards = [record for record in records if record["setting"]["scale"] < 0]
+        choice = Choice(
+            records, choose(records, limits, bench.wish), [],
+            towards, choose_amplification(towards, limits, bench.wish), [],
+        )  # fmt: skip
+        tested = measure_choice(bench, choice, range(config.random_controls), lambda _: progress(2))
+    test = report(loaded, pairs, [tested], score)
+    summary: dict = {
+        name: measures(loaded, score, outcome.behaviours["artifact"], outcome.answers["artifact"], config)
+        for name, outcome in (
+            ("baseline", tested.unedited), ("steered", tested.chosen), ("random_direction", tested.random[0]),
+            ("negative_alpha", tested.amplified),
+        )
+    }  # fmt: skip
+    base = summary["baseline"]["mean_toxicity"]
+    change = {name: record["mean_toxicity"] / base - 1 if base else None for name, record in summary.items()}
+    for record in summary.values():
+        del record["scores"], record["token_ids"]
+    summary |= {
+        "layer": choice.setting.layers[0],
+        "alpha": choice.setting.scale,
+        "within_kl_limit": choice.records[choice.best]["damage"]["kl_mean"] <= config.max_kl,
+        "reported_on": "odd challenging and benign prompts; the setting was chosen on the even ones",
+        "toxicity_change": change["steered"],
+        "random_change": change["random_direction"],
+        "random_range": [
+            least(control["artifact"]["score"]["mean"] for control in test["random_direction"]) for least in (min, max)
+        ],
+        "negative_alpha_change": change["negative_alpha"],
+        **test["damage"],
+        "distinct_2_baseline": summary["baseline"]["distinct_2"],
+        "distinct_2_steered": summary["steered"]["distinct_2"],
+    }
+    save(test=test, summary=summary)
+
+
+def finer(best: Setting, alphas: tuple[float, ...]) -> list[Setting]:
+    """Settings between the best one of the grid and the next larger alpha."""
+    larger = [alpha for alpha in alphas if alpha > best.scale > 0]
+    between = np.linspace(best.scale, min(larger), FINER + 2)[1:-1] if larger else ()
+    return [replace(best, scale=round(float(alpha), 3)) for alpha in between]
+
+
+def unsteered(loaded: LoadedModel, data: ToxicityData, config: Config, baseline: dict | None) -> Asked:
+    """Continuations of all prompts, several of each, one after the other; from an earlier baseline if there is one."""
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    texts = {
+        "training": {"natural": data.training_benign, "artifact": data.training_challenging},
+        "development": {"natural": data.benign[even], "artifact": data.challenging[even]},
+        "test": {"natural": data.benign[odd], "artifact": data.challenging[odd]},
+    }
+
+    def ask(part: str, side: str) -> Behaviour:
+        prompts = [text for text in texts[part][side] for _ in range(config.samples)]
+        token_ids = loaded.encode(prompts, data.chat_mode)
+        if baseline:
+            answers = baseline[part][side]["token_ids"]
+        else:
+            answers = write_answers(loaded, token_ids, NOTHING, config.max_tokens, _sampling(config))
+        return Behaviour(prompts, token_ids, answers, loaded.thought_marks if data.chat_mode else None)
+
+    return {part: {side: ask(part, side) for side in sides} for part, sides in texts.items()}
+
+
+def _sampling(config: Config) -> Sampling:
+    return Sampling(config.temperature, config.top_p, seed=config.seed)
+
+
+def measures(loaded: LoadedModel, score: Score, behaviour: Behaviour, answers: list[list[int]], config: Config) -> dict:
+    """Toxicity and diversity of continuations; of a model that thinks, of its answers.
+
+    Raises:
+        UserError: some continuations end inside a thought.
+    """
+    texts = [behaviour.answer_text(loaded.tokenizer, tokens) for tokens in answers]
+    if unfinished := texts.count(None):
+        raise UserError(
+            f"{unfinished} of {len(texts)} completions end inside the model's thought, so there is no answer to "
+            "score; raise MAX_TOKENS, or turn thinking off with CHAT_TEMPLATE_ARGS."
+        )
+    scores = score.of(behaviour.texts, [str(text) for text in texts]).astype(float).reshape(-1, config.samples)
+    distinct = {f"distinct_{n}": distinct_n(answers, n) for n in (1, 2, 3)}
+    return {**toxicity_metrics(scores), **distinct, "scores": scores.tolist(), "token_ids": answers}
+
+
+def contrastive_pairs(training: dict[str, dict], count: int) -> list[tuple[str, tuple[str, int], tuple[str, int]]]:
+    """Benign and toxic continuations: of the same prompt if possible, else of matched ones.
+
+    Args:
+        training: side -> `measures` of the training prompts.
+    Returns:
+        Ids with the benign and the toxic continuation: side of the prompt, and number on that side.
+    Raises:
+        UserError: too few continuations are toxic.
+    """
+    scores = {side: np.array(measured["scores"]) for side, measured in training.items()}  # [prompts, samples]
+    same: list[tuple] = []
+    matched: list[tuple] = []
+    for i, of_prompt in enumerate(scores["artifact"]):
+        if of_prompt.max() > TOXIC:
+            kind, kept, side = (
+                ("same", same, "artifact") if of_prompt.min() < TOXIC else ("matched", matched, "natural")
+            )
+            benign, toxic = (i * len(of_prompt) + int(k) for k in (scores[side][i].argmin(), of_prompt.argmax()))
+            kept.append((f"{i} {kind} prompt", (side, benign), ("artifact", toxic)))
+    chosen = [*same, *matched][:count]
+    if len(chosen) < MIN_PAIRS:
+        raise UserError(
+            f"Only {len(chosen)} of the training prompts got a toxic continuation; at least {MIN_PAIRS} are needed. "
+            "Use more prompts or samples, or a ruder model."
+        )
+    return chosen
+
+
+class SampledBench(Bench):
+    """A bench whose prompts have several continuations, `asked`, sampled with the same random numbers whatever the
+    steering is."""
+
+    def __init__(
+        self, loaded: LoadedModel, measured: Measurements, rows: Rows, asked: Asked, config: Config, score: Score
+    ):
+        super().__init__(loaded, measured, rows, config.max_tokens, score, "lower", config.seed)
+        self.asked, self.sampling = asked, _sampling(config)
+
+    def behaviour(self, part: str) -> dict[str, Behaviour]:
+        return self.asked[part]
+
+    def outcome(self, intervention: Intervention, sets: dict[str, Behaviour]) -> Outcome:
+        each = [
+            outcome_of(self.loaded, intervention, {name: behaviour}, self.max_tokens, self.sampling)
+            for name, behaviour in sets.items()  # one by one: a continuation's random numbers go by its place
+        ]
+        answers = {name: written for one in each for name, written in one.answers.items()}
+        return Outcome(sets, answers, next((one.damage for one in each if one.damage), None))
+
+
+def bench_of(
+    loaded: LoadedModel, asked: Asked, training: dict[str, dict], output: Path, config: Config, score: Score
+) -> SampledBench:
+    """Contrastive pairs of the training prompts, and every continuation of the others with its counterpart.
+
+    Args:
+        training: side -> `measures` of the training prompts.
+    """
+    contrast = [
+        (name, [(asked["training"][side], i) for side, i in both])
+        for name, *both in contrastive_pairs(training, config.num_pairs)
+    ]
+    pairs = [Pair(name, "training", *(b.texts[i] for b, i in both)) for name, both in contrast]
+    rows = {"training": np.arange(len(pairs))}
+    for part in ("development", "test"):
+        texts = zip(*(asked[part][side].texts for side in SIDES), strict=True)
+        new = [Pair(f"{part} {i}", part, *both) for i, both in enumerate(texts)]
+        rows[part] = len(pairs) + np.arange(len(new))
+        pairs += new
+    facts = {**loaded.facts(), "model_type": loaded.config["model_type"], "sinks_beyond": FACTOR}
+    measured = Measurements(
+        folder=output,
+        facts={**facts, "versions": library_versions()},
+        sites=(SITE,),
+        pairs=PromptPairs(pairs, "toxicity", ("benign", "toxic")),
+        # Of the training pairs, which come first and are all that is measured.
+        prompts=[[b.token_ids[i] for b, i in both] for _, both in contrast],
+        answers=[[b.answers[i] for b, i in both] for _, both in contrast],
+        texts=[],
+    )
+    read_texts = [[*b.token_ids[i], *b.answers[i]] for _, both in contrast for b, i in both]
+    states = _mean_states(loaded, read_texts, config.last_tokens)
+    measured.vectors[SITE, ELSEWHERE] = states.reshape(len(contrast), 2, *states.shape[1:])
+    return SampledBench(loaded, measured, rows, asked, config, score)
+
+
+def _mean_states(loaded: LoadedModel, texts: list[list[int]], last: int) -> np.ndarray:
+    """[texts, layers, hidden] residual stream after each block, mean over the last tokens."""
+    means = {i: x[-last:].mean(axis=0) for i, x in read(loaded.model, texts, layer_sites(loaded.model, SITE))}
+    return np.stack([means[i] for i in range(len(texts))])
+
+
+def _towards_benign(directions: Directions, config: Config) -> Directions:
+    """Benign minus toxic, for the file."""
+    facts = {**directions.facts, "positions": f"last {config.last_tokens} tokens", "ends": ["toxic", "benign"]}
+    return replace(
+        directions, facts=facts, direction=-directions.direction, natural_mean=directions.artifact_mean,
+        artifact_mean=directions.natural_mean, natural_tokens=None,
+    )  # fmt: skip
+
+
+def _resumed(output: Path, fresh: dict) -> dict:
+    """Results of an earlier run of this experiment, or fresh ones.
+
+    Raises:
+        UserError: the folder holds another experiment, or something else.
+    """
+    path = output / INTERMEDIATE
+    if not is_file(path, "intermediate results"):
+        return fresh
+    before = read_json(path, "intermediate results")
+    if not isinstance(before, dict):
+        raise _unusable(output, "it is no object")
+    now = json.loads(json.dumps(fresh["experiment"]))  # in JSON tuples are lists
+    if before.get("experiment") != now:
+        names = ", ".join(_differing(before.get("experiment"), now))
+        raise UserError(
+            f"{output} holds another experiment (other {names}); name another folder (--output-dir), or delete it."
+        )
+    if before.get("versions") != fresh["versions"]:
+        before["continued_with"] = fresh["versions"]
+    return before
 
 
 def _differing(earlier, now: dict) -> list[str]:
@@ -59,285 +377,8 @@ def _differing(earlier, now: dict) -> list[str]:
     return [name for name in second if first.get(name) != second[name]]
 
 
-class ActivationSteeringExperiment:
-    """Baseline, steering vectors, alpha sweep and summary; saved after every step and continued from there.
-
-    Args:
-        output: folder of the result files.
-        progress: wraps long loops, for a progress bar.
-    """
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        data: ToxicityData,
-        scorer: Scorer,
-        output: Path,
-        config: Config = Config(),
-        progress: Callable[[Sequence, str, str], Iterable] = lambda items, stage, unit: items,
-    ):
-        self.loaded, self.data, self.scorer, self.config = loaded, data, scorer, config
-        self.output, self.progress = Path(output), progress
-        self.layers = config.layers if config.layers is not None else tuple(range(loaded.num_layers))
-        if bad := [layer for layer in self.layers if not 0 <= layer < loaded.num_layers]:
-            raise UserError(f"There is no layer {bad[0]}: {loaded.name} has 0 to {loaded.num_layers - 1}.")
-        description = {
-            **loaded.facts(),
-            "scorer": scorer.name,
-            "data": asdict(data),
-            "config": asdict(config),
-            "sign_convention": "positive alpha moves away from toxicity",
-        }
-        self.results: dict = {"experiment": description, "versions": library_versions()}
-        self._observed: Behaviour | None = None
-        self._is_continued = False
-
-    def run(self) -> dict:
-        """All stages; on interrupt or failure the results so far are saved under a name of their own.
-
-        Raises:
-            UserError: the folder holds another experiment, or there are too few toxic continuations.
-        """
-        with locked(self.output):  # and if nothing can be written there, it is said before the work
-            self._resume()
-            return self._run()
-
-    def _run(self) -> dict:
-        try:
-            self.baseline()
-            self.steering_vectors()
-            self.sweep()
-            self.refine()
-            self.summarise()
-        except KeyboardInterrupt:
-            write_json(self.output / PARTIAL, self.results)
-            raise
-        except Exception as error:
-            reason = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-            write_json(self.output / FAILED, {**self.results, **reason})
-            if self._is_continued and isinstance(error, WRONG_CONTENT):
-                raise self._unusable(reason["error"]) from error
-            raise
-        write_json(self.output / FULL, self.results)
-        return self.results
-
-    def _resume(self) -> None:
-        path = self.output / INTERMEDIATE
-        if is_file(path, "intermediate results"):
-            before = read_json(path, "intermediate results")
-            if not isinstance(before, dict):
-                raise self._unusable("it is no object")
-            now = json.loads(json.dumps(self.results["experiment"]))  # in JSON tuples are lists
-            if before.get("experiment") != now:
-                names = ", ".join(_differing(before.get("experiment"), now))
-                raise UserError(
-                    f"{self.output} holds another experiment (other {names}); name another folder (--output-dir), or "
-                    "delete it."
-                )
-            if before.get("versions") != self.results["versions"]:
-                before["continued_with"] = self.results["versions"]
-            self.results, self._is_continued = before, True
-
-    def _unusable(self, why: str) -> UserError:
-        return UserError(f"{self.output / INTERMEDIATE} cannot be continued from ({why}). Delete it to start anew.")
-
-    def _save(self) -> None:
-        write_json(self.output / INTERMEDIATE, self.results)
-
-    # Stages. Each does nothing if its results exist already.
-
-    def baseline(self) -> None:
-        """Continuations without steering: of the prompts reported on, and of the training prompts."""
-        if "baseline" in self.results:
-            return
-        baseline = {}
-        kinds = ("challenging", "benign", "training_challenging", "training_benign")
-        for name in self.progress(kinds, "baseline", "set"):
-            completions = self._sample(getattr(self.data, name), NOTHING)
-            baseline[name] = {**self._judge(completions), "token_ids": completions}
-        self.results["baseline"] = baseline
-        self._save()
-
-    def steering_vectors(self) -> Directions:
-        """Contrastive pairs, and the vectors from them; their norms and held-out separation go into the results."""
-        if "pairs" not in self.results:
-            pairs = self._contrastive_pairs()
-            if len(pairs) < MIN_PAIRS:
-                raise UserError(
-                    f"Only {len(pairs)} of the training prompts got a toxic continuation; at least {MIN_PAIRS} are "
-                    "needed. Use more prompts or samples, or a ruder model."
-                )
-            self.results["pairs"] = pairs
-        pairs = self.results["pairs"]
-        vectors = np.stack([self._mean_states([pair[kind] for pair in pairs]) for kind in ("toxic", "benign")], axis=1)
-        facts = {name: self.loaded.facts().get(name) for name in MODEL_FACTS}
-        facts |= {"model_type": self.loaded.config["model_type"], "site": "residual"}
-        facts |= {"positions": f"last {self.config.last_tokens} tokens", "pairs": [pair["id"] for pair in pairs]}
-        facts |= {"ends": ["toxic", "benign"]}
-        directions = estimate(vectors, facts)  # benign minus toxic: the second side minus the first
-        separation = layer_separation(vectors, ["pair"] * len(vectors))
-        norms = np.linalg.norm(directions.direction, axis=-1)
-        self.results["vectors"] = {
-            str(layer): {"norm": float(norms[layer]), "held_out_cohens_d": float(separation[layer])}
-            for layer in range(self.loaded.num_layers)
-        }
-        save_directions(directions, self.output / VECTORS)
-        self._save()
-        self.directions = directions
-        return directions
-
-    def sweep(self) -> None:
-        """Every layer with every alpha, the steering vector beside a random one of its norm."""
-        settings = [(layer, alpha) for layer in self.layers for alpha in self.config.alphas]
-        for layer, alpha in self.progress(settings, "sweep", "setting"):
-            self._sweep_one(layer, alpha)
-
-    def _sweep_one(self, layer: int, alpha: float) -> None:
-        done = self.results.setdefault("sweep", {})
-        key = f"layer {layer}, alpha {alpha:g}"
-        if key in done:
-            return
-        if alpha == 0:  # the unsteered model, to the bit
-            judged = {name: self.results["baseline"]["challenging"][name] for name in JUDGED}
-            record = control = {**judged, **token_damage(self.loaded, self._benign(), NOTHING)}
-        else:
-            record = self._try(self._steer(self.directions, layer, alpha))
-            control = self._try(self._steer(random_like(self.directions, self.config.seed), layer, alpha))
-        done[key] = {"layer": layer, "alpha": alpha, "steering": record, "random_direction": control}
-        self._save()
-
-    def refine(self) -> None:
-        """At the best layer, also the largest alpha within the KL limit, found by bisection on the KL alone."""
-        if "refined" in self.results:
-            return
-        best = self._best()
-        beyond = [a for a in self.config.alphas if a > best["alpha"]]
-        if best["steering"]["kl_mean"] <= self.config.max_kl and best["alpha"] > 0 and beyond:
-            low, high = best["alpha"], min(beyond)
-            while high - low > ALPHA_STEP:
-                middle = (low + high) / 2
-                steered = self._steer(self.directions, best["layer"], middle)
-                within_limit = token_damage(self.loaded, self._benign(), steered)["kl_mean"] <= self.config.max_kl
-                low, high = (middle, high) if within_limit else (low, middle)
-            self._sweep_one(best["layer"], float(np.floor(low / ALPHA_STEP) * ALPHA_STEP))
-        self.results["refined"] = True
-        self._save()
-
-    def _best(self) -> dict:
-        """The setting with the least toxicity on the even prompts, among those within the KL limit if there are any."""
-        records = list(self.results["sweep"].values())
-        within_limit = [r for r in records if r["steering"]["kl_mean"] <= self.config.max_kl]
-        return min(within_limit or records, key=lambda r: float(np.mean(r["steering"]["scores"][EVEN])))
-
-    def summarise(self) -> None:
-        """The best setting, chosen on the even prompts within the KL limit and reported on the odd ones."""
-        best = self._best()
-        base = np.array(self.results["baseline"]["challenging"]["scores"])[ODD]
-        before = float(base.mean())
-
-        def change(record: dict, kind: str = "steering") -> float | None:
-            return float(np.mean(record[kind]["scores"][ODD])) / before - 1 if before else None
-
-        towards = [r for r in self.results["sweep"].values() if r["layer"] == best["layer"] and r["alpha"] < 0]
-        self.results["summary"] = {
-            "layer": best["layer"],
-            "alpha": best["alpha"],
-            "within_kl_limit": best["steering"]["kl_mean"] <= self.config.max_kl,
-            "reported_on": "odd challenging prompts; the setting was chosen on the even ones",
-            "baseline": toxicity_metrics(base),
-            "steered": toxicity_metrics(np.array(best["steering"]["scores"])[ODD]),
-            "random_direction": toxicity_metrics(np.array(best["random_direction"]["scores"])[ODD]),
-            "toxicity_change": change(best),
-            "random_change": change(best, "random_direction"),
-            "negative_alpha_change": change(towards[0]) if towards else None,
-            **{name: best["steering"][name] for name in DAMAGE},
-            "distinct_2_baseline": self.results["baseline"]["challenging"]["distinct_2"],
-            "distinct_2_steered": best["steering"]["distinct_2"],
-        }
-        self._save()
-
-    # How the stages do it.
-
-    def _sample(self, texts: list[str], intervention: Intervention) -> list[list[list[int]]]:
-        """Token ids [prompt][sample]; the same random numbers whatever the intervention."""
-        token_ids = self._encode(texts)
-        rows = [ids for ids in token_ids for _ in range(self.config.samples)]
-        sampling = Sampling(self.config.temperature, self.config.top_p, seed=self.config.seed)
-        flat = write_answers(self.loaded, rows, intervention, self.config.max_tokens, sampling)
-        return [flat[i : i + self.config.samples] for i in range(0, len(flat), self.config.samples)]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.loaded.encode(texts, self.data.chat_mode)
-
-    def _judge(self, completions: list[list[list[int]]]) -> dict:
-        flat = [tokens for samples in completions for tokens in samples]
-        scores = self.scorer(self._texts(flat))
-        scores = scores.reshape(len(completions), -1)
-        distinct = {f"distinct_{n}": distinct_n(flat, n) for n in (1, 2, 3)}
-        return {**toxicity_metrics(scores), **distinct, "scores": scores.tolist()}
-
-    def _texts(self, completions: list[list[int]]) -> list[str]:
-        """What is scored: of a model that thinks, its answers.
-
-        Raises:
-            UserError: some completions end inside a thought.
-        """
-        if not self.data.chat_mode:
-            return self.loaded.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        texts = [self.loaded.answer_text(tokens) for tokens in completions]
-        if unfinished := texts.count(None):
-            raise UserError(
-                f"{unfinished} of {len(texts)} completions end inside the model's thought, so there is no answer to "
-                "score; raise MAX_TOKENS, or turn thinking off with CHAT_TEMPLATE_ARGS."
-            )
-        return [str(text) for text in texts]
-
-    def _steer(self, directions: Directions, layer: int, alpha: float) -> Intervention:
-        return intervene(self.loaded, directions, Setting("add", alpha, (layer,), "residual", "last tokens"))
-
-    def _try(self, intervention: Intervention) -> dict:
-        judged = self._judge(self._sample(self.data.challenging, intervention))
-        return {**judged, **token_damage(self.loaded, self._benign(), intervention)}
-
-    def _benign(self) -> Behaviour:
-        """Unsteered greedy answers to the benign prompts."""
-        if self._observed is None:
-            self._observed = observe(self.loaded, self.data.benign, self.config.max_tokens, self.data.chat_mode)
-        return self._observed
-
-    def _contrastive_pairs(self) -> list[dict]:
-        """Toxic and benign texts, prompt included: from the same prompt if possible, else from matched ones."""
-        sides = ("training_challenging", "training_benign")
-        prompts = [self._encode(getattr(self.data, side)) for side in sides]
-        scores = [np.array(self.results["baseline"][side]["scores"]) for side in sides]
-        completions = [self.results["baseline"][side]["token_ids"] for side in sides]
-        same, matched = [], []
-        for i, of_prompt in enumerate(scores[0]):
-            worst, best = int(of_prompt.argmax()), int(of_prompt.argmin())
-            if of_prompt[worst] <= TOXIC:
-                continue
-            toxic = prompts[0][i] + completions[0][i][worst]
-            if of_prompt[best] < TOXIC:
-                benign = prompts[0][i] + completions[0][i][best]
-                same.append({"id": f"{i} same prompt", "toxic": toxic, "benign": benign})
-            else:
-                kindest = int(scores[1][i].argmin())
-                benign = prompts[1][i] + completions[1][i][kindest]
-                matched.append({"id": f"{i} matched prompt", "toxic": toxic, "benign": benign})
-        return [*same, *matched][: self.config.num_pairs]
-
-    def _mean_states(self, texts: list[list[int]]) -> np.ndarray:
-        """[texts, layers, hidden] residual stream after each block, mean over the last tokens."""
-        states = read(self.loaded.model, texts, layer_sites(self.loaded.model, "residual"))
-        means = {i: x[-self.config.last_tokens :].mean(axis=0) for i, x in states}
-        return np.stack([means[i] for i in range(len(texts))])
-
-
-JUDGED = (
-    "mean_toxicity", "mean_toxicity_ci", "expected_max_toxicity", "expected_max_toxicity_ci", "toxicity_probability",
-    "distinct_1", "distinct_2", "distinct_3", "scores",
-)  # fmt: skip
-DAMAGE = ("kl_mean", "kl_mean_ci", "kl_95", "perplexity_unedited", "perplexity_edited")
+def _unusable(output: Path, why: str) -> UserError:
+    return UserError(f"{output / INTERMEDIATE} cannot be continued from ({why}). Delete it to start anew.")
 
 
 if __name__ == "__main__":

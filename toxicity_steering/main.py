@@ -43,8 +43,9 @@ NUM_PAIRS = 20
 SAMPLES = 5
 MAX_TOKENS = 32
 TEMPERATURE, TOP_P = 0.7, 0.9
-ALPHAS = (-1.0, 0.0, 0.5, 1.0, 1.5)  # and the largest one within MAX_KL at the best layer
+ALPHAS = (-1.0, 0.5, 1.0, 1.25, 1.5, 2.0)
 LAYERS = None  # all; or for example (4, 8, 12)
+RANDOM_CONTROLS = 3
 LAST_TOKENS = 32
 MAX_KL = 0.1
 SEED = 0
@@ -65,8 +66,8 @@ class Constants:
     """word-list, roberta, or a classifier's id or folder"""
     output_dir: Path | None
     """where results and plots go; None: a folder that belongs to the model"""
-    num_prompts: Annotated[int, Between(1)]
-    """challenging prompts, and as many benign ones"""
+    num_prompts: Annotated[int, Between(2)]
+    """challenging prompts, and as many benign ones: half of each to choose on, half to report on"""
     experiment: Config = Config()
     chat: Chat = Chat()
 
@@ -79,8 +80,7 @@ def main(argv: Sequence[str] = ()) -> int:
 
 def run(constants: Constants) -> None:
     from gemma_refactored.model_loading import device_description, load
-    from gemma_refactored.progress import each
-    from toxicity_steering.activation_steering import FULL, ActivationSteeringExperiment
+    from toxicity_steering.activation_steering import FULL, run_experiment
     from toxicity_steering.data import load_organism_prompts, load_real_toxicity_prompts
     from toxicity_steering.plots import plot_all
     from toxicity_steering.scorers import load_scorer
@@ -102,8 +102,7 @@ def run(constants: Constants) -> None:
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     print(f"Data: {data.name}, {count} + {count} prompts. Scorer: {scorer.name}.")
 
-    experiment = ActivationSteeringExperiment(loaded, data, scorer, output, config, each)
-    results = experiment.run()
+    results = run_experiment(loaded, data, scorer, output, config, quiet=False)
     with places.written_together(output) as folder:
         plot_all(results, folder / "plots")
     print_summary(results)
@@ -113,15 +112,16 @@ def run(constants: Constants) -> None:
 
 def print_summary(results: dict) -> None:
     """Mean toxicity by layer and alpha, and the setting of choice, 80 columns wide."""
-    alphas = results["experiment"]["config"]["alphas"]
-    print("\nMean toxicity of challenging prompts (KL on benign answers, nats per token)")
-    alphas = alphas[:5]  # as many as fit
-    print("layer " + "".join(f"{f'alpha {alpha:g}':>14}" for alpha in alphas))
-    sweep = results["sweep"]
-    for layer in dict.fromkeys(record["layer"] for record in sweep.values()):
-        cells = [sweep[f"layer {layer}, alpha {alpha:g}"]["steering"] for alpha in alphas]
-        print(f"{layer:>5} " + "".join(f"{number(c['mean_toxicity']):>7} ({number(c['kl_mean'])})" for c in cells))
-    s = results["summary"]
+    from alignment_artifacts.figures.data import alpha_table
+
+    (layers, alphas, toxicity), (_, _, kl) = (alpha_table(results, name) for name in ("toxicity", "kl"))
+    print("\nOn the prompts to choose on: mean toxicity (KL, nats per token) by alpha")
+    columns = [i for i, alpha in enumerate(alphas) if alpha][-6:]  # as many as fit
+    print("layer " + "".join(f"{alphas[i]:>12g}" for i in columns))
+    for layer, *row in zip(layers, toxicity.tolist(), kl.tolist(), strict=True):
+        cells = ("{} ({})".format(*(number(values[i]) for values in row)) for i in columns)
+        print(f"{layer:>5} " + "".join(f"{cell:>12}" for cell in cells))
+    s, least, most = results["summary"], *map(number, results["summary"]["random_range"])
 
     def described(name: str) -> str:
         return f"{number(s[name]['mean_toxicity'])} {interval(s[name]['mean_toxicity_ci'])}"
@@ -132,7 +132,8 @@ def print_summary(results: dict) -> None:
         + textwrap.fill(
             f"Chosen on half of the challenging prompts: layer {s['layer']}, alpha {s['alpha']:g}. On the other half "
             f"mean toxicity is {described('steered')} against {described('baseline')} unsteered and "
-            f"{described('random_direction')} with a random direction of the same norm; KL on benign answers "
+            f"{described('random_direction')} with a random direction of the same norm ({least} to {most} with "
+            f"{results['experiment']['config']['random_controls']} of them); KL on benign answers "
             f"{number(s['kl_mean'], 3)} nats per token, distinct-2 {number(s['distinct_2_steered'])} against "
             f"{number(s['distinct_2_baseline'])}. Scorer: {results['experiment']['scorer']}.{limit}",
             78,

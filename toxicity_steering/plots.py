@@ -30,18 +30,19 @@ def plot_all(results: dict, folder: Path) -> None:
 
 
 def alpha_sweep(results: dict):
-    """Toxicity and the cost of steering against alpha, one line per layer; grey: random directions."""
+    """Toxicity and the cost of steering against alpha, one line per layer, on the prompts to choose on."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
-    layers, alphas, steered = alpha_table(results, "steering", "mean_toxicity")
-    _, _, random = alpha_table(results, "random_direction", "mean_toxicity")
-    _, _, kl = alpha_table(results, "steering", "kl_mean")
+    layers, alphas, steered = alpha_table(results, "toxicity")
+    kl = alpha_table(results, "kl")[2]
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
     for i, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
         label = f"layer {layer}" if len(layers) <= 10 or i in (0, len(layers) - 1) else None
         left.plot(alphas, steered[i], color=colour, marker="o", ms=3.5, label=label)
-        left.plot(alphas, random[i], color=GREY, lw=0.8, alpha=0.7, label="random directions" if i == 0 else None)
         right.plot(alphas, kl[i], color=colour, marker="o", ms=3.5)
-    right.axhline(results["experiment"]["config"]["max_kl"], color=GREY, ls="--", lw=1)
+    right.axhline(results["experiment"]["config"]["max_kl"], color=GREY, ls="--", lw=1, label="limit")
+    summary = results["summary"]
+    chosen = {"color": "black", "marker": "*", "ms": 11, "ls": "", "label": "chosen"}
+    left.plot([summary["alpha"]], [steered[layers.index(summary["layer"]), alphas.index(summary["alpha"])]], **chosen)
     left.set(
         title="Mean toxicity, challenging prompts",
         xlabel="alpha (positive: away from toxicity)",
@@ -56,28 +57,22 @@ def alpha_sweep(results: dict):
 
 
 def heatmaps(results: dict):
-    """Mean toxicity and toxicity probability, layers x alphas."""
+    """Mean toxicity and KL on the prompts to choose on, layers x alphas; empty where nothing was tried."""
     figure, panels = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
-    names = (("mean_toxicity", "Mean toxicity"), ("toxicity_probability", "Toxicity probability"))
-    for axes, (key, title) in zip(panels, names, strict=True):
-        layers, alphas, table = alpha_table(results, "steering", key)
-        image = axes.imshow(table, aspect="auto", cmap="Oranges", vmin=0, vmax=1)
+    limit = results["experiment"]["config"]["max_kl"]
+    shown = (("toxicity", "Mean toxicity", 1.0), ("kl", f"KL on benign answers (limit {limit:g})", 2 * limit))
+    for axes, (name, title, most) in zip(panels, shown, strict=True):
+        layers, alphas, table = alpha_table(results, name)
+        image = axes.imshow(table, aspect="auto", cmap="Oranges", vmin=0, vmax=most)
         axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
         ticks = range(0, len(layers), max(1, len(layers) // 16))
         axes.set_yticks(ticks, [layers[i] for i in ticks])
-        if len(layers) <= 16:
-            for (i, j), value in np.ndenumerate(table):
-                axes.text(
-                    j,
-                    i,
-                    f"{value:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if value > 0.6 else "black",
-                )
+        for (i, j), value in np.ndenumerate(table):
+            if len(layers) <= 16 and not np.isnan(value):
+                colour = "white" if value > 0.6 * most else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set(title=title, xlabel="alpha", ylabel="layer")
-    figure.colorbar(image, ax=panels, shrink=0.8)
+        figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 

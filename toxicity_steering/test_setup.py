@@ -47,9 +47,9 @@ def check_data() -> str:
 
 
 def check_scorer() -> str:
-    from toxicity_steering.scorers import WordListScorer
+    from toxicity_steering.scorers import rude_words
 
-    rude, kind = WordListScorer()(["You stupid, useless fool.", "You are a great help."])
+    rude, kind = (rude_words("", text) for text in ("You stupid, useless fool.", "You are a great help."))
     return f"word list: rude {rude:.2f}, kind {kind:.2f}"
 
 

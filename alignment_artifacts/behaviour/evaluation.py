@@ -18,6 +18,7 @@ from alignment_artifacts.edits.setting import Intervention
 from alignment_artifacts.rates import log_mean, paired_rates, rate
 from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, forward
 from gemma_refactored.errors import UserError, shown
+from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
 
 LOGIT_BYTES = 1 << 28  # of the logits of one pass
@@ -40,7 +41,8 @@ class Outcome:
 
 @dataclass
 class Damage:
-    """Per natural prompt with an answer: KL(unedited || edited) [tokens] in nats, and both losses [2, tokens]."""
+    """Per natural prompt with an answer, along all of them: KL(unedited || edited) [tokens] in nats, and both losses
+    [2, tokens]."""
 
     kl: list[np.ndarray]
     losses: list[np.ndarray]
@@ -170,7 +172,13 @@ def measure_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Inte
         ends = np.cumsum([len(behaviour.answers[row]) for row in batch.rows])[:-1]
         kl |= dict(zip(batch.rows, np.split(divergence, ends), strict=True))
         losses |= dict(zip(batch.rows, np.split(loss, ends, axis=1), strict=True))
-    return Damage([kl[row] for row in sorted(kl)], [losses[row] for row in sorted(losses)])
+    by_prompt: dict[tuple[int, ...], list[int]] = {}  # several answers of one prompt vary together
+    for row in sorted(kl):
+        by_prompt.setdefault(tuple(behaviour.token_ids[row]), []).append(row)
+    return Damage(
+        [np.concatenate([kl[row] for row in rows]) for rows in by_prompt.values()],
+        [np.concatenate([losses[row] for row in rows], axis=1) for rows in by_prompt.values()],
+    )
 
 
 def log_probabilities(
@@ -203,7 +211,13 @@ def _log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Ed
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def outcome_of(loaded: LoadedModel, intervention: Intervention, sets: dict[str, Behaviour], max_tokens: int) -> Outcome:
+def outcome_of(
+    loaded: LoadedModel,
+    intervention: Intervention,
+    sets: dict[str, Behaviour],
+    max_tokens: int,
+    sampling: Sampling = Sampling(),
+) -> Outcome:
     """What becomes of every set of prompts under an intervention; for the set "natural" also the damage to its tokens.
 
     Args:
@@ -211,7 +225,7 @@ def outcome_of(loaded: LoadedModel, intervention: Intervention, sets: dict[str, 
     """
     together = [ids for behaviour in sets.values() for ids in behaviour.token_ids]
     if intervention.edits:
-        written = iter(write_answers(loaded, together, intervention, max_tokens))
+        written = iter(write_answers(loaded, together, intervention, max_tokens, sampling))
     else:
         written = iter([answer for behaviour in sets.values() for answer in behaviour.answers])
     answers = {name: [next(written) for _ in behaviour.token_ids] for name, behaviour in sets.items()}
@@ -232,14 +246,3 @@ def judge_outcome(
         for name, behaviour in outcome.behaviours.items()
     }
     return {**result, "damage": outcome.damage.record()} if outcome.damage else result
-
-
-def evaluate(
-    loaded: LoadedModel,
-    intervention: Intervention,
-    sets: dict[str, Behaviour],
-    max_tokens: int,
-    score: Score | None = None,
-) -> dict:
-    """Judge every set of prompts under an intervention: `judge_outcome` of its `outcome_of`."""
-    return judge_outcome(loaded, outcome_of(loaded, intervention, sets, max_tokens), score)

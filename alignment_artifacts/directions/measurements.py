@@ -113,9 +113,9 @@ class Measurements:
 
     def vectors_at(self, site: str, positions: str) -> np.ndarray:
         """[pairs, 2, layers, hidden] float32; measured now if this site has not been requested before."""
-        if site not in self.sites or positions not in POSITIONS:
-            raise UserError(f"site must be one of {', '.join(self.sites)} and positions of {', '.join(POSITIONS)}.")
         if (site, positions) not in self.vectors:
+            if site not in self.sites or positions not in POSITIONS:
+                raise UserError(f"site must be one of {', '.join(self.sites)} and positions of {', '.join(POSITIONS)}.")
             self.vectors |= {(site, name): values for name, values in self.measure_site(site).items()}
         vectors = self.vectors[site, positions]
         if missing := int(np.isnan(vectors).any(axis=(2, 3)).sum()):

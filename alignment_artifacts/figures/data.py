@@ -168,13 +168,15 @@ def direction_shares(result: dict) -> tuple[dict[str, np.ndarray], float]:
     return lines, limits[0]
 
 
-def alpha_table(results: dict, kind: str, key: str) -> tuple[list[int], list[float], np.ndarray]:
-    """The toxicity sweep as (layers, alphas, [layers, alphas] of one number); kind: steering or random_direction."""
-    planned = results["experiment"]["config"]["alphas"]
-    records = [r for r in results["sweep"].values() if r["alpha"] in planned]
-    layers, alphas = sorted({r["layer"] for r in records}), sorted({r["alpha"] for r in records})
+def alpha_table(results: dict, name: str) -> tuple[list[int], list[float], np.ndarray]:
+    """The toxicity sweep as (layers, alphas, [layers, alphas] of one number: "toxicity" or "kl"); NaN where nothing
+    was tried. Alpha 0 is the unsteered model."""
+    points = {(r["setting"]["layers"][0], r["setting"]["scale"]): r for r in results["sweep"].values()}
+    layers, alphas = sorted({layer for layer, _ in points}), sorted({0.0, *(alpha for _, alpha in points)})
     table = np.full((len(layers), len(alphas)), np.nan)
-    for r in records:
-        value = r[kind][key]["rate"] if isinstance(r[kind][key], dict) else r[kind][key]
-        table[layers.index(r["layer"]), alphas.index(r["alpha"])] = value
+    unsteered = results["baseline"]["development"]["artifact"]["mean_toxicity"]
+    table[:, alphas.index(0.0)] = 0.0 if name == "kl" else unsteered
+    for (layer, alpha), r in points.items():
+        value = r["damage"]["kl_mean"] if name == "kl" else r["artifact"]["score"]["mean"]
+        table[layers.index(layer), alphas.index(alpha)] = value
     return layers, alphas, table

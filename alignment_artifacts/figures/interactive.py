@@ -283,13 +283,10 @@ def sweep(result: dict) -> go.Figure:
 
 
 def toxicity(results: dict) -> go.Figure:
-    """Toxicity and the cost of steering against alpha, one line per layer; grey: random directions."""
+    """Toxicity and the cost of steering against alpha, one line per layer."""
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.06)
-    layers, alphas, steered = data.alpha_table(results, "steering", "mean_toxicity")
-    random, kl = (
-        data.alpha_table(results, kind, key)[2]
-        for kind, key in (("random_direction", "mean_toxicity"), ("steering", "kl_mean"))
-    )
+    layers, alphas, steered = data.alpha_table(results, "toxicity")
+    kl = data.alpha_table(results, "kl")[2]
     # This part of the scale is visible on white and on black.
     shades = sample_colorscale("Plasma", np.linspace(0.35, 0.8, len(layers)).tolist())
     for i, (layer, colour) in enumerate(zip(layers, shades, strict=True)):
@@ -297,11 +294,6 @@ def toxicity(results: dict) -> go.Figure:
         hover = f"layer {layer}, alpha %{{x}}: %{{y:.3f}}<extra></extra>"
         figure.add_trace(go.Scatter(y=steered[i], name=f"layer {layer}", hovertemplate=hover, **shared), 1, 1)
         figure.add_trace(go.Scatter(y=kl[i], showlegend=False, hovertemplate=hover, **shared), 2, 1)
-        figure.add_trace(
-            go.Scatter(x=alphas, y=random[i], name="random directions", legendgroup="random", legendrank=2000,
-                       showlegend=i == 0, mode="lines", line={"color": data.GREY, "width": 1},
-                       hovertemplate=f"random, {hover}"), 1, 1
-        )  # fmt: skip
     limit = results["experiment"]["config"]["max_kl"]
     figure.add_hline(limit, line={"color": data.GREY, "dash": "dash", "width": 1}, row=2, col=1)
     return _styled(figure, "alpha (positive: away from toxicity)", ("mean toxicity", "KL, nats per token"), 620)

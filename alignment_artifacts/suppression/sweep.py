@@ -15,14 +15,7 @@ import numpy as np
 
 from alignment_artifacts import separation
 from alignment_artifacts.behaviour.answers import Behaviour, observe
-from alignment_artifacts.behaviour.evaluation import (
-    Outcome,
-    evaluate,
-    joined,
-    judge_outcome,
-    measure_damage,
-    outcome_of,
-)
+from alignment_artifacts.behaviour.evaluation import Outcome, joined, judge_outcome, measure_damage, outcome_of
 from alignment_artifacts.behaviour.monitor import auroc_elsewhere, held_out_auroc
 from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.behaviour.score import Score, Wish
@@ -179,7 +172,7 @@ class Bench:
         return intervene(self.loaded, self.with_natural_tokens(drawn) if setting.mode == "cap" else drawn, setting)
 
     def evaluate(self, intervention: Intervention, sets: dict[str, Behaviour]) -> dict:
-        return evaluate(self.loaded, intervention, sets, self.max_tokens, self.score)
+        return judge_outcome(self.loaded, self.outcome(intervention, sets), self.score)
 
     def outcome(self, intervention: Intervention, sets: dict[str, Behaviour]) -> Outcome:
         return outcome_of(self.loaded, intervention, sets, self.max_tokens)
