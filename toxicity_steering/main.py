@@ -116,7 +116,8 @@ def print_summary(results: dict) -> None:
 
     (layers, alphas, toxicity), (_, _, kl) = (alpha_table(results, name) for name in ("toxicity", "kl"))
     print("\nOn the prompts to choose on: mean toxicity (KL, nats per token) by alpha")
-    columns = [i for i, alpha in enumerate(alphas) if alpha][-6:]  # as many as fit
+    at_every_layer = results["experiment"]["config"]["alphas"]
+    columns = [i for i, alpha in enumerate(alphas) if alpha in at_every_layer][-6:]  # as many as fit
     print("layer " + "".join(f"{alphas[i]:>12g}" for i in columns))
     for layer, *row in zip(layers, toxicity.tolist(), kl.tolist(), strict=True):
         cells = ("{} ({})".format(*(number(values[i]) for values in row)) for i in columns)

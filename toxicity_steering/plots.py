@@ -37,8 +37,9 @@ def alpha_sweep(results: dict):
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(layers)))
     for i, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
         label = f"layer {layer}" if len(layers) <= 10 or i in (0, len(layers) - 1) else None
-        left.plot(alphas, steered[i], color=colour, marker="o", ms=3.5, label=label)
-        right.plot(alphas, kl[i], color=colour, marker="o", ms=3.5)
+        tried = np.isfinite(kl[i])
+        left.plot(np.array(alphas)[tried], steered[i][tried], color=colour, marker="o", ms=3.5, label=label)
+        right.plot(np.array(alphas)[tried], kl[i][tried], color=colour, marker="o", ms=3.5)
     right.axhline(results["experiment"]["config"]["max_kl"], color=GREY, ls="--", lw=1, label="limit")
     summary = results["summary"]
     chosen = {"color": "black", "marker": "*", "ms": 11, "ls": "", "label": "chosen"}
@@ -64,7 +65,7 @@ def heatmaps(results: dict):
     for axes, (name, title, most) in zip(panels, shown, strict=True):
         layers, alphas, table = alpha_table(results, name)
         image = axes.imshow(table, aspect="auto", cmap="Oranges", vmin=0, vmax=most)
-        axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+        axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas], fontsize=8)
         ticks = range(0, len(layers), max(1, len(layers) // 16))
         axes.set_yticks(ticks, [layers[i] for i in ticks])
         for (i, j), value in np.ndenumerate(table):

@@ -290,7 +290,7 @@ def toxicity(results: dict) -> go.Figure:
     # This part of the scale is visible on white and on black.
     shades = sample_colorscale("Plasma", np.linspace(0.35, 0.8, len(layers)).tolist())
     for i, (layer, colour) in enumerate(zip(layers, shades, strict=True)):
-        shared = {"x": alphas, "legendgroup": str(layer), "line": {"color": colour}}
+        shared = {"x": alphas, "legendgroup": str(layer), "line": {"color": colour}, "connectgaps": True}
         hover = f"layer {layer}, alpha %{{x}}: %{{y:.3f}}<extra></extra>"
         figure.add_trace(go.Scatter(y=steered[i], name=f"layer {layer}", hovertemplate=hover, **shared), 1, 1)
         figure.add_trace(go.Scatter(y=kl[i], showlegend=False, hovertemplate=hover, **shared), 2, 1)
