@@ -278,7 +278,8 @@ def plot_sweep(result: dict, path: str | Path) -> None:
             right.set(ylim=(-0.03, None))
         else:
             right.axhline(unedited, color=data.GREY, ls=":", lw=1.4, label="unedited")
-        left.set(xscale="log", ylim=(-0.03, None), xlabel="KL at the first tokens (nats per token)",
+        most = points[:, 1].max(initial=0.0) or 1.0  # may be tiny, where unwanted answers open like any other
+        left.set(xscale="log", ylim=(-0.03 * most, 1.05 * most), xlabel="KL at the first tokens (nats per token)",
                  ylabel="probability of an unwanted opening",
                  title=f"{len(result['trials'])} trials by first tokens, {int(whole.sum())} judged")  # fmt: skip
         pairs = len(result["pairs"]["development"])
