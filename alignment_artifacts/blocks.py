@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from alignment_artifacts.pairs import SIDES, Pair
+from alignment_artifacts.stop_words import STOP_WORDS
 
 LETTERS = 4  # shorter words are rarely what a prompt is about
 COMMON = 0.25  # a word in more than this share of the pairs is no object that some of them share
+SAME_OBJECT = 0.5  # pairs that have this share of what they keep in common are about one object
 ALIKE = 0.6  # prompts with this share of their words in common are of one template
 MANY = 0.2  # share of the pairs beyond which a warning is due
 
@@ -48,18 +50,18 @@ def normalised(text: str) -> str:
 
 def undeclared_dependence(pairs: Sequence[Pair], groups: np.ndarray) -> str | None:
     """A sentence if many pairs of different groups share an object or a template, else None."""
-    alike: set[int] = set()
     words = [[set(_words(getattr(pair, side))) for side in SIDES] for pair in pairs]
-    kept = [{word for word in natural & artifact if len(word) >= LETTERS} for natural, artifact in words]
-    for members in _owners(kept).values():  # what a pair keeps is its object; what it changes is the contrast
-        if len(set(groups[list(members)])) > 1 and len(members) <= COMMON * len(pairs):
-            alike |= members
-    for side in range(len(SIDES)):
-        texts = [both[side] for both in words]
+    # What a pair keeps is its object; what it changes is the contrast.
+    kept = [
+        {word for word in natural & artifact if len(word) >= LETTERS and word not in STOP_WORDS}
+        for natural, artifact in words
+    ]
+    alike: set[int] = set()
+    for texts, share in ((kept, SAME_OBJECT), *((list(texts), ALIKE) for texts in zip(*words, strict=True))):
         rare = {word: members for word, members in _owners(texts).items() if len(members) <= COMMON * len(pairs)}
         for i, text in enumerate(texts):
             for j in set().union(*(rare.get(word, set()) for word in text)):
-                if groups[i] != groups[j] and len(text & texts[j]) >= ALIKE * len(text | texts[j]):
+                if groups[i] != groups[j] and len(text & texts[j]) >= share * len(text | texts[j]):
                     alike |= {i, j}
     if len(alike) <= MANY * len(pairs):
         return None

@@ -97,9 +97,8 @@ def excerpt_sweep(result: dict) -> dict:
     def over_seeds(records: list[dict]) -> dict:
         return {name: [r["artifact"][name]["rate"] for r in records] for name in ("refused", "broken")}
 
-    test, amplified, planted = result["test"], result["amplification"]["test"], result["planted_truth"]
-    cosines = [c for layer, c in planted["cosine_with_planted"]["prompt_end"].items()]
-    return {
+    test, amplified = result["test"], result["amplification"]["test"]
+    excerpt = {
         "pairs": {part: len(ids) for part, ids in result["pairs"].items()},
         "twins_tried": test["twins"]["refused"]["n"],
         "tried": len(result["tried"]),
@@ -124,11 +123,18 @@ def excerpt_sweep(result: dict) -> dict:
             "unedited": judged(test["unedited"]["twins"]),
             "suppressed": judged(test["twins"], "unchanged"),
         },
-        "planted_ablated": judged(planted["planted_ablated"]["artifact"])
-        | {"unchanged": planted["planted_ablated"]["natural"]["unchanged"]["rate"]},
-        "planted_cosines": {"smallest": min(cosines), "largest": max(cosines)},
-        "monitor": {site: {key: m[key] for key in ("auroc", "auroc_ci")} for site, m in result["monitor"].items()},
+        "monitor": {
+            site: {key: m[key] for key in ("auroc", "auroc_ci")}
+            | {of: m[of] for of in ("within_artifact", "twins") if of in m}
+            for site, m in result["monitor"].items()
+        },
     }
+    if planted := result.get("planted_truth"):
+        cosines = list(planted["cosine_with_planted"]["prompt_end"].values())
+        excerpt["planted_ablated"] = judged(planted["planted_ablated"]["artifact"])
+        excerpt["planted_ablated"]["unchanged"] = planted["planted_ablated"]["natural"]["unchanged"]["rate"]
+        excerpt["planted_cosines"] = {"smallest": min(cosines), "largest": max(cosines)}
+    return excerpt
 
 
 def excerpt_toxicity(result: dict) -> dict:

@@ -34,3 +34,13 @@ def test_shared_objects_are_warned_of_unless_declared():
     assert len(set(groups)) == 4
     different = [Pair(str(i), "c", f"word{i} thing{i}", f"other{i} thing{i}") for i in range(20)]
     assert undeclared_dependence(different, np.arange(20)) is None
+
+
+def test_ways_to_ask_are_no_object():
+    """Real pairs keep words like "what" and "write", and here and there one that others have, too."""
+    frames = ("What would you", "Could you tell me where to", "I want to write about how to", "Which way is best to")
+    pairs = [
+        Pair(str(i), "c", *(f"{frames[i % 4]} {verb}{i} thing{i} by town{i % 9}" for verb in ("paint", "rob")))
+        for i in range(40)
+    ]
+    assert undeclared_dependence(pairs, np.arange(40)) is None

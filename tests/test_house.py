@@ -24,7 +24,7 @@ ROOMS = (
     {"activation_set", "places", "scores"},
     {"collected_files", "blocks", "intervals"},
     {"pairs"},
-    {"separation", "rates", "formatting", "figures", "default_model"},
+    {"separation", "rates", "formatting", "stop_words", "figures", "default_model"},
 )
 FREE_OF_MLX = (
     "separation", "intervals", "scores", "rates", "formatting", "analysis", "comparison.transfer",
