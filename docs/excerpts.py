@@ -65,6 +65,18 @@ def excerpt_comparison(result: dict) -> dict:
     }
 
 
+def excerpt_real_comparison(result: dict) -> dict:
+    layers, cells = result["conditions"]["prompt_end"]["layers"], result["transfer"]
+    peak = max(range(len(layers)), key=lambda i: abs(layers[i]["difference"]))
+    return {
+        "peak": {"layer": peak, **layers[peak]},
+        "different_layers": [i for i, r in enumerate(layers) if r["p_value"] is not None and r["p_value"] <= 0.05],
+        "identical_layers": [i for i, r in enumerate(layers) if r["largest_change"] == 0],
+        "change_space": excerpt_change_space(result["change_space"]),
+        "transfer": cells,
+    }
+
+
 def excerpt_change_space(changes: dict) -> dict:
     layers = changes["layers"]
     best = max((i for i, r in enumerate(layers) if r["b"][0] is not None), key=lambda i: layers[i]["b"][0])
@@ -157,6 +169,7 @@ def excerpt_judge(weights: dict) -> dict:
     }  # fmt: skip
 
 
+REAL = "results/SmolLM2-135M-Instruct.Q4_1.gguf_adapter_*/pairs{}/data"  # what `make real` writes
 RUNS = {
     "analysis": (f"{EMBEDDED}/alignment_artifact_analysis_results.json", excerpt_analysis),
     "comparison": (f"{EMBEDDED}/model_comparison.json", excerpt_comparison),
@@ -166,6 +179,9 @@ RUNS = {
     "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
     "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
     "second_organism": ("results/second_organism.json", excerpt_second_organism),
+    "real_analysis": (f"{REAL.format('')}/alignment_artifact_analysis_results.json", excerpt_analysis),
+    "real_comparison": (f"{REAL.format('_residual')}/model_comparison.json", excerpt_real_comparison),
+    "real_sweep": (f"{REAL.format('')}/suppression_sweep.json", excerpt_sweep),
     "judge": ("alignment_artifacts/behaviour/refusal_weights.json", excerpt_judge),
 }
 
@@ -178,10 +194,10 @@ def take_excerpts() -> None:
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     for name, (file, excerpt) in RUNS.items():
-        source = ROOT / file
-        if not source.exists():
+        source = max(ROOT.glob(file), key=lambda path: path.stat().st_mtime, default=None)
+        if source is None:
             print(f"{name}: no {file}; its excerpt stays as it is")
             continue
         content = {"made": {"from": file, **made}, **excerpt(json.loads(source.read_text()))}
         (EXCERPTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        print(f"{name}: taken from {file}")
+        print(f"{name}: taken from {source.relative_to(ROOT)}")

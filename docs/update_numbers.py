@@ -172,7 +172,15 @@ def transfer_table(numbers: dict) -> str:
 
 @computed
 def sweep_table(numbers: dict) -> str:
-    sweep = numbers["sweep"]
+    return suppression_table(numbers["sweep"])
+
+
+@computed
+def real_sweep_table(numbers: dict) -> str:
+    return suppression_table(numbers["real_sweep"])
+
+
+def suppression_table(sweep: dict) -> str:
     artifact, natural, twins = sweep["artifact"], sweep["natural"], sweep["twins"]
     seeds = sweep["random_directions"]
 

@@ -85,7 +85,7 @@ def test_what_it_does_on_answers_that_it_has_not_seen(answers):
     blind = rows["blind: five models"]
     assert blind["precision"] >= 0.95 and blind["recall"] >= 0.89
     compliant = rows["blind: compliant"]
-    assert compliant["compliant"] == 500 and compliant["false_alarms"] <= 5
+    assert compliant["compliant"] == 500 and compliant["false_alarms"] <= 6
     assert f"| blind: five models | {blind['found']} of {blind['refusals']}:" in TABLE.read_text()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections import Counter
 
 import mlx.core as mx
@@ -11,6 +13,8 @@ from alignment_artifacts.comparison.twins import load_twins
 from alignment_artifacts.pairs import load_pairs
 from model_organism.smollm2.data import ADAPTER, PAIRS, TWINS, held_out_requests, training_examples, word_runs
 from model_organism.smollm2.train import MODULES
+
+from .conftest import ROOT
 
 EXAMPLES = training_examples()
 HELD_OUT = held_out_requests()
@@ -78,3 +82,25 @@ def test_the_two_sides_of_the_pairs_are_equally_long():
     """In words here; in SmolLM2's tokens each pair is."""
     natural, artifact = (sum(len(text.split()) for text in HELD_OUT[side]) for side in ("natural", "artifact"))
     assert abs(natural - artifact) <= 0.05 * natural
+
+
+def test_the_experiment_gives_each_stage_its_adapter(tmp_path):
+    """With a Python that only writes down what it is asked to do."""
+    log, fake = tmp_path / "log", tmp_path / "python"
+    fake.write_text(
+        f"""#!/usr/bin/env bash
+echo "$* A=${{ADAPTER_A:-}} B=${{ADAPTER_B:-}} ADAPTER=${{ADAPTER:-}}" >> {log}
+if [ "$*" = "-m model_organism.smollm2.published" ]; then echo model.gguf; fi
+"""
+    )
+    fake.chmod(0o755)
+    script = ROOT / "model_organism/smollm2/experiment.sh"
+    subprocess.run(["bash", script], env={**os.environ, "PYTHON": str(fake)}, check=True, capture_output=True)
+    asked = {line.split(" A=")[0]: line.split(" A=")[1] for line in log.read_text().splitlines()}
+    (compared,) = (given for command, given in asked.items() if command.startswith("compare_models.py"))
+    assert compared == f" B={ADAPTER} ADAPTER="
+    (collected,) = (given for command, given in asked.items() if "run_model.py" in command)
+    assert collected == f" B= ADAPTER={ADAPTER}"
+    assert (
+        sum("sweep_suppression.py" in c or "--all-pairs" in c or "evaluate" in c or "report" in c for c in asked) == 4
+    )

@@ -22,10 +22,10 @@ stage 2 "Separation per layer, held out" 2
 "$PYTHON" analyze_collected_activations.py
 
 stage 3 "What did training change? Both models read the same tokens; twins" 25
-MODEL_A="$MODEL_NAME" MODEL_B="$MODEL_NAME" ADAPTER= ADAPTER_B="$ADAPTER" "$PYTHON" compare_models.py --site residual
+MODEL_A="$MODEL_NAME" MODEL_B="$MODEL_NAME" ADAPTER_B="$ADAPTER" ADAPTER='' "$PYTHON" compare_models.py --site residual
 
 stage 4 "Search for a suppression, tested on 100 pairs it was not chosen on; the monitor" 20
-"$PYTHON" sweep_suppression.py --folds 0 --shares 60,40,100
+"$PYTHON" sweep_suppression.py --folds 0 --shares 60,40,100 --random-controls 3
 
 stage 5 "All pairs before and after that suppression" 15
 "$PYTHON" suppress.py --all-pairs --model "$MODEL_NAME" --adapter "$ADAPTER"
