@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import compare_models as script
-from alignment_artifacts.comparison.compare import check_comparable, compare, summarise
+from alignment_artifacts.comparison.compare import check_comparable, compare, short_names, summarise
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
 from alignment_artifacts.report import contents
 from alignment_artifacts.scores import Settings
@@ -187,3 +187,9 @@ def test_what_is_no_comparison_is_refused_before_the_work(content, monkeypatch, 
     assert script.main() == 2
     error = capsys.readouterr().err
     assert "model_comparison.json is not" in error and error.count("\n") == 1
+
+
+def test_models_are_told_by_the_last_part_of_their_names_where_it_tells_them_apart():
+    assert short_names("some/where/base", "else/where/aligned") == ("base", "aligned")
+    assert short_names("a/m.gguf", "a/m.gguf (adapter x 12)") == ("m.gguf", "m.gguf (adapter x 12)")
+    assert short_names("a/model", "b/model") == ("a/model", "b/model")

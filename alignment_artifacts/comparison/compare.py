@@ -123,7 +123,7 @@ def compare(
         )
         for source, of in contrasts.items()
     }
-    names = {"a": models[0].name, "b": models[1].name, "words": WORDS}
+    names = dict(zip("ab", short_names(models[0].name, models[1].name), strict=True)) | {"words": WORDS}
     planted = planted_directions(models[1])
     outputs = weights.output_sites(models[1].model)
     output_ends = [_read_ends(model, with_chat, pairs, outputs, progress, cache) for model in models]
@@ -211,6 +211,13 @@ def _directions(vectors: np.ndarray) -> np.ndarray:
 def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:
     """[pairs, 2, 1, hidden] mean token embeddings: word choice alone."""
     return mean_prompt_embeddings(model, texts(pairs)).reshape(len(pairs), 2, 1, -1)
+
+
+def short_names(*names: str) -> tuple[str, ...]:
+    """Names without the folders that lead to the models, where these still tell them apart."""
+    parts = [name.partition(" (") for name in names]
+    short = tuple(f"{path.rpartition('/')[2]}{bracket}{rest}" for path, bracket, rest in parts)
+    return short if len(set(short)) == len(set(names)) else names
 
 
 def summarise(records: list[dict], names: tuple[str, str], sides: tuple[str, str] = SIDES) -> str:

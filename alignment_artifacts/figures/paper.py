@@ -157,7 +157,7 @@ def plot_comparison(result: dict, path: str | Path) -> None:
         for name, colour, marker in (("a", data.BLUE, "o"), ("b", data.ORANGE, "s")):
             d, (low, high) = data.column(layers, f"d_{name}"), data.column(layers, f"d_{name}_ci").T
             left.fill_between(numbers, low, high, color=colour, alpha=0.15, lw=0)
-            left.plot(numbers, d, color=colour, marker=marker, ms=4, label=result["names"][name])
+            left.plot(numbers, d, color=colour, marker=marker, ms=4, label=name.upper())
         low, high = data.column(layers, "difference_ci").T
         middle.fill_between(numbers, low, high, color=data.GREEN, alpha=0.2, lw=0)
         for (name, title), style in zip(data.CONDITION_NAMES.items(), ("-o", "--", "-.", ":", "-"), strict=True):
