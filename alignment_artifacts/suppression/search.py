@@ -363,7 +363,8 @@ def _study(bench: Bench, space: Space, limits: Limits, louder: bool) -> Iterator
         [[measured.prompts[i], measured.answers[i]] for part in ("training", "development") for i in bench.rows[part]],
         len(bench.rows["training"]), measured.sites, recorded(space), recorded(limits), bench.seed, bench.max_tokens,
         bench.score and bench.score.record()["source_hash"], bench.wish, louder, bench.edit_sinks,
-        [OPENING, HOPELESS, RANDOM_TRIALS, KL_WEIGHT, NO_KL, *map(inspect.getsource, (drawback, setting_of))],
+        [OPENING, HOPELESS, RANDOM_TRIALS, KL_WEIGHT, NO_KL, inspect.getsource(drawback)],
+        inspect.getsource(setting_of),
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
