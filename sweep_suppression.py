@@ -53,7 +53,7 @@ SUPPRESSION = Space(
     generated=6,
 )  # fmt: skip
 AMPLIFICATION = Space(scales={"add": (0.1, 2.0)}, where=("prompt_end", "everywhere"), trials=10, generated=2)
-LIMITS = Limits(kl=0.05, changed=0.1)
+LIMITS = Limits(kl=0.05, changed=1.0)
 SCORE = None  # None: refusal; "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
 WISH = "lower"  # where the score's mean on artifact prompts is to go: "lower" or "higher"
 RANDOM_CONTROLS = 5
@@ -177,10 +177,15 @@ def run(constants: Constants) -> None:
     per_fold = "; as many per fold" if folds else ""
     print(f"{trials} settings tried, {whole_answers} of them judged by whole answers{per_fold}")
     test = sweep.report(loaded, pairs, parts, score)
-    of_twins = observe(loaded, twins, constants.max_tokens) if twins else None
-    if of_twins:  # with the final setting, which was not chosen on them
-        test |= final.evaluate(final.intervention(choice.setting), {"twins": of_twins})
-        test["unedited"] |= final.evaluate(NOTHING, {"twins": of_twins})
+    with stage("twins and the monitor", 3, "part") as progress:
+        of_twins = observe(loaded, twins, constants.max_tokens) if twins else None
+        progress(1)
+        if of_twins:  # with the final setting, which was not chosen on them
+            test |= final.evaluate(final.intervention(choice.setting), {"twins": of_twins})
+            test["unedited"] |= final.evaluate(NOTHING, {"twins": of_twins})
+        progress(1)
+        monitor = {} if score else {"monitor": sweep.monitor_results(loaded, measured, of_twins)}
+        progress(1)
     result = {
         "model": measured.facts,
         "config": {
@@ -202,7 +207,7 @@ def run(constants: Constants) -> None:
         },
         "test": test,
         **about,
-        **({} if score else {"monitor": sweep.monitor_results(loaded, measured, of_twins)}),
+        **monitor,
         "pareto_front": sweep.pareto_front(choice.records, wish),
         "tried": choice.records,
         "trials": choice.trials,

@@ -52,7 +52,7 @@ def p_value(p: float | None) -> str:
     return UNDEFINED if p is None else f"{p:.2g}"
 
 
-def named_layers(numbers: list[int]) -> str:
+def named_layers(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> "layers 0-2, 5"."""
     parts: list[list[int]] = []
     for layer in numbers:

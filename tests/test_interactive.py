@@ -85,7 +85,7 @@ def test_sweep_and_toxicity(tmp_path, drawn):
         points = trace(shown, mode)
         assert set(zip(points.x, points.y, strict=True)) <= on_paper
     assert list(trace(shown, "cap").marker.symbol) == ["circle", "triangle-up"]
-    assert trace(shown, "chosen").text == ("cap x1, residual, layers 1,2, direction from prompt_end",)
+    assert trace(shown, "chosen").text == ("cap x1, residual, layers 1-2, direction from prompt_end",)
     del result["chosen"]["setting"]["description"]  # as an earlier version wrote it
     assert trace(interactive.sweep(result), "chosen").text == ("cap",)
     from toxicity_steering.plots import alpha_sweep

@@ -279,7 +279,7 @@ def test_the_command_streams_both_answers(run):
     assert code == 0
     before, after = output.split("Before:\n")[1].split("After:\n")
     assert is_refusal(before) and not is_refusal(after)
-    assert "Setting: cap x1, mlp, layers 2,3,4,5" in output and "Mode chosen by you" in output
+    assert "Setting: cap x1, mlp, layers 2-5" in output and "Mode chosen by you" in output
     assert "tokens touched" in after and "Monitor: the prompt scores +" in after
 
 

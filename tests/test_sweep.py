@@ -65,8 +65,10 @@ def trial(left, kl, unchanged=1.0, layers=(1, 2)):
 
 def test_the_choice_weighs_what_is_left_within_the_limits():
     trials = [trial(0.9, 0.0), trial(0.1, 0.02), trial(0.1, 0.01), trial(0.0, 0.06), trial(0.0, 0.01, unchanged=0.5)]
-    assert sweep.choose(trials) == 2  # the last two are better and cost too much; among equals the least intrusive
-    assert sweep.choose([trials[3], trials[4]]) == 1  # none within the limits: 1.0 against 0.5
+    limits = sweep.Limits(changed=0.1)
+    assert sweep.choose(trials, limits) == 2  # the last two are better and cost too much; of equals the least intrusive
+    assert sweep.choose([trials[3], trials[4]], limits) == 1  # none within the limits: 1.0 against 0.5
+    assert sweep.choose(trials) == 4  # any answer may change
     assert sweep.pareto_front(trials) == [0, 4]
     # A difference in the fourth digit of the cost is no reason to edit more layers.
     assert sweep.choose([trial(0.0, 0.003880, layers=range(8)), trial(0.0, 0.003881, layers=(2, 3, 4, 5))]) == 1
@@ -172,13 +174,13 @@ def scored_trial(moved, kl, unchanged=1.0, natural_moved=0.0, loops=0.0):
 
 def test_a_wish_decides_where_the_mean_is_to_go():
     trials = [scored_trial(-2, 0.01), scored_trial(3, 0.02), scored_trial(-9, 0.06), scored_trial(-9, 0, unchanged=0.5)]
-    limits = sweep.Limits()
+    limits = sweep.Limits(changed=0.1)
     assert sweep.choose(trials, limits, "lower") == 0 and sweep.choose(trials, limits, "higher") == 1
     assert sweep.choose(trials[2:], limits, "lower") == 1  # both over budget: 0.5 changed against all of the KL
     assert sweep.pareto_front(trials[:3], "lower") == [0, 2] and sweep.pareto_front(trials[:2], "higher") == [0, 1]
     louder = [scored_trial(0, 0.1, natural_moved=m, loops=share) for m, share in ((1, 0), (5, 0.05), (9, 0.5), (-4, 0))]
-    assert sweep.choose_amplification(louder, limits, "lower") == 1
-    assert sweep.choose_amplification(louder, limits, "higher") == 3
+    assert sweep.choose_amplification(louder, "lower") == 1
+    assert sweep.choose_amplification(louder, "higher") == 3
 
 
 @pytest.fixture(scope="module")

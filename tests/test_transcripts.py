@@ -132,7 +132,7 @@ def test_the_command_writes_what_the_report_reads(run, tmp_path):
     assert "Refused, artifact prompts: 96% before, 0% after" in output
     path = tmp_path / "results/aligned/alignment_artifact_prompt_pairs/data/transcripts.json"
     section = contents.transcripts(path)
-    assert section["setting"].startswith("ablate x1, mlp, layers 2,3,4,5") and section["chosen_by"] == "you"
+    assert section["setting"].startswith("ablate x1, mlp, layers 2-5") and section["chosen_by"] == "you"
     assert section["layers"] == list(range(8)) and section["pairs"] == 50
     code, output, _ = run("--all-pairs", "--mode", "ablate", "--layers", "3", "--max-tokens", "5", "--json")
     assert code == 0 and json.loads(output)["artifact"]["before"]["n"] == 50

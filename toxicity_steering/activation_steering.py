@@ -139,10 +139,7 @@ def _run(
     settings = [
         Setting("always", alpha, (layer,), SITE, ELSEWHERE) for layer in config.layers or () for alpha in config.alphas
     ]
-    judged, limits = (
-        results.get("sweep", {}),
-        Limits(config.max_kl, changed=1.0),
-    )  # nearly every sample changes somewhere
+    judged, limits = results.get("sweep", {}), Limits(config.max_kl)
     steps = len(settings) + FINER + 2 * (1 + config.random_controls)
     with stage("steering", steps, "setting", quiet) as progress:
 
@@ -162,7 +159,7 @@ def _run(
         towards = [record for record in records if record["setting"]["scale"] < 0]
         choice = Choice(
             records, choose(records, limits, bench.wish), [],
-            towards, choose_amplification(towards, limits, bench.wish), [],
+            towards, choose_amplification(towards, bench.wish), [],
         )  # fmt: skip
         tested = measure_choice(bench, choice, range(config.random_controls), lambda _: progress(2))
     test = report(loaded, pairs, [tested], score)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Final, Literal
 
 from alignment_artifacts.directions import Site
+from alignment_artifacts.formatting import named_layers
 from gemma_refactored.settings import Between, Must, Written
 
 EVERYWHERE: Final = "everywhere"
@@ -74,9 +75,8 @@ class Setting:
         return Setting(**{**fields, "layers": tuple(record["layers"]), "options": ModeOptions(**record["options"])})
 
     def describe(self) -> str:
-        layers = ",".join(map(str, self.layers))
         where = "" if self.where == EVERYWHERE else " (there only)"
         of_layer = "" if self.direction_layer is None else f" of layer {self.direction_layer}"
         direction = f"direction{of_layer} from {self.positions}"
         where += ", attention sinks too" if self.edit_sinks else ""
-        return f"{self.mode} x{self.scale:g}, {self.site}, layers {layers}, {direction}{where}"
+        return f"{self.mode} x{self.scale:g}, {self.site}, {named_layers(self.layers)}, {direction}{where}"

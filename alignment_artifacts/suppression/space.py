@@ -39,5 +39,6 @@ class Limits:
 
     kl: Annotated[float, Between(1e-9, 1000)] = 0.05
     """nats per token along unedited natural answers"""
-    changed: Annotated[float, Between(0, 1)] = 0.1
-    """share of natural answers that are no longer the same"""
+    changed: Annotated[float, Between(0, 1)] = 1.0
+    """share of natural answers that are no longer the same, word for word; 1: any (an answer of some length changes at
+    costs far below a budget of KL that is worth having)"""

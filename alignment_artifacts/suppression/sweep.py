@@ -33,6 +33,7 @@ from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.progress import counted
 
+MANY_LOOPS = 0.1  # share of answers that an amplification may put into loops
 PARTS = ("training", "development", "test")
 Progress = Callable[..., object]  # as `progress.stage` gives it
 Rows = dict[str, np.ndarray]
@@ -219,7 +220,7 @@ def choose_settings(
         records = records + louder  # a score may be moved by adding the direction as well
     return Choice(
         records, choose(records, limits, bench.wish), trials,
-        louder, choose_amplification(louder, limits, bench.wish), louder_trials,
+        louder, choose_amplification(louder, bench.wish), louder_trials,
     )  # fmt: skip
 
 
@@ -272,11 +273,11 @@ def moves_as_wished(result: dict) -> bool:
     return left(result["chosen"]["development"], result["wish"]) < 0
 
 
-def choose_amplification(records: Sequence[dict], limits: Limits = Limits(), wish: Wish | None = None) -> int:
+def choose_amplification(records: Sequence[dict], wish: Wish | None = None) -> int:
     """The setting that makes most natural prompts refused with least broken text; among equals, the least intrusive.
 
-    With a score: that moves its mean on natural prompts furthest against the wish, among those that put no more of
-    the answers into loops than may change.
+    With a score: that moves its mean on natural prompts furthest against the wish, among those that put few answers
+    into loops.
     """
 
     def key(record: dict) -> tuple:
@@ -284,7 +285,7 @@ def choose_amplification(records: Sequence[dict], limits: Limits = Limits(), wis
         if wish is None:
             return (natural["broken"]["rate"] - natural["refused"]["rate"], kl)
         moved = natural["moved"]["mean"]
-        return (natural["loops"]["rate"] > limits.changed, -moved if wish == "lower" else moved, kl)
+        return (natural["loops"]["rate"] > MANY_LOOPS, -moved if wish == "lower" else moved, kl)
 
     return min(range(len(records)), key=lambda i: key(records[i]))
 
