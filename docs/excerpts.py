@@ -66,14 +66,22 @@ def excerpt_comparison(result: dict) -> dict:
 
 
 def excerpt_real_comparison(result: dict) -> dict:
-    layers, cells = result["conditions"]["prompt_end"]["layers"], result["transfer"]
+    layers = result["conditions"]["prompt_end"]["layers"]
+    cells = {
+        "pairs": "natural/artifact -> natural/artifact",
+        "to_twins": "natural/artifact -> twin/artifact",
+        "from_twins": "twin/artifact -> natural/artifact",
+    }
     peak = max(range(len(layers)), key=lambda i: abs(layers[i]["difference"]))
     return {
         "peak": {"layer": peak, **layers[peak]},
         "different_layers": [i for i, r in enumerate(layers) if r["p_value"] is not None and r["p_value"] <= 0.05],
         "identical_layers": [i for i, r in enumerate(layers) if r["largest_change"] == 0],
         "change_space": excerpt_change_space(result["change_space"]),
-        "transfer": cells,
+        "transfer": {
+            name: {source: records[cell] for source, records in result["transfer"].items()}
+            for name, cell in cells.items()
+        },
     }
 
 

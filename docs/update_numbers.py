@@ -176,6 +176,11 @@ def sweep_table(numbers: dict) -> str:
 
 
 @computed
+def real_untouched_until(numbers: dict) -> int:
+    return numbers["real_comparison"]["identical_layers"][-1]
+
+
+@computed
 def real_sweep_table(numbers: dict) -> str:
     return suppression_table(numbers["real_sweep"])
 

@@ -11,26 +11,26 @@ cd "$ROOT"
 MODEL_NAME="$("$PYTHON" -m model_organism.smollm2.published)"
 export MODEL_NAME ADAPTER="$HERE/adapter" PAIRS="$HERE/pairs.json" TWINS="${TWINS:-$HERE/twins.json}"
 
-stage() {  # number, what, about how many minutes on two quiet cores
+stage() {  # number, what, about how many minutes on one core
   printf '\n[%s of 7] %s (about %s min)\n' "$1" "$2" "$3"
 }
 
-stage 1 "Activations of 400 prompts, every layer" 3
+stage 1 "Activations of 400 prompts, every layer" 2
 bash collect_activations.sh
 
-stage 2 "Separation per layer, held out" 2
+stage 2 "Separation per layer, held out" 1
 "$PYTHON" analyze_collected_activations.py
 
-stage 3 "What did training change? Both models read the same tokens; twins" 25
+stage 3 "What did training change? Both models read the same tokens; twins" 15
 MODEL_A="$MODEL_NAME" MODEL_B="$MODEL_NAME" ADAPTER_B="$ADAPTER" ADAPTER='' "$PYTHON" compare_models.py --site residual
 
-stage 4 "Search for a suppression, tested on 100 pairs it was not chosen on; the monitor" 20
+stage 4 "Search for a suppression, tested on 100 pairs it was not chosen on; the monitor" 40
 "$PYTHON" sweep_suppression.py --folds 0 --shares 60,40,100 --random-controls 3
 
 stage 5 "All pairs before and after that suppression" 15
 "$PYTHON" suppress.py --all-pairs --model "$MODEL_NAME" --adapter "$ADAPTER"
 
-stage 6 "Refusals of everything held out, untouched and tuned" 12
+stage 6 "Refusals of everything held out, untouched and tuned" 11
 "$PYTHON" -m model_organism.smollm2.evaluate --json results/second_organism.json
 
 stage 7 "One page" 1
