@@ -286,6 +286,6 @@ def plot_sweep(result: dict, path: str | Path) -> None:
         right.set(xscale="log", xlabel=cost, ylabel=reached, title=f"Whole answers to {pairs} development pairs")
         for axes in (left, right):
             axes.grid(alpha=0.2)
-        figure.suptitle(result["origin"]["model"])
+        figure.suptitle(result["origin"]["model"], fontsize=10, color="#444444")
         figure.legend(loc="outside right upper", frameon=False)
         _save(figure, path)
