@@ -181,6 +181,12 @@ def real_untouched_until(numbers: dict) -> int:
 
 
 @computed
+def real_controls(numbers: dict) -> str:
+    controls = numbers["real_sweep"]["artifact"]
+    return span(controls["random"]["refused"] + controls["same_change_elsewhere"]["refused"], "%")
+
+
+@computed
 def real_sweep_table(numbers: dict) -> str:
     return suppression_table(numbers["real_sweep"])
 

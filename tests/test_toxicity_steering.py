@@ -169,7 +169,7 @@ def test_choice_and_report_share_no_prompt(steered):
     half = results["experiment"]["data"]["challenging"]
     for part, texts in (("development", half[::2]), ("test", half[1::2])):
         assert len(results["baseline"][part]["artifact"]["scores"]) == len(texts) == 25
-    assert [record["artifact"]["score"]["n"] for record in results["sweep"].values()] == [50] * 6
+    assert [record["artifact"]["score"]["n"] for record in results["sweep"].values()] == [50] * (6 + steering.FINER)
 
 
 def test_vectors_are_reported_and_point_away_from_toxicity(steered):

@@ -152,9 +152,9 @@ def _run(
                 progress(1, kept=not is_new)
             return [judged[name] for name in names]
 
-        records = judge_all(settings)
-        between = finer(settings[choose(records, limits, bench.wish)], config.alphas)
-        records += judge_all(between)
+        between = finer(settings[choose(judge_all(settings), limits, bench.wish)], config.alphas)
+        judge_all(between)
+        records = list(judged.values())
         progress(FINER - len(between), kept=True)
         towards = [record for record in records if record["setting"]["scale"] < 0]
         choice = Choice(
