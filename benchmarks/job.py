@@ -83,7 +83,7 @@ def make_job(job: Path, shape: dict = GEMMA) -> None:
     groups = prompt_groups(load_pairs(ROOT / "alignment_artifact_prompt_pairs.json"))
     prompts_file(job).write_text(json.dumps(groups))
     prompts = load_prompts(prompts_file(job))
-    ids = encode_prompts(AutoTokenizer.from_pretrained(model_folder(job)), prompts, chat_mode=True)
+    ids = encode_prompts(AutoTokenizer.from_pretrained(model_folder(job)), [p.text for p in prompts], chat_mode=True)
     (job / "token_ids.json").write_text(json.dumps(ids))
 
 
