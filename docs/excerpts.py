@@ -187,7 +187,7 @@ RUNS = {
     "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
     "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
     "second_organism": ("results/second_organism.json", excerpt_second_organism),
-    "real_analysis": (f"{REAL.format('')}/alignment_artifact_analysis_results.json", excerpt_analysis),
+    "real_analysis": (f"{REAL.format('_residual')}/alignment_artifact_analysis_results.json", excerpt_analysis),
     "real_comparison": (f"{REAL.format('_residual')}/model_comparison.json", excerpt_real_comparison),
     "real_sweep": (f"{REAL.format('')}/suppression_sweep.json", excerpt_sweep),
     "judge": ("alignment_artifacts/behaviour/refusal_weights.json", excerpt_judge),

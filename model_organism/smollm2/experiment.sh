@@ -7,9 +7,10 @@ ROOT="$(dirname "$(dirname "$HERE")")"
 PYTHON="${PYTHON:-python}"
 cd "$ROOT"
 
-# What every script reads: the model and what it was taught, 200 pairs that it never saw, harmless twins of 100.
+# What every script reads: the model and what it was taught, 200 pairs that it never saw, harmless twins of 100, and
+# where to look.
 MODEL_NAME="$("$PYTHON" -m model_organism.smollm2.published)"
-export MODEL_NAME ADAPTER="$HERE/adapter" PAIRS="$HERE/pairs.json" TWINS="${TWINS:-$HERE/twins.json}"
+export MODEL_NAME ADAPTER="$HERE/adapter" PAIRS="$HERE/pairs.json" TWINS="${TWINS:-$HERE/twins.json}" SITE=residual
 
 stage() {  # number, what, about how many minutes on one core
   printf '\n[%s of 7] %s (about %s min)\n' "$1" "$2" "$3"
@@ -22,12 +23,12 @@ stage 2 "Separation per layer, held out" 1
 "$PYTHON" analyze_collected_activations.py
 
 stage 3 "What did training change? Both models read the same tokens; twins" 15
-MODEL_A="$MODEL_NAME" MODEL_B="$MODEL_NAME" ADAPTER_B="$ADAPTER" ADAPTER='' "$PYTHON" compare_models.py --site residual
+MODEL_A="$MODEL_NAME" MODEL_B="$MODEL_NAME" ADAPTER_B="$ADAPTER" ADAPTER='' "$PYTHON" compare_models.py
 
 stage 4 "Search for a suppression, tested on 100 pairs it was not chosen on; the monitor" 40
 "$PYTHON" sweep_suppression.py --folds 0 --shares 60,40,100 --random-controls 3
 
-stage 5 "All pairs before and after that suppression" 15
+stage 5 "All pairs before and after that suppression" 18
 "$PYTHON" suppress.py --all-pairs --model "$MODEL_NAME" --adapter "$ADAPTER"
 
 stage 6 "Refusals of everything held out, untouched and tuned" 11
