@@ -45,6 +45,7 @@ from alignment_artifacts.suppression.sweep import (
     Bench,
     Choice,
     Rows,
+    Tested,
     choose,
     choose_amplification,
     measure_choice,
@@ -163,6 +164,15 @@ def _run(
         )  # fmt: skip
         tested = measure_choice(bench, choice, range(config.random_controls), lambda _: progress(2))
     test = report(loaded, pairs, [tested], score)
+    save(test=test, summary=summarised(loaded, score, choice, tested, test, config))
+
+
+def summarised(loaded: LoadedModel, score: Score, choice: Choice, tested: Tested, test: dict, config: Config) -> dict:
+    """What the chosen setting did on prompts that it was not chosen on, in few numbers.
+
+    Args:
+        test: the report on `tested`.
+    """
     summary: dict = {
         name: measures(loaded, score, outcome.behaviours["artifact"], outcome.answers["artifact"], config)
         for name, outcome in (
@@ -189,7 +199,7 @@ def _run(
         "distinct_2_baseline": summary["baseline"]["distinct_2"],
         "distinct_2_steered": summary["steered"]["distinct_2"],
     }
-    save(test=test, summary=summary)
+    return summary
 
 
 def finer(best: Setting, alphas: tuple[float, ...]) -> list[Setting]:
