@@ -16,11 +16,12 @@ from .activation_capture import ATTENTION_WEIGHTS, layer_of, site_shapes
 from .configuration import Saving
 from .distributed import Team
 from .errors import UserError
-from .generation import Step, collect_answers, generate, make_batch_cache
+from .generation import Step, collect_answers, generate
 from .job import Job, plan_batches
 from .model_loading import LoadedModel
 from .npz_files import compressed_npz, npz
 from .progress import duration
+from .prompt_cache import make_batch_cache
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,7 @@ from itertools import groupby
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import (
-    ArraysCache,
-    BatchKVCache,
-    BatchRotatingKVCache,
-    CacheList,
-    KVCache,
-    RotatingKVCache,
-    make_prompt_cache,
-)
+from mlx_lm.models.cache import BatchRotatingKVCache, RotatingKVCache
 from mlx_lm.sample_utils import apply_top_p
 
 from .activation_capture import ATTENTION_WEIGHTS, Edit, capturing, edit, layer_of
@@ -32,9 +24,9 @@ from .checks import mark_not_finite, refuse_beyond_tables, refuse_not_finite
 from .configuration import Sampling
 from .errors import UserError
 from .longrope import rope_lengths
+from .prompt_cache import read_prompts
 
 PREFILL = -1  # the index of the step over the prompt
-PREFILL_TOKENS = 1024  # prompt tokens (rows x positions) processed at once: keeps the machine busy, and memory bounded
 REPETITION_CONTEXT = 20  # tokens that the repetition penalty looks back, as in mlx-lm
 
 
@@ -73,28 +65,6 @@ def length_sorted_batches(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     runs = [list(run) for _, run in groupby(order, key=lambda i: len(prompts[i]))] if equal_lengths else [order]
     return [run[i : i + batch_size] for run in runs for i in range(0, len(run), batch_size)]
-
-
-def padding_is_harmless(model: nn.Module, tolerance: float = 1e-2) -> bool:
-    """Does a left-padded row get the same logits as the same row alone?
-
-    Some architectures of mlx-lm ignore the padding mask (MiniCPM3, phixtral), and recurrent layers
-    cannot mask at all. Tried on two short rows; the tolerance leaves room for 16-bit rounding.
-    """
-    short, long = [3, 1, 2], [2, 3, 1, 2, 0, 1, 3, 2, 1]
-
-    def last_logits(rows: list[list[int]], padding: list[int]) -> mx.array:
-        cache = make_batch_cache(model, padding)
-        tokens = mx.array([[row[0]] * pad + row for row, pad in zip(rows, padding, strict=True)])
-        model(tokens[:, :-1], cache=cache)
-        return model(tokens[:, -1:], cache=cache)[:, -1].astype(mx.float32)
-
-    try:
-        padded = last_logits([short, long], [len(long) - len(short), 0])[0]
-    except UserError:  # a cache that cannot be padded
-        return False
-    alone = last_logits([short], [0])[0]
-    return bool((mx.abs(padded - alone).max() <= tolerance * mx.abs(alone).max()).item())
 
 
 def generate(
@@ -137,7 +107,7 @@ def generate(
     rope, reading = rope_lengths(model, lengths), capturing(model, sites, activations)
 
     with everywhere:
-        cache = _prefill(model, mx.array(tokens[:, :-1]), lengths, max_tokens + 1, sparing.look_at)
+        cache = read_prompts(model, tokens[:, :-1], lengths, max_tokens + 1, sparing.look_at, sparing.spared[:, :-1])
 
     def launch(token: mx.array, sample: bool, is_prompt_end: bool = False) -> tuple[mx.array | None, dict]:
         """Queue the forward pass over `token` and the choice of the next one."""
@@ -200,81 +170,6 @@ def _in_order(site: str, x: mx.array, cache: list) -> mx.array:
     of_layer = cache[layer_of(site)]
     is_window = isinstance(of_layer, (RotatingKVCache, BatchRotatingKVCache))
     return mx.roll(x, -of_layer._idx, -1) if is_window else x  # where the next key will be written is the oldest
-
-
-def _prefill(
-    model: nn.Module,
-    tokens: mx.array,
-    lengths: Sequence[int],
-    growth: int,
-    on_pass: Callable[[slice, slice], object],
-) -> list:
-    """A cache with all but the last prompt token of each row; no logits are ever computed here.
-
-    Args:
-        tokens: [rows, positions], left-padded.
-        lengths: of the prompts; where they differ, neighbouring rows are filled together, padded to the longest
-            of them only, and their caches joined. (Sorted rows need little padding.)
-        on_pass: called before each pass with the rows and positions that it reads.
-    """
-    rows, longest = tokens.shape
-    padding = [longest + 1 - length for length in lengths]
-    at_once = max(1, PREFILL_TOKENS // max(1, longest)) if any(padding) else rows
-    caches = []
-    for first in range(0, rows, at_once):
-        group = slice(first, first + at_once)
-        shared = min(padding[group])
-        cache = make_batch_cache(model, [pad - shared for pad in padding[group]], growth, always_padded=any(padding))
-        with rope_lengths(model, lengths[group]):
-            positions = max(1, PREFILL_TOKENS // len(lengths[group]))
-            for start in range(shared, longest, positions):
-                part = slice(start, min(start + positions, longest))
-                on_pass(group, part)
-                model(tokens[group, part], cache=cache)
-                mx.eval([c.state for c in cache])
-        caches.append(cache)
-    return _join(caches)
-
-
-def _join(caches: list[list]) -> list:
-    """One cache of the rows of all, in pairs, so that no row is copied often."""
-    while len(caches) > 1:
-        for left, right in zip(caches[::2], caches[1::2], strict=False):  # the last may be without a partner
-            for layer, more in zip(left, right, strict=True):
-                layer.extend(more)
-        caches = caches[::2]
-    return caches[0]
-
-
-def make_batch_cache(model: nn.Module, padding: Sequence[int], growth: int = 256, always_padded: bool = False) -> list:
-    """The model's KV cache for left-padded rows; the plain one where nothing is padded.
-
-    Args:
-        growth: tokens that are still to come; room is made for so many at a time, at most 256.
-        always_padded: take the kind of cache that can be padded even so.
-    Raises:
-        UserError: the model uses a kind of cache that cannot mask padding.
-    """
-    cache = make_prompt_cache(model)
-    if any(padding) or always_padded:
-        cache = [padded(single, padding) for single in cache]
-    for single in cache:
-        if hasattr(single, "step"):
-            single.step = min(single.step, growth)
-    return cache
-
-
-def padded(single, padding: Sequence[int]):
-    """One layer's cache for left-padded rows."""
-    if type(single) is KVCache:
-        return BatchKVCache(list(padding))
-    if type(single) is RotatingKVCache and single.keep == 0:
-        return BatchRotatingKVCache(single.max_size, list(padding))
-    if type(single) is ArraysCache:
-        return ArraysCache(len(single.cache), left_padding=list(padding))
-    if type(single) is CacheList:
-        return CacheList(*(padded(inner, padding) for inner in single.caches))
-    raise UserError(f"This model's cache ({type(single).__name__}) cannot mask padding; use --batch-size 1.")
 
 
 class _Sampler:

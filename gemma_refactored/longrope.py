@@ -69,6 +69,11 @@ class rope_lengths:
             uniform = all(rows) or not any(rows)
             self._is_long[id(rope)] = rows[0] if uniform else mx.array(rows)[:, None, None, None]
 
+    @property
+    def is_uniform(self) -> bool:
+        """Do all rows use the same factors?"""
+        return all(isinstance(is_long, bool) for is_long in self._is_long.values())
+
     def __enter__(self) -> None:
         self._outer, _ROWS.is_long = _ROWS.is_long, {**_ROWS.is_long, **self._is_long}
 

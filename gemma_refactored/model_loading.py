@@ -35,11 +35,11 @@ from .cpu_kernels import put_in_place, share_rotations
 from .distributed import shard
 from .errors import UserError
 from .files import is_anything, is_file
-from .generation import padding_is_harmless
 from .gguf_files import WEIGHTS, read_weights
 from .layout_corrections import correct_layout, translated_classes
 from .linux_cpu import share_work, warn_if_slow
 from .model_architecture import Gemma, GemmaConfig
+from .prompt_cache import padding_is_harmless
 from .prompt_processing import encode_prompts
 from .settings import record
 from .thoughts import Marks, answer_start, answer_text, find_marks

@@ -10,7 +10,7 @@ from alignment_artifacts.activation_set import load_activation_set
 from alignment_artifacts.analysis import analyse
 from alignment_artifacts.pairs import Pair, prompt_groups
 from alignment_artifacts.scores import Settings
-from gemma_refactored import generation
+from gemma_refactored import prompt_cache
 from gemma_refactored.activation_capture import block_sites, capture, edit
 from gemma_refactored.main import main
 from gemma_refactored.model_loading import load
@@ -43,7 +43,7 @@ def collection(request, tmp_path_factory):
     arguments += ["--output-dir", folder / "out", "--max-tokens", 3, "--batch-size", 5, "-q"]
     arguments += ["--save-activations", "--process-by-group", "--ignore-end-tokens"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "PREFILL_TOKENS", 60)  # two or three rows at once, so that caches are joined
+        patch.setattr(prompt_cache, "PREFILL_TOKENS", 60)  # two or three rows at once, so that caches are joined
         assert main([str(argument) for argument in arguments]) == 0
     return request.param, model, folder / "acts"
 

@@ -88,7 +88,7 @@ def test_edits_leave_them_alone_unless_asked(loaded, site):
 @pytest.mark.parametrize("prompts", [PROMPTS[:2], PROMPTS[2:], [[9, 300], [BOS, 7, DELIMITER]]], ids=len)
 def test_generating_and_one_pass_leave_the_same_tokens_alone(loaded, where, prompts, monkeypatch):
     """Over left padding, chunks of a long prompt, a prompt of one sink, and a sink at the prompt's end."""
-    monkeypatch.setattr("gemma_refactored.generation.PREFILL_TOKENS", 4)
+    monkeypatch.setattr("gemma_refactored.prompt_cache.PREFILL_TOKENS", 4)
     used = intervention(loaded, "mlp", "add", where=where)
     site, steps = "model.layers.1.output", {}
     for step in used.generate(loaded, prompts, 4, sites=[site]):

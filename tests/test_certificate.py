@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from alignment_artifacts.activation_set import certificate_verdict
-from gemma_refactored import activation_capture, certificate, generation, model_architecture, prompt_processing
+from gemma_refactored import (
+    activation_capture,
+    certificate,
+    generation,
+    model_architecture,
+    prompt_cache,
+    prompt_processing,
+)
 from gemma_refactored.activation_capture import block_sites, hooks
 from gemma_refactored.certificate import certify, describe, relative_differences
 from gemma_refactored.errors import UserError
@@ -41,8 +48,8 @@ def test_a_sound_model_passes_every_check(loaded):
 
 
 def no_padding_mask(monkeypatch, loaded):
-    plain = generation.make_prompt_cache
-    monkeypatch.setattr(generation, "make_batch_cache", lambda model, padding, *_, **__: plain(model))
+    plain = prompt_cache.make_prompt_cache
+    monkeypatch.setattr(prompt_cache, "make_batch_cache", lambda model, padding, *_, **__: plain(model))
 
 
 def missing_embedding_scale(monkeypatch, loaded):

@@ -9,8 +9,8 @@ from scipy import special
 from gemma_refactored import cpu_kernels, model_loading
 from gemma_refactored.activation_capture import capture, modules_by_site
 from gemma_refactored.cpu_kernels import MLX, MLX_ATTENTION, Rotation, SharedRoPE, share_rotations
-from gemma_refactored.generation import make_batch_cache
 from gemma_refactored.model_loading import load
+from gemma_refactored.prompt_cache import make_batch_cache
 
 from .conftest import GOLDEN_GEMMAS, load_golden, relative_error
 from .tiny_checkpoints import FAMILIES, random_gemma, write_checkpoint, write_family

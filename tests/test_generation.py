@@ -14,7 +14,6 @@ from gemma_refactored.generation import (
     collect_means,
     generate,
     length_sorted_batches,
-    padding_is_harmless,
 )
 
 from .conftest import GOLDEN_GEMMAS, load_golden, relative_error
@@ -30,12 +29,19 @@ def random_prompts(lengths=LENGTHS, seed=0):
     return [rng.integers(3, 97, n).tolist() for n in lengths]
 
 
-@pytest.fixture(params=["ours", "mlx-lm", *GOLDEN_GEMMAS])
-def model(request):
-    if request.param in GOLDEN_GEMMAS:
-        return load_golden(request.param)[0]
+MODELS = ["ours", "mlx-lm", *GOLDEN_GEMMAS]
+
+
+def model_named(name):
+    if name in GOLDEN_GEMMAS:
+        return load_golden(name)[0]
     ours, theirs = same_weights_in_mlx_lm()
-    return ours if request.param == "ours" else theirs
+    return ours if name == "ours" else theirs
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return model_named(request.param)
 
 
 def run(model, prompts, max_tokens=9, **options):
@@ -69,19 +75,6 @@ def test_cached_decoding_equals_one_uncached_pass(model):
         for site in SITES:
             whole = activations[site][0, len(prompt) + step][None]
             assert relative_error(seen[0, step][site], whole) < 1e-4, (step, site)
-
-
-@pytest.mark.parametrize("tokens", [1, 5, 45])
-def test_prefill_in_parts_changes_nothing(model, monkeypatch, tokens):
-    """Few at once: every row on its own, in several parts. More: two or three rows together, in any order."""
-    prompts = random_prompts([7, 1, 20, 13, 2, 6, 4])
-    answers, seen = run(model, prompts)
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", tokens)
-    answers_in_parts, seen_in_parts = run(model, prompts)
-    assert answers_in_parts == answers
-    for place, sites in seen.items():
-        for site, vector in sites.items():
-            assert relative_error(seen_in_parts[place][site], vector) < 1e-4, (place, site)
 
 
 @pytest.mark.parametrize("expand", [False, True], ids=["as stored", "expanded"])
@@ -163,31 +156,9 @@ def test_length_sorted_batches_cover_every_prompt_once():
     assert equal == [[1, 4], [0, 2], [3]]
 
 
-def test_a_model_that_ignores_the_padding_mask_is_found_out(model, monkeypatch):
-    assert padding_is_harmless(model)
-    plain = generation.make_prompt_cache
-    monkeypatch.setattr(generation, "make_batch_cache", lambda model, padding, *_, **__: plain(model))
-    assert not padding_is_harmless(model)
-
-    def no_padding(model, padding, growth=1):
-        if any(padding):
-            raise UserError("cannot")
-        return plain(model)
-
-    monkeypatch.setattr(generation, "make_batch_cache", no_padding)
-    assert not padding_is_harmless(model)
-
-
-def test_empty_prompt_and_unknown_cache_are_refused(model):
+def test_an_empty_prompt_is_refused(model):
     with pytest.raises(UserError, match="no tokens"):
         next(generate(model, [[1], []], 3))
-
-    class OddCache:
-        pass
-
-    model.make_cache = lambda: [OddCache()]
-    with pytest.raises(UserError, match="OddCache"):
-        generation.make_batch_cache(model, [1, 0])
 
 
 def test_no_logits_for_prompt_positions(model, monkeypatch):

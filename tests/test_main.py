@@ -224,16 +224,16 @@ def test_float16_and_compressed_files_hold_the_same_values(run, tmp_path):
 
 
 def test_a_model_that_padding_disturbs_runs_in_batches_of_equal_length(run, monkeypatch):
-    from gemma_refactored import generation, model_loading
+    from gemma_refactored import model_loading, prompt_cache
     from gemma_refactored.model_loading import LoadedModel
 
     run("--batch-size", "1")
     monkeypatch.setattr(LoadedModel, "is_own", False)
     monkeypatch.setattr(model_loading, "padding_is_harmless", lambda model: False)
     paddings = []
-    make = generation.make_batch_cache
+    make = prompt_cache.make_batch_cache
     monkeypatch.setattr(
-        generation,
+        prompt_cache,
         "make_batch_cache",
         lambda model, padding, *rest, **options: paddings.append(padding) or make(model, padding, *rest, **options),
     )
