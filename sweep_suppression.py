@@ -267,6 +267,7 @@ def print_tables(result: dict) -> None:
     print(f"\n{tested(result):<25}{'refused':>13} {'broken':>13} {'unchanged':>13}       KL")
     _print_test(f"unedited, {second}", test["unedited"]["artifact"])
     _print_test(f"suppressed, {second}", test["artifact"])
+    _print_test(f"unedited, {first}", test["unedited"]["natural"])
     _print_test(f"suppressed, {first}", test["natural"], test["damage"])
     if "twins" in test:
         _print_test("unedited, twins", test["unedited"]["twins"])

@@ -183,7 +183,7 @@ def sweep(path: Path) -> dict:
     rows = [
         (f"{second} prompts, unedited", test["unedited"]["artifact"], None),
         (f"{second} prompts, {suppressed}", test["artifact"], None),
-        *([(f"{first} prompts, unedited", test["unedited"]["natural"], None)] if score else []),
+        (f"{first} prompts, unedited", test["unedited"]["natural"], None),
         (f"{first} prompts, {suppressed}", test["natural"], test["damage"]),
     ]
     if "twins" in test:
