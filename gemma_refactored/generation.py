@@ -9,7 +9,7 @@ not either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -92,36 +92,23 @@ def generate(
         prompt_end_edits: the same at the last prompt token only.
         spared: positions of each prompt that no edit changes.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    if min(lengths) == 0:
-        raise UserError("A prompt has no tokens at all; give it some text.")
     refuse_beyond_tables(model, prompts, max_tokens)
-    longest = max(lengths)
-    padding = [longest - n for n in lengths]
-    tokens = np.array([[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, padding, strict=True)])
-    sampler = _Sampler(tokens, sampling, row_ids if row_ids is not None else range(len(prompts)))
+    batch = _Batch(model, prompts, max_tokens + 1, edits, prompt_end_edits, spared)
+    sampler = _Sampler(batch.tokens, sampling, row_ids if row_ids is not None else range(len(prompts)))
     activations: dict[str, mx.array] = {}
-    # What surrounds each pass; captured last, so that the steps show what the edits made of it.
-    sparing = _Sparing(tokens.shape, padding, spared or [()] * len(prompts))
-    everywhere, at_prompt_end = (edit(model, sparing.all(of_sites or {})) for of_sites in (edits, prompt_end_edits))
-    rope, reading = rope_lengths(model, lengths), capturing(model, sites, activations)
-
-    with everywhere:
-        cache = read_prompts(model, tokens[:, :-1], lengths, max_tokens + 1, sparing.look_at, sparing.spared[:, :-1])
+    reading = capturing(model, sites, activations)
 
     def launch(token: mx.array, sample: bool, is_prompt_end: bool = False) -> tuple[mx.array | None, dict]:
         """Queue the forward pass over `token` and the choice of the next one."""
         activations.clear()
-        sparing.look_at(slice(None), slice(longest - 1, longest) if is_prompt_end else slice(0, 0))
-        with rope, everywhere, at_prompt_end if is_prompt_end else nullcontext(), reading:
-            logits = model(token[:, None], cache=cache)[:, -1]
+        logits = batch.read(token[:, None], is_prompt_end, reading)[:, -1]
         chosen = mark_not_finite(sampler(logits), logits) if sample else None
-        states = {site: _in_order(site, x, cache).astype(mx.float32) for site, x in activations.items()}
+        states = {site: _in_order(site, x, batch.cache).astype(mx.float32) for site, x in activations.items()}
         # Without a sample, the last pass still has to happen, for its activations.
         mx.async_eval(*states.values(), *([chosen] if sample else []))
         return chosen, states
 
-    prompt_end = mx.array(tokens[:, -1])
+    prompt_end = mx.array(batch.tokens[:, -1])
     token_read: mx.array | None = prompt_end
     chosen, states = launch(prompt_end, sample=max_tokens > 0, is_prompt_end=True)
     active = np.ones(len(prompts), bool)
@@ -137,10 +124,75 @@ def generate(
             if not active.any():
                 return
         mx.eval(states)
-        yield Step(index, read, active, states, np.array(lengths) + index + 1)
+        yield Step(index, read, active, states, np.array(batch.lengths) + index + 1)
         if following:
             token_read = chosen
             chosen, states = following
+
+
+def predict(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    edits: Mapping[str, Edit] | None = None,
+    prompt_end_edits: Mapping[str, Edit] | None = None,
+    spared: Sequence[Sequence[int]] | None = None,
+) -> mx.array:
+    """What the model predicts along answers that are given: the logits that `generate` would choose from.
+
+    Args:
+        answers: token ids, one list a row; the others as in `generate`.
+    Returns:
+        [rows, longest answer, vocabulary], lazy: at place k what follows k tokens of the row's answer; behind its end
+        they mean nothing.
+    """
+    refuse_beyond_tables(model, [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], 0)
+    longest = max(map(len, answers))
+    batch = _Batch(model, prompts, longest, edits, prompt_end_edits, spared)
+    following = [[*answer[:-1], *[0] * (longest - max(1, len(answer)))] for answer in answers]
+    return batch.read(mx.concatenate([mx.array(batch.tokens[:, -1:]), mx.array(following, mx.int32)], axis=1), True)
+
+
+class _Batch:
+    """Prompts that a model has read but for their last tokens, and what is read next, under edits.
+
+    Attributes:
+        tokens: [rows, positions] the prompts, left-padded; lengths: of each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        growth: int,
+        edits: Mapping[str, Edit] | None,
+        prompt_end_edits: Mapping[str, Edit] | None,
+        spared: Sequence[Sequence[int]] | None,
+    ):
+        self.lengths = [len(prompt) for prompt in prompts]
+        if min(self.lengths) == 0:
+            raise UserError("A prompt has no tokens at all; give it some text.")
+        padding = [max(self.lengths) - n for n in self.lengths]
+        self.tokens = np.array([[prompt[0]] * pad + list(prompt) for prompt, pad in zip(prompts, padding, strict=True)])
+        self.model, self.rope = model, rope_lengths(model, self.lengths)
+        self.sparing = _Sparing(self.tokens.shape, padding, spared or [()] * len(prompts))
+        self.everywhere = edit(model, self.sparing.all(edits or {}))
+        self.at_prompt_end = edit(model, self.sparing.all(prompt_end_edits or {}, at_prompt_end=True))
+        spared_before_end = self.sparing.spared[:, :-1]
+        with self.everywhere:
+            self.cache = read_prompts(
+                model, self.tokens[:, :-1], self.lengths, growth, self.sparing.look_at, spared_before_end
+            )
+
+    def read(
+        self, tokens: mx.array, from_prompt_end: bool = False, reading: AbstractContextManager = nullcontext()
+    ) -> mx.array:
+        """[rows, n, vocabulary] logits of a pass over the next tokens [rows, n]; `reading` sees what the edits made."""
+        end = self.tokens.shape[1]
+        last = slice(end - 1, end) if from_prompt_end else slice(0, 0)
+        self.sparing.look_at(slice(None), last, following=tokens.shape[1] - from_prompt_end)
+        with self.rope, self.everywhere, self.at_prompt_end if from_prompt_end else nullcontext(), reading:
+            return self.model(tokens, cache=self.cache)
 
 
 class _Sparing:
@@ -150,17 +202,28 @@ class _Sparing:
         self.spared = np.zeros((*shape, 1), bool)
         for row, (pad, places) in enumerate(zip(padding, positions, strict=True)):
             self.spared[row, [pad + place for place in places]] = True
-        self.now: mx.array | None = None  # [rows, positions, 1] of this pass; None: nothing is spared in it
+        # [rows, positions, 1] of this pass, None if nothing is spared in it: by all edits, and by those of the prompt's
+        # end alone, which spare what follows it.
+        self.now: mx.array | None = None
+        self.now_at_end: mx.array | None = None
 
-    def look_at(self, rows: slice, positions: slice) -> None:
+    def look_at(self, rows: slice, positions: slice, following: int = 0) -> None:
+        """`following`: tokens behind the prompt that are read as well."""
         part = self.spared[rows, positions]
-        self.now = mx.array(part) if part.any() else None
+        after = np.ones((len(part), following, 1), bool)
+        self.now, self.now_at_end = (
+            mx.array(mask) if mask.any() else None for mask in (np.hstack([part, ~after]), np.hstack([part, after]))
+        )
 
-    def all(self, edits: Mapping[str, Edit]) -> dict[str, Edit]:
-        return {site: self._sparing(function) for site, function in edits.items()}
+    def all(self, edits: Mapping[str, Edit], at_prompt_end: bool = False) -> dict[str, Edit]:
+        def sparing(function: Edit) -> Edit:
+            def apply(x: mx.array) -> mx.array:
+                now = self.now_at_end if at_prompt_end else self.now
+                return function(x) if now is None else mx.where(now, x, function(x))
 
-    def _sparing(self, function: Edit) -> Edit:
-        return lambda x: function(x) if self.now is None else mx.where(self.now, x, function(x))
+            return apply
+
+        return {site: sparing(function) for site, function in edits.items()}
 
 
 def _in_order(site: str, x: mx.array, cache: list) -> mx.array:

@@ -14,6 +14,7 @@ from gemma_refactored.generation import (
     collect_means,
     generate,
     length_sorted_batches,
+    predict,
 )
 
 from .conftest import GOLDEN_GEMMAS, load_golden, relative_error
@@ -87,6 +88,23 @@ def test_a_padded_batch_agrees_with_transformers(name, expand):
     for site in SITES:
         assert relative_error(prefill.activations[site][0, 0], golden[site][0, -1]) < 1e-4
         assert relative_error(prefill.activations[site][1, 0], golden[site][1, 8]) < 1e-4
+
+
+@pytest.mark.parametrize("edited", ["edits", "prompt_end_edits", None])
+def test_predictions_along_answers_are_those_of_generation(model, edited):
+    """The logits that chose each token, whatever lies behind the answers' ends, under every kind of edit."""
+    prompts, edits = random_prompts(), {}
+    if edited:
+        edits = {edited: {SITES[3]: lambda x: 2 * x}, "spared": [[0]] * len(prompts)}
+    answers = collect_answers(generate(model, prompts, 9, **edits))
+    cut = [answer[: 1 + 3 * row % 9] for row, answer in enumerate(answers)]
+    logits = np.array(predict(model, prompts, cut, **edits).astype(mx.float32))
+    assert logits.shape[:2] == (len(prompts), max(map(len, cut)))
+    for row, answer in enumerate(cut):
+        assert logits[row, : len(answer)].argmax(axis=-1).tolist() == answer
+        if not edited:
+            whole = np.array(model(mx.array([prompts[row] + answer]))[0, len(prompts[row]) - 1 : -1].astype(mx.float32))
+            assert relative_error(logits[row, : len(answer)], whole) < 1e-4
 
 
 def test_steps_are_prefill_and_one_for_each_token(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +13,11 @@ from alignment_artifacts.behaviour.answers import Behaviour, write_answers
 from alignment_artifacts.behaviour.broken import has_loop, is_on_topic
 from alignment_artifacts.behaviour.refusal import can_read, corrected, is_refusal, verdict
 from alignment_artifacts.behaviour.score import Score
-from alignment_artifacts.edits.proof import Batch
-from alignment_artifacts.edits.setting import Intervention
+from alignment_artifacts.edits.setting import NOTHING, Intervention
 from alignment_artifacts.rates import log_mean, paired_rates, rate
-from gemma_refactored.activation_capture import TEXTS_AT_ONCE, Edit, forward
+from gemma_refactored.activation_capture import TEXTS_AT_ONCE
 from gemma_refactored.errors import UserError, shown
-from gemma_refactored.generation import Sampling
+from gemma_refactored.generation import Sampling, length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
 
 LOGIT_BYTES = 1 << 28  # of the logits of one pass
@@ -165,13 +164,13 @@ def measure_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Inte
         )
     kl: dict[int, np.ndarray] = {}
     losses: dict[int, np.ndarray] = {}
-    for batch, plain, edited in log_probabilities(loaded, behaviour, intervention):
-        targets = mx.array([token for row in batch.rows for token in behaviour.answers[row]])[:, None]
+    for rows, plain, edited in log_probabilities(loaded, behaviour, intervention):
+        targets = mx.array([token for row in rows for token in behaviour.answers[row]])[:, None]
         divergence = np.array((mx.exp(plain) * (plain - edited)).sum(axis=-1))
         loss = np.array([-mx.take_along_axis(p, targets, axis=-1)[:, 0] for p in (plain, edited)])
-        ends = np.cumsum([len(behaviour.answers[row]) for row in batch.rows])[:-1]
-        kl |= dict(zip(batch.rows, np.split(divergence, ends), strict=True))
-        losses |= dict(zip(batch.rows, np.split(loss, ends, axis=1), strict=True))
+        ends = np.cumsum([len(behaviour.answers[row]) for row in rows])[:-1]
+        kl |= dict(zip(rows, np.split(divergence, ends), strict=True))
+        losses |= dict(zip(rows, np.split(loss, ends, axis=1), strict=True))
     by_prompt: dict[tuple[int, ...], list[int]] = {}  # several answers of one prompt vary together
     for row in sorted(kl):
         by_prompt.setdefault(tuple(behaviour.token_ids[row]), []).append(row)
@@ -183,31 +182,32 @@ def measure_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Inte
 
 def log_probabilities(
     loaded: LoadedModel, behaviour: Behaviour, intervention: Intervention
-) -> Iterator[tuple[Batch, mx.array, mx.array]]:
+) -> Iterator[tuple[tuple[int, ...], mx.array, mx.array]]:
     """Of every token that could follow, along the unedited answers: without and under an intervention.
 
     Yields:
-        batches of the prompts with an answer, and twice [answer tokens of all rows, vocabulary].
+        the numbers of some prompts with an answer, and twice [answer tokens of all these, vocabulary].
     """
-    sequences = behaviour.sequences
-    longest = max((len(p) + len(a) for p, a in zip(behaviour.token_ids, behaviour.answers, strict=True)), default=1)
+    answered = [i for i, answer in enumerate(behaviour.answers) if answer]
+    longest = max(map(len, behaviour.answers), default=1)
     size = int(np.clip(LOGIT_BYTES // (4 * longest * len(loaded.tokenizer)), 1, TEXTS_AT_ONCE))
-    for batch in sequences.batches(size, answered=True):
-        plain = sequences.keep(("logits", batch.rows), partial(_log_probabilities, loaded, batch, {}))
-        edits = intervention.in_one_pass(loaded, batch.texts, batch.prompt_lengths)
-        yield batch, plain, _log_probabilities(loaded, batch, edits) if edits else plain
+    prompts = [behaviour.token_ids[i] for i in answered]
+    for batch in length_sorted_batches(prompts, size, equal_lengths=not loaded.masks_padding):
+        rows = tuple(answered[i] for i in batch)
+        compute = partial(_log_probabilities, loaded, behaviour, rows)
+        plain = behaviour.sequences.keep(("logits", rows), partial(compute, NOTHING))
+        yield rows, plain, compute(intervention) if intervention.edits else plain
 
 
-def _log_probabilities(loaded: LoadedModel, batch: Batch, edits: Mapping[str, Edit]) -> mx.array:
-    """[answer tokens of all rows, vocabulary] at the positions that predict the answers."""
-    logits, _ = forward(loaded.model, batch.texts, edits=edits)
-    places = [
-        (row, position)
-        for row, (text, start) in enumerate(zip(batch.texts, batch.prompt_lengths, strict=True))
-        for position in range(start - 1, len(text) - 1)
-    ]
-    rows, positions = mx.array(places).T
-    logits = logits[rows, positions].astype(mx.float32)
+def _log_probabilities(
+    loaded: LoadedModel, behaviour: Behaviour, rows: Sequence[int], intervention: Intervention
+) -> mx.array:
+    """[answer tokens of all rows, vocabulary]"""
+    prompts, answers = ([of_all[row] for row in rows] for of_all in (behaviour.token_ids, behaviour.answers))
+    logits = intervention.predict(loaded, prompts, answers)
+    places = [(row, k) for row, answer in enumerate(answers) for k in range(len(answer))]
+    numbers, positions = mx.array(places).T
+    logits = logits[numbers, positions].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 

@@ -18,6 +18,7 @@ from alignment_artifacts.edits.options import PROMPT_END, Setting
 from alignment_artifacts.edits.setting import NOTHING, Intervention, intervene
 from gemma_refactored.activation_capture import forward, layer_sites
 from gemma_refactored.errors import UserError
+from gemma_refactored.generation import length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
 
 VOCABULARY = "vocabulary.json"  # among the results
@@ -95,7 +96,7 @@ def lens(loaded: LoadedModel, vectors: np.ndarray) -> np.ndarray:
     """
     last = layer_sites(loaded.model, "residual")[-1]
     states = mx.array(np.sqrt(vectors.shape[-1]) * vectors.astype(np.float32))[:, None]
-    size = _rows_at_once(loaded, 1)
+    size = _rows_at_once(loaded)
     logits = []
     for start in range(0, len(vectors), size):
         part = states[start : start + size]
@@ -110,20 +111,15 @@ def lens(loaded: LoadedModel, vectors: np.ndarray) -> np.ndarray:
 
 def _next_word(loaded: LoadedModel, prompts: list[list[int]], intervention: Intervention) -> np.ndarray:
     """[vocabulary] logits behind prompts, less their mean over the vocabulary, mean over the prompts."""
-    total = np.zeros(0)
-    size = _rows_at_once(loaded, max(map(len, prompts)))
-    for start in range(0, len(prompts), size):
-        part = prompts[start : start + size]
-        lengths = [len(prompt) for prompt in part]
-        logits, _ = forward(loaded.model, part, edits=intervention.in_one_pass(loaded, part, lengths))
-        ends = logits[mx.arange(len(part)), mx.array(lengths) - 1].astype(mx.float32)
-        summed = _centred(np.array(ends)).sum(axis=0)
-        total = summed if start == 0 else total + summed
-    return total / len(prompts)
+    summed = []
+    for rows in length_sorted_batches(prompts, _rows_at_once(loaded), equal_lengths=not loaded.masks_padding):
+        logits = intervention.predict(loaded, [prompts[i] for i in rows], [[0]] * len(rows))
+        summed.append(_centred(np.array(logits[:, 0].astype(mx.float32))).sum(axis=0))
+    return np.sum(summed, axis=0) / len(prompts)
 
 
-def _rows_at_once(loaded: LoadedModel, positions: int) -> int:
-    return int(np.clip(LOGIT_BYTES // (4 * positions * len(loaded.tokenizer)), 1, PROMPTS))
+def _rows_at_once(loaded: LoadedModel) -> int:
+    return int(np.clip(LOGIT_BYTES // (4 * len(loaded.tokenizer)), 1, PROMPTS))
 
 
 def _centred(logits: np.ndarray) -> np.ndarray:

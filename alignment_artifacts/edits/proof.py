@@ -31,13 +31,11 @@ class Sequences:
     answers: Sequence[Sequence[int]]
     _kept: dict[tuple, mx.array] = field(default_factory=dict, repr=False)
 
-    def batches(self, size: int = TEXTS_AT_ONCE, answered: bool = False) -> Iterator[Batch]:
-        """The sequences (or only those with a nonempty answer), grouped by similar length."""
-        rows = [i for i, answer in enumerate(self.answers) if answer or not answered]
-        texts = [[*self.prompts[i], *self.answers[i]] for i in rows]
-        for batch in length_sorted_batches(texts, size):
-            prompt_lengths = [len(self.prompts[rows[i]]) for i in batch]
-            yield Batch(tuple(rows[i] for i in batch), [texts[i] for i in batch], prompt_lengths)
+    def batches(self) -> Iterator[Batch]:
+        """The sequences, grouped by similar length."""
+        texts = [[*prompt, *answer] for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+        for batch in length_sorted_batches(texts, TEXTS_AT_ONCE):
+            yield Batch(tuple(batch), [texts[i] for i in batch], [len(self.prompts[i]) for i in batch])
 
     def keep(self, key: tuple, compute: Callable[[], mx.array]) -> mx.array:
         """`compute()`, or its earlier value for this key; values are kept as long as all of them fit in KEPT_BYTES."""

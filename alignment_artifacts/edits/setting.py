@@ -13,7 +13,7 @@ from alignment_artifacts.edits.modes import MODES, SiteDirection, edit_function
 from alignment_artifacts.edits.options import EVERYWHERE, WHERE, Mode, ModeOptions, Setting
 from gemma_refactored.activation_capture import Edit, layer_sites
 from gemma_refactored.errors import UserError
-from gemma_refactored.generation import Step, generate
+from gemma_refactored.generation import Step, generate, predict
 from gemma_refactored.model_loading import LoadedModel
 
 AUTO = "auto"
@@ -54,9 +54,17 @@ class Intervention:
 
     def generate(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], *arguments, **settings) -> Iterator[Step]:
         """`generation.generate` under these edits."""
+        return generate(loaded.model, prompts, *arguments, **{**self._named(loaded, prompts), **settings})
+
+    def predict(
+        self, loaded: LoadedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> mx.array:
+        """`generation.predict` under these edits."""
+        return predict(loaded.model, prompts, answers, **self._named(loaded, prompts))
+
+    def _named(self, loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> dict:
         name = "edits" if self.where == EVERYWHERE else "prompt_end_edits"
-        spared = self.spared(loaded, prompts)
-        return generate(loaded.model, prompts, *arguments, **{name: self.edits, "spared": spared, **settings})
+        return {name: self.edits, "spared": self.spared(loaded, prompts)}
 
 
 NOTHING = Intervention()

@@ -72,19 +72,19 @@ class Openings:
         A place whose token is as usual among the other answers says nothing and counts as certain.
         """
         probabilities = np.zeros(len(self.behaviour.answers))
-        for batch, _, edited in log_probabilities(loaded, self.behaviour, intervention):
-            lengths = [len(self.behaviour.answers[row]) for row in batch.rows]
+        for rows, _, edited in log_probabilities(loaded, self.behaviour, intervention):
+            lengths = [len(self.behaviour.answers[row]) for row in rows]
             starts = np.cumsum([0, *lengths[:-1]])
-            total = np.zeros(len(batch.rows))
+            total = np.zeros(len(rows))
             for place, tokens in enumerate(self.unwanted):
                 telling = [
-                    i for i, row in enumerate(batch.rows)
+                    i for i, row in enumerate(rows)
                     if place < lengths[i] and self.behaviour.answers[row][place] in tokens
                 ]  # fmt: skip
                 if telling:
                     at = edited[mx.array(starts[telling] + place)][:, mx.array(sorted(tokens))]
                     total[telling] += np.array(mx.logsumexp(at, axis=-1))
-            probabilities[list(batch.rows)] = np.exp(np.minimum(total, 0))
+            probabilities[list(rows)] = np.exp(np.minimum(total, 0))
         return probabilities
 
     @property

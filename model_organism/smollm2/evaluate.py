@@ -40,9 +40,9 @@ def divergence(untouched: LoadedModel, tuned: LoadedModel, chat: Behaviour) -> d
     by_prompt: list[np.ndarray] = []
     again = Behaviour(chat.texts, chat.token_ids, chat.answers)  # keeps what another model predicts
     of_both = (log_probabilities(model, by, NOTHING) for model, by in ((untouched, chat), (tuned, again)))
-    for (batch, first, _), (_, second, _) in zip(*of_both, strict=True):
+    for (rows, first, _), (_, second, _) in zip(*of_both, strict=True):
         values = np.array((mx.exp(first) * (first - second)).sum(axis=-1))
-        by_prompt += np.split(values, np.cumsum([len(chat.answers[row]) for row in batch.rows])[:-1])
+        by_prompt += np.split(values, np.cumsum([len(chat.answers[row]) for row in rows])[:-1])
     return {"mean": float(np.concatenate(by_prompt).mean()), "ci": log_mean(by_prompt)}
 
 
