@@ -20,7 +20,7 @@ from mlx_lm.models.cache import BatchRotatingKVCache, RotatingKVCache
 from mlx_lm.sample_utils import apply_top_p
 
 from .activation_capture import ATTENTION_WEIGHTS, Edit, capturing, edit, layer_of
-from .checks import mark_not_finite, refuse_beyond_tables, refuse_not_finite
+from .checks import mark_not_finite, position_rows, refuse_beyond_tables, refuse_not_finite
 from .configuration import Sampling
 from .errors import UserError
 from .longrope import rope_lengths
@@ -81,14 +81,15 @@ def generate(
 ) -> Iterator[Step]:
     """Continue each prompt by up to `max_tokens` tokens; yield every forward pass.
 
-    Between its passes the model is as it was: whoever uses it meanwhile meets none of these edits.
+    Between its passes the model is as it was: whoever uses it meanwhile meets none of these edits. A pass may be over
+    any part of any rows, so an edit has to make of each position's vector what it would make of it alone.
 
     Args:
         prompts: token ids, one list a row, none empty.
         end_tokens: a row that writes one of these is over; that token is not read any more.
         sites: what `Step.activations` holds.
         row_ids: number of each row's own random stream (default: its position).
-        edits: site -> edit of the activations of every token, those of the prompt included.
+        edits: site -> edit of the activations of every token, those of the prompts included.
         prompt_end_edits: the same at the last prompt token only.
         spared: positions of each prompt that no edit changes.
     """
@@ -146,8 +147,16 @@ def predict(
         [rows, longest answer, vocabulary], lazy: at place k what follows k tokens of the row's answer; behind its end
         they mean nothing.
     """
-    refuse_beyond_tables(model, [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], 0)
-    longest = max(map(len, answers))
+    read = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+    refuse_beyond_tables(model, read, 0)
+    longest, positions = max(1, *map(len, answers)), position_rows(model)
+    if positions is not None and len(prompts) > 1 and max(map(len, prompts)) + longest - 1 > positions:
+        # What fills up the short answer behind a long prompt would leave the table.
+        alone = [
+            predict(model, [prompt], [answer], edits, prompt_end_edits, None if spared is None else [spared[row]])
+            for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        ]
+        return mx.concatenate([mx.pad(x, [(0, 0), (0, longest - x.shape[1]), (0, 0)]) for x in alone])
     batch = _Batch(model, prompts, longest, edits, prompt_end_edits, spared)
     following = [[*answer[:-1], *[0] * (longest - max(1, len(answer)))] for answer in answers]
     return batch.read(mx.concatenate([mx.array(batch.tokens[:, -1:]), mx.array(following, mx.int32)], axis=1), True)
@@ -187,7 +196,10 @@ class _Batch:
     def read(
         self, tokens: mx.array, from_prompt_end: bool = False, reading: AbstractContextManager = nullcontext()
     ) -> mx.array:
-        """[rows, n, vocabulary] logits of a pass over the next tokens [rows, n]; `reading` sees what the edits made."""
+        """[rows, n, vocabulary] logits of a pass over the next tokens [rows, n]; `reading` sees what the edits made.
+
+        Several at once only in the first such pass: mlx-lm's caches of sliding windows mask wrongly after single ones.
+        """
         end = self.tokens.shape[1]
         last = slice(end - 1, end) if from_prompt_end else slice(0, 0)
         self.sparing.look_at(slice(None), last, following=tokens.shape[1] - from_prompt_end)
@@ -216,14 +228,20 @@ class _Sparing:
         )
 
     def all(self, edits: Mapping[str, Edit], at_prompt_end: bool = False) -> dict[str, Edit]:
-        def sparing(function: Edit) -> Edit:
+        def sparing(site: str, function: Edit) -> Edit:
             def apply(x: mx.array) -> mx.array:
                 now = self.now_at_end if at_prompt_end else self.now
-                return function(x) if now is None else mx.where(now, x, function(x))
+                if now is None:
+                    return function(x)
+                if site.endswith(ATTENTION_WEIGHTS):  # [rows, heads, positions, keys]
+                    now = now[:, None]
+                elif x.shape[:2] == now.shape[:2]:  # [rows, positions, heads, width] as well
+                    now = now.reshape(*now.shape[:2], *[1] * (x.ndim - 2))
+                return mx.where(now, x, function(x))
 
             return apply
 
-        return {site: sparing(function) for site, function in edits.items()}
+        return {site: sparing(site, function) for site, function in edits.items()}
 
 
 def _in_order(site: str, x: mx.array, cache: list) -> mx.array:

@@ -143,7 +143,7 @@ def padding_is_harmless(model: nn.Module, tolerance: float = 1e-2) -> bool:
 
     try:
         padded = last_logits([short, long], [len(long) - len(short), 0])[0]
-    except UserError:  # a cache that cannot be padded
+    except (UserError, ValueError, TypeError):  # a cache that cannot be padded, or positions that are no plain number
         return False
     alone = last_logits([short], [0])[0]
     return bool((mx.abs(padded - alone).max() <= tolerance * mx.abs(alone).max()).item())

@@ -16,9 +16,11 @@ from gemma_refactored.generation import (
     length_sorted_batches,
     predict,
 )
+from gemma_refactored.model_loading import load
 
 from .conftest import GOLDEN_GEMMAS, load_golden, relative_error
 from .test_model_architecture import same_weights_in_mlx_lm
+from .tiny_checkpoints import write_family
 
 SITES = [f"model.layers.{i}{part}.output" for i in range(3) for part in ("", ".mlp", ".self_attn")]
 # The window of all models but Gemma 1 is 6: some prompts are inside it, some cross it, some do while decoding.
@@ -105,6 +107,29 @@ def test_predictions_along_answers_are_those_of_generation(model, edited):
         if not edited:
             whole = np.array(model(mx.array([prompts[row] + answer]))[0, len(prompts[row]) - 1 : -1].astype(mx.float32))
             assert relative_error(logits[row, : len(answer)], whole) < 1e-4
+
+
+def test_answers_that_fill_a_position_table_are_predicted_apart(tmp_path):
+    model = load(write_family(tmp_path, "gpt2")).model  # 256 positions
+    prompts, answers = random_prompts([250, 10]), random_prompts([6, 60], seed=1)
+    together = np.array(predict(model, prompts, answers))
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        alone = np.array(predict(model, [prompt], [answer]))[0]
+        assert relative_error(together[row, : len(answer)], alone) < 1e-4
+    assert predict(model, prompts, [[], []]).shape[:2] == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["heads", "weights"])
+def test_edits_of_heads_spare_positions_not_heads(kind):
+    """As many rows and positions as heads, so that a mask along a wrong axis would fit."""
+    model = load_golden("gemma3")[0]
+    number = model.config.num_attention_heads
+    prompts, changed = random_prompts([5]) * number, {f"model.layers.1.self_attn.{kind}": lambda x: 0 * x}
+    first, several = (
+        np.array(predict(model, prompts, [[7] * length] * number, prompt_end_edits=changed)) for length in (1, number)
+    )
+    assert relative_error(several[:, 0], first[:, 0]) < 1e-5
+    assert relative_error(first, np.array(predict(model, prompts, [[7]] * number))) > 1e-3
 
 
 def test_steps_are_prefill_and_one_for_each_token(model):
