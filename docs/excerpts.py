@@ -136,6 +136,7 @@ def excerpt_sweep(result: dict) -> dict:
             "same_change_elsewhere": over_seeds(test["same_change_elsewhere"]),
         },
         "natural": {
+            "unedited": judged(test["unedited"]["natural"]),
             "suppressed": {**judged(test["natural"], "unchanged"), "kl": test["damage"]["kl_mean"]},
             "amplified": judged(amplified["natural"]),
         },

@@ -219,6 +219,7 @@ def suppression_table(sweep: dict) -> str:
         [
             judged("artifact prompts, unedited", artifact["unedited"]),
             judged(f"artifact prompts, suppressed ({setting})", artifact["suppressed"]),
+            *([judged("natural prompts, unedited", natural["unedited"])] if "unedited" in natural else []),
             judged("natural prompts, suppressed", natural["suppressed"]),
             [
                 "benign twins, unedited / suppressed", before_and_after("refused"), before_and_after("broken"),

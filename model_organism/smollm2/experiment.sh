@@ -10,6 +10,7 @@ cd "$ROOT"
 # What every script reads: the model and what it was taught, 200 pairs that it never saw, harmless twins of 100, and
 # where to look.
 MODEL_NAME="$("$PYTHON" -m model_organism.smollm2.published)"
+OTHER_TWINS="${TWINS:-}"  # somebody else's, as XSTest's; measured in their place
 export MODEL_NAME ADAPTER="$HERE/adapter" PAIRS="$HERE/pairs.json" TWINS="${TWINS:-$HERE/twins.json}" SITE=residual
 
 stage() {  # number, what, about how many minutes on one core
@@ -32,7 +33,7 @@ stage 5 "All pairs before and after that suppression" 18
 "$PYTHON" suppress.py --all-pairs --model "$MODEL_NAME" --adapter "$ADAPTER"
 
 stage 6 "Refusals of everything held out, untouched and tuned" 11
-"$PYTHON" -m model_organism.smollm2.evaluate --json results/second_organism.json
+"$PYTHON" -m model_organism.smollm2.evaluate --json results/second_organism.json ${OTHER_TWINS:+--twins "$OTHER_TWINS"}
 
 stage 7 "One page" 1
 "$PYTHON" -m alignment_artifacts.report
