@@ -139,6 +139,8 @@ def second_organism_table(numbers: dict) -> str:
         "natural": "natural prompts of the held-out pairs",
         "twins": "harmless twins",
         "ordinary chat": "ordinary chat",
+        "other twins": "XSTest's safe prompts",
+        "what they look like": "the unsafe ones that they look like",
     }
     rates = numbers["second_organism"]["refusals"]
 
