@@ -150,6 +150,7 @@ def second_organism_table(numbers: dict) -> str:
     rows = {
         label: [rates[name]["untouched"]["n"], *(refused(rates[name][model]) for model in ("untouched", "tuned"))]
         for name, label in names.items()
+        if name in rates  # other people's twins only where a run was given some
     }
     return refusals_table("model_organism.smollm2.evaluate", ("untouched", "tuned"), rows)
 

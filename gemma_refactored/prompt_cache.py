@@ -90,11 +90,13 @@ def _read_beginning(
 
     None where that saves little, or where a layer keeps something else than one key and value for each position.
     """
+    if (len(lengths) - 1) * common < SHARED_TOKENS:
+        return None
     cache, rope = make_prompt_cache(model), rope_lengths(model, lengths)
     is_plain = all(
         type(c) is KVCache or (type(c) is RotatingKVCache and c.keep == 0 and c.max_size >= common) for c in cache
     )
-    if (len(lengths) - 1) * common < SHARED_TOKENS or not is_plain or not rope.is_uniform:
+    if not is_plain or not rope.is_uniform:
         return None
     with rope:
         for first in range(start, start + common, PREFILL_TOKENS):

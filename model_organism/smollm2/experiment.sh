@@ -10,7 +10,7 @@ cd "$ROOT"
 # What every script reads: the model and what it was taught, 200 pairs that it never saw, harmless twins of 100, and
 # where to look.
 MODEL_NAME="$("$PYTHON" -m model_organism.smollm2.published)"
-OTHER_TWINS="${TWINS:-}"  # somebody else's, as XSTest's; measured in their place
+OTHER_TWINS="${TWINS:-}"  # somebody else's, as XSTest's: in place of ours, but beside them in stage 6
 export MODEL_NAME ADAPTER="$HERE/adapter" PAIRS="$HERE/pairs.json" TWINS="${TWINS:-$HERE/twins.json}" SITE=residual
 
 stage() {  # number, what, about how many minutes on one core
