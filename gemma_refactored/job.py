@@ -15,7 +15,7 @@ import numpy as np
 from .collection import Answer, Collection
 from .distributed import Team
 from .errors import UserError
-from .generation import Sampling, collect_answers, generate, length_sorted_batches
+from .generation import Sampling, collect_answers, generate
 from .model_loading import LoadedModel, find_embedding
 from .npz_files import NpzWriter
 from .progress import stage
@@ -91,15 +91,14 @@ def plan_batches(job: Job, loaded: LoadedModel, team: Team, grouped: bool) -> li
     the other would have.
     """
     size = job.batch_size
-    equal_lengths = size > 1 and not loaded.masks_padding
-    if equal_lengths:
+    if size > 1 and not loaded.masks_padding:
         log.info("Padding would change this model's numbers: only prompts of equal length share a batch.")
     shares_prompts = team.size > 1 and not job.shares_model
     if grouped:  # a flat collection shows its batches, so it keeps them as in a single run
         shares = job.part.size * (team.size if shares_prompts else 1)
         size = min(size, math.ceil(len(job.prompts) / shares))
     # A part is one of the whole job, complete or not: a run that continues finds the same part.
-    batches = job.part.share(list(enumerate(length_sorted_batches(job.token_ids, size, equal_lengths), 1)))
+    batches = job.part.share(list(enumerate(loaded.batches(job.token_ids, size), 1)))
     incomplete = [(number, batch) for number, batch in batches if any(map(job.is_pending, batch))]
     return list(team.share(incomplete)) if shares_prompts else incomplete
 

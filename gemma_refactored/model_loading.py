@@ -35,6 +35,7 @@ from .cpu_kernels import put_in_place, share_rotations
 from .distributed import shard
 from .errors import UserError
 from .files import is_anything, is_file
+from .generation import length_sorted_batches
 from .gguf_files import WEIGHTS, read_weights
 from .layout_corrections import correct_layout, translated_classes
 from .linux_cpu import share_work, warn_if_slow
@@ -90,6 +91,10 @@ class LoadedModel:
         Our own decoder sees to it (and the tests to that); of others we make sure, once.
         """
         return self.is_own or padding_is_harmless(self.model)
+
+    def batches(self, prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+        """`length_sorted_batches`; of prompts of one length where padding would change the model's numbers."""
+        return length_sorted_batches(prompts, size, equal_lengths=size > 1 and not self.masks_padding)
 
     def encode(self, texts: Sequence[str], chat_mode: bool = True) -> list[list[int]]:
         """Token ids of prompts in the model's chat format, or as plain text: `prompt_processing.encode_prompts`."""

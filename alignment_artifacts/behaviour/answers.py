@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from alignment_artifacts.edits.proof import Sequences
 from alignment_artifacts.edits.setting import NOTHING, Intervention
-from gemma_refactored.generation import PREFILL, Sampling, collect_answers, length_sorted_batches
+from gemma_refactored.generation import PREFILL, Sampling, collect_answers
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.thoughts import Marks, answer_text
 
@@ -88,7 +88,7 @@ def write_answers(
     """
     ends = loaded.end_tokens if end_tokens is None else end_tokens
     answers: list[list[int]] = [[] for _ in token_ids]
-    for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding):
+    for batch in loaded.batches(token_ids, BATCH_SIZE):
         rows = [token_ids[i] for i in batch]
         steps = intervention.generate(loaded, rows, max_tokens, sampling, ends, row_ids=batch)
         for i, tokens in zip(batch, collect_answers(steps, progress), strict=True):

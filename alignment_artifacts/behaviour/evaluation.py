@@ -17,7 +17,7 @@ from alignment_artifacts.edits.setting import NOTHING, Intervention
 from alignment_artifacts.rates import log_mean, paired_rates, rate
 from gemma_refactored.activation_capture import TEXTS_AT_ONCE
 from gemma_refactored.errors import UserError, shown
-from gemma_refactored.generation import Sampling, length_sorted_batches
+from gemma_refactored.generation import Sampling
 from gemma_refactored.model_loading import LoadedModel
 
 LOGIT_BYTES = 1 << 28  # of the logits of one pass
@@ -192,7 +192,7 @@ def log_probabilities(
     longest = max(map(len, behaviour.answers), default=1)
     size = int(np.clip(LOGIT_BYTES // (4 * longest * len(loaded.tokenizer)), 1, TEXTS_AT_ONCE))
     prompts = [behaviour.token_ids[i] for i in answered]
-    for batch in length_sorted_batches(prompts, size, equal_lengths=not loaded.masks_padding):
+    for batch in loaded.batches(prompts, size):
         rows = tuple(answered[i] for i in batch)
         compute = partial(_log_probabilities, loaded, behaviour, rows)
         plain = behaviour.sequences.keep(("logits", rows), partial(compute, NOTHING))

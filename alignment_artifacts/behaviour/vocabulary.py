@@ -18,12 +18,12 @@ from alignment_artifacts.edits.options import PROMPT_END, Setting
 from alignment_artifacts.edits.setting import NOTHING, Intervention, intervene
 from gemma_refactored.activation_capture import forward, layer_sites
 from gemma_refactored.errors import UserError
-from gemma_refactored.generation import length_sorted_batches
 from gemma_refactored.model_loading import LoadedModel
+
+from .evaluation import LOGIT_BYTES
 
 VOCABULARY = "vocabulary.json"  # among the results
 PROMPTS, TOKENS, RANDOM_DIRECTIONS = 8, 10, 2
-LOGIT_BYTES = 1 << 28  # of the logits of one pass
 
 
 def explain(
@@ -112,7 +112,7 @@ def lens(loaded: LoadedModel, vectors: np.ndarray) -> np.ndarray:
 def _next_word(loaded: LoadedModel, prompts: list[list[int]], intervention: Intervention) -> np.ndarray:
     """[vocabulary] logits behind prompts, less their mean over the vocabulary, mean over the prompts."""
     summed = []
-    for rows in length_sorted_batches(prompts, _rows_at_once(loaded), equal_lengths=not loaded.masks_padding):
+    for rows in loaded.batches(prompts, _rows_at_once(loaded)):
         logits = intervention.predict(loaded, [prompts[i] for i in rows], [[0]] * len(rows))
         summed.append(_centred(np.array(logits[:, 0].astype(mx.float32))).sum(axis=0))
     return np.sum(summed, axis=0) / len(prompts)

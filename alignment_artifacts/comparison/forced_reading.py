@@ -81,7 +81,7 @@ def _answers(
 ) -> list[list[int]]:
     """Unedited answers, batch by batch: those that are known or in the cache, the others written now."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for batch in length_sorted_batches(prompts, BATCH_SIZE, equal_lengths=not loaded.masks_padding):
+    for batch in loaded.batches(prompts, BATCH_SIZE):
         written, is_kept = _answers_of_batch(loaded, [prompts[i] for i in batch], max_tokens, known, cache)
         for i, answer in zip(batch, written, strict=True):
             answers[i] = answer

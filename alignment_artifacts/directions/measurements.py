@@ -47,7 +47,7 @@ from gemma_refactored.files import (
     write_json,
     write_safetensors,
 )
-from gemma_refactored.generation import collect_answers, collect_means, generate, length_sorted_batches
+from gemma_refactored.generation import collect_answers, collect_means, generate
 from gemma_refactored.job import check_context, mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.progress import stage
@@ -391,7 +391,7 @@ def _answer(
 ) -> None:
     """Run the model and keep every batch when it is done; batches kept earlier are not run again."""
     sites = [site for kind in kinds for site in layer_sites(loaded.model, kind)]
-    batches = length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding)
+    batches = loaded.batches(token_ids, BATCH_SIZE)
     total = len(token_ids) * COLLECTED_TOKENS
     with stage("measuring", total, "token", quiet=not show_progress) as advance:
         for number, batch in enumerate(batches, 1):
@@ -494,7 +494,7 @@ def activation_set(
     token_ids = [prompts[side] for prompts in measured.prompts for side in range(2)]
     shape = (len(measured.pairs), 2, COLLECTED_TOKENS + 1, len(names), loaded.hidden_size)
     values, valid = layers_first(shape, measured.folder), np.zeros(shape[:3], bool)
-    for batch in length_sorted_batches(token_ids, BATCH_SIZE, equal_lengths=not loaded.masks_padding):
+    for batch in loaded.batches(token_ids, BATCH_SIZE):
         pair, side = np.divmod(batch, 2)
 
         def kept(steps: Iterator, pair: np.ndarray = pair, side: np.ndarray = side) -> Iterator:

@@ -348,12 +348,14 @@ def measure_choice(bench: Bench, choice: Choice, controls: Iterable[int], progre
     random, elsewhere = [], []
     for seed in controls:
         random.append(bench.control(bench.random(setting, seed), sets))
+        progress(WHOLE_ANSWERS)
         moved = same_change_elsewhere(intervention, bench.loaded.hidden_size, seed)
         elsewhere.append(bench.control(moved, sets))
-        progress(2 * WHOLE_ANSWERS)
+        progress(WHOLE_ANSWERS)
     chosen = bench.outcome(intervention, sets)
+    progress(WHOLE_ANSWERS)
     amplified = bench.outcome(bench.intervention(choice.amplification), sets)
-    progress(2 * WHOLE_ANSWERS)
+    progress(WHOLE_ANSWERS)
     return Tested(
         bench.rows["test"], setting, choice.amplification, chosen, amplified, bench.outcome(NOTHING, sets),
         random, elsewhere, prove(bench.loaded, intervention, sets["artifact"].sequences),
