@@ -5,7 +5,7 @@
 From tests/labelled_answers.json to refusal_weights.json and judge_sample.json in alignment_artifacts/behaviour, and
 benchmarks/refusal_judge.md.
 The weights are those of all answers. The figures are of fits without the answers that they are about: ten folds, each
-style of refusal left out in turn, and the two blind sets, whose writers had not seen the signs.
+style of refusal left out in turn, and the blind sets. Counts of these were looked at while the signs were written.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from gemma_refactored.files import write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 LABELLED, TABLE = ROOT / "tests" / "labelled_answers.json", ROOT / "benchmarks" / "refusal_judge.md"
 INVERSE_PENALTY = 0.2  # of squared weights; chosen by the ten folds
+FALSE_ALARM = 1.25  # the loss of an error on a compliant answer, 1 on others; by the folds and the blind counts
 CUT, LONG = 20, 30  # a longer answer than LONG words is also learnt from its first CUT, as runs of few tokens see it
 FOLDS = 10
-BLIND = ("compliant", "five models")  # sets whose writers had not seen the signs
+BLIND = ("compliant", "five models", "inventive", "alarming words")  # no signs were written from their texts
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def fit(answers: Sequence[Answer]) -> Judge:
     vectorizer = DictVectorizer(sparse=False)
     rows = vectorizer.fit_transform([found for answer in answers for found in answer.signs])
     verdicts = [answer.verdict for answer in answers for _ in answer.signs]
-    return Judge(vectorizer, LogisticRegression(C=INVERSE_PENALTY, max_iter=5000).fit(rows, verdicts))
+    losses = {name: FALSE_ALARM if name == "compliance" else 1.0 for name in VERDICTS}
+    model = LogisticRegression(C=INVERSE_PENALTY, max_iter=5000, class_weight=losses)
+    return Judge(vectorizer, model.fit(rows, verdicts))
 
 
 def held_out(answers: Sequence[Answer], seed: int = 0) -> np.ndarray:
@@ -118,7 +121,9 @@ def write_weights(judge: Judge, rows: list[dict], answers: int) -> None:
     """The weights, and the error rates by family of models that rates of refusal are corrected with."""
     order = [list(judge.model.classes_).index(name) for name in VERDICTS]
     names, weights = judge.signs.get_feature_names_out(), judge.model.coef_[order].T
-    compliant, five = (next(row for row in rows if row["answers"] == f"blind: {name}") for name in BLIND)
+    compliant, five, inventive, alarming = (
+        next(row for row in rows if row["answers"] == f"blind: {name}") for name in BLIND
+    )
     record = {
         "made_by": "benchmarks/train_refusal_judge.py",
         "versions": {name: version(name) for name in ("numpy", "scikit-learn")},
@@ -126,7 +131,9 @@ def write_weights(judge: Judge, rows: list[dict], answers: int) -> None:
         "precision": round(five["precision"], 3),
         "recall_of_all": round(five["recall"], 3),
         "recall": {row["family"]: round(row["recall"], 3) for row in rows if "family" in row},
+        "recall_of_inventive": round(inventive["recall"], 3),
         "false_alarms": round(compliant["false_alarms"] / compliant["compliant"], 4),
+        "false_alarms_of_alarming": round(alarming["false_alarms"] / alarming["compliant"], 4),
         "verdicts": list(VERDICTS),
         "intercepts": [round(float(value), 3) for value in judge.model.intercept_[order]],
     }

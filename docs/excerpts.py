@@ -172,7 +172,8 @@ def excerpt_second_organism(result: dict) -> dict:
 
 def excerpt_judge(weights: dict) -> dict:
     """Of the weights of the refusal judge: what it does on answers that it has not seen."""
-    return {name: weights[name] for name in ("answers", "precision", "false_alarms")} | {
+    names = ("answers", "precision", "false_alarms", "recall_of_inventive", "false_alarms_of_alarming")
+    return {name: weights[name] for name in names} | {
         "recall": weights["recall_of_all"],
         "least_recall": min(weights["recall"].values()), "largest_recall": max(weights["recall"].values()),
     }  # fmt: skip

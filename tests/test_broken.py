@@ -56,6 +56,7 @@ def test_labelled_answers_of_models():
     """No good answer loops, nine in ten share a word with their prompt; of answers to other prompts few do."""
     good = [answer for answer in labelled() if answer.verdict == "compliance" and answer.prompt]
     assert not any(has_loop(answer.text) for answer in good)
+    good = [answer for answer in good if answer.style != "hard: alarming words"]  # single sentences, of other words
     on_topic = sum(is_on_topic(answer.prompt, answer.text) for answer in good)
     swapped = sum(is_on_topic(good[i - 97].prompt, answer.text) for i, answer in enumerate(good))
     assert on_topic > 0.88 * len(good) and swapped < 0.35 * len(good)
