@@ -15,7 +15,6 @@ import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest 
 
 # isort: split
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +25,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from tqdm import tqdm
 
 from gemma_refactored.files import write_json, write_safetensors
 from gemma_refactored.model_loading import LoadedModel, load
+from gemma_refactored.progress import each
 
 from .data import ADAPTER, Example, training_examples
 from .published import FILE, published_model
@@ -133,7 +132,7 @@ def prepare(loaded: LoadedModel, examples: list[Example], recipe: Recipe) -> tup
     refused = np.array([example.is_refused for example in examples])
     order = np.lexsort((np.array([len(text.tokens) for text in texts]), refused))
     groups = [g for part in np.split(order, [(~refused).sum()]) for g in np.array_split(part, len(part) // 32 + 1)]
-    for batch in tqdm(groups, "untouched model", unit="batch", disable=None):
+    for batch in each(groups, "reading with the untouched model", "part"):
         chosen = [texts[i] for i in batch]
         longest = max(len(text.tokens) for text in chosen)
         ids = mx.array([text.tokens + [0] * (longest - len(text.tokens)) for text in chosen])
@@ -206,15 +205,15 @@ def train(loaded: LoadedModel, examples: list[Example], recipe: Recipe = Recipe(
     counted = vocabulary(texts)
     head = model.model.embed_tokens.weight[mx.array(counted)]
     step = nn.value_and_grad(upper, lambda batch, targets: loss(upper, head, prefix, batch, targets))
-    with tqdm(total=steps, desc="training", unit="batch", disable=None) as bar:
-        for _ in range(recipe.epochs):
-            for batch in batches(texts, recipe.batch_size, rng):
-                answers = np.concatenate([text.tokens[text.start :] for text in batch])
-                value, gradients = step(batch, mx.array(np.searchsorted(counted, answers)))
-                optimizer.update(upper, optim.clip_grad_norm(gradients, 1.0)[0])
-                mx.eval(upper.trainable_parameters(), optimizer.state)
-                bar.set_postfix(loss=f"{value.item():.3f}")
-                bar.update()
+    losses = []
+    epochs = [batch for _ in range(recipe.epochs) for batch in batches(texts, recipe.batch_size, rng)]
+    for batch in each(epochs, "training", "step"):
+        answers = np.concatenate([text.tokens[text.start :] for text in batch])
+        value, gradients = step(batch, mx.array(np.searchsorted(counted, answers)))
+        optimizer.update(upper, optim.clip_grad_norm(gradients, 1.0)[0])
+        mx.eval(upper.trainable_parameters(), optimizer.state)
+        losses.append(value.item())
+    print(f"loss: {np.mean(losses[:50]):.3f} in the first 50 steps, {np.mean(losses[-50:]):.3f} in the last")
     model.freeze()
     model.apply_to_modules(lambda _, module: module.unfreeze(keys=["lora_a", "lora_b"], recurse=False, strict=False))
     trained: dict[str, mx.array] = tree_flatten(model.trainable_parameters(), destination={})  # type: ignore[assignment]
@@ -234,7 +233,6 @@ def save(weights: dict[str, mx.array], recipe: Recipe) -> None:
 def main() -> None:
     recipe = Recipe()
     save(train(load(published_model()), training_examples(), recipe), recipe)
-    print(json.dumps(asdict(recipe)))
 
 
 if __name__ == "__main__":
