@@ -72,7 +72,7 @@ test: setup
 fuzz: setup                # the property tests on new random examples, ten times as many as in `make test`
 	$(PYTHON) -m pytest -n 2 -m hypothesis --hypothesis-profile=fuzz
 
-bench:                     # collection compared with other libraries, about half an hour; they go into .venv-bench
+bench: setup               # collection compared with other libraries, about half an hour; they go into .venv-bench
 	@test -x .venv-bench/bin/python || python3 -m venv .venv-bench
 	.venv-bench/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements.txt
 	.venv-bench/bin/python -m benchmarks.collection_speed

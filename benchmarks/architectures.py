@@ -1,6 +1,6 @@
 """How long the collection takes on architectures of mlx-lm, beside transformers with hooks: part of `make bench`.
 
-The same job as in collection_speed.py on random models of other layouts, whole processes in turn. Writes
+The same job as in collection_speed.py on SmolLM2 and on random models of other layouts, whole processes in turn. Writes
 benchmarks/architectures.json and architectures.md.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from gemma_refactored.files import write_json
 
 from .collection_speed import HERE, Contender, disagreement, machine, run
-from .job import OTHER_SHAPES, make_job
+from .job import MODELS, make_job
 
 RESULTS, TABLE = HERE / "architectures.json", HERE / "architectures.md"
 OURS = Contender("ours", "ours")
@@ -70,10 +70,12 @@ def write_table(results: dict) -> None:
     TABLE.write_text(f"""\
 # Collection on architectures of mlx-lm
 
-Made by `make bench`; do not edit. 100 chat prompts x 20 greedy tokens, every layer's MLP output of every step saved, on
-random models, float32. {results["machine"]}. Seconds of whole processes, from the start of Python to its end;
-medians of {results["rounds"]} rounds, taken in turn. Last columns: what ours takes of transformers' best, how many
-answers agree and the largest difference of a saved activation relative to the largest value of its file.
+Made by `make bench`; do not edit. 100 chat prompts x 20 greedy tokens, every layer's MLP output of every step saved,
+float32. SmolLM2 is the published model, the others are random. {results["machine"]}.
+Seconds of whole processes, from the start of Python to its end, each in the environment that its installation makes
+(ours has no PyTorch). Medians, rounds taken in turn: {results["rounds"]}. Last columns: what ours takes of the best of
+transformers, how many answers agree, and the largest difference of a saved activation relative to the largest value of
+its file.
 
 | model | {heads} | ours takes | same answers, difference |
 | --- | {"---: | " * (len(labels) + 1)}--- |
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     models = {}
-    for name, shape in OTHER_SHAPES.items():
+    for name, shape in MODELS.items():
         with tempfile.TemporaryDirectory() as work:
             models[name] = measure(shape, arguments.rounds, Path(work))
         print(f"{name}: {share_of_best(models[name]):.2f} of transformers + hooks", flush=True)

@@ -1,7 +1,8 @@
-"""The job of the collection benchmark: 100 chat prompts x 20 greedy tokens on a random model.
+"""The job of the collection benchmark: 100 chat prompts x 20 greedy tokens.
 
-The shape is that of Gemma 3 270m with a vocabulary of 32,768 (121 M parameters), or one of OTHER_SHAPES; the prompts
-are this repository's 50 pairs in chat format, by the embedded model's tokenizer.
+The model is random, of the shape of Gemma 3 270m with a vocabulary of 32,768 (121 M parameters) or one of OTHER_SHAPES,
+with the embedded model's tokenizer; or it is SmolLM2 as published. The prompts are this repository's 50 pairs in chat
+format.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ OTHER_SHAPES = {
 }  # fmt: skip
 
 
+PUBLISHED = {"torch_dtype": "float32"}  # SmolLM2 itself: its shape comes with it
+MODELS = {"SmolLM2 135M": PUBLISHED, **OTHER_SHAPES}
+
+
 def model_folder(job: Path) -> Path:
     return job / "model"
 
@@ -73,10 +78,13 @@ def make_job(job: Path, shape: dict = GEMMA) -> None:
     from gemma_refactored.prompt_processing import encode_prompts, load_prompts
 
     model_folder(job).mkdir(parents=True)
-    _write_gemma(job) if shape is GEMMA else _write_by_transformers(job, shape)
-    (model_folder(job) / "config.json").write_text(json.dumps(shape))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "model_organism" / "aligned" / name, model_folder(job))
+    if shape is PUBLISHED:
+        _write_published(job)
+    else:
+        _write_gemma(job) if shape is GEMMA else _write_by_transformers(job, shape)
+        (model_folder(job) / "config.json").write_text(json.dumps(shape))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(ROOT / "model_organism" / "aligned" / name, model_folder(job))
 
     from transformers import AutoTokenizer
 
@@ -107,6 +115,24 @@ def _write_by_transformers(job: Path, shape: dict) -> None:
     values = {name: value for name, value in shape.items() if name != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(shape["model_type"], **values))
     model.save_pretrained(model_folder(job))
+
+
+def _write_published(job: Path) -> None:
+    """Its GGUF file, expanded to float32 by our loader, in the layout that transformers reads."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from gemma_refactored.model_loading import load
+    from model_organism.smollm2.published import published_model
+
+    loaded = load(published_model())
+    weights: dict[str, mx.array] = tree_flatten(loaded.model.parameters(), destination={})  # type: ignore[assignment]
+    mx.save_safetensors(str(model_folder(job) / "model.safetensors"), weights, {"format": "pt"})
+    loaded.tokenizer.save_pretrained(model_folder(job))
+    shape = {name: value for name, value in loaded.config.items() if name != "quantization"}
+    (model_folder(job) / "config.json").write_text(
+        json.dumps(shape | PUBLISHED | {"architectures": ["LlamaForCausalLM"]})
+    )
 
 
 def multiply_adds(job: Path) -> float:
