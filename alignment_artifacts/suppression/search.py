@@ -217,9 +217,12 @@ def drawback(trial: dict, fence: float, limits: Limits) -> float:
 
 
 def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: int) -> list[int]:
-    """Trials that no other beats in both loss and KL, least drawback first, then the rest; those that ended early last.
+    """Trials that no other beats in both loss and KL, in turn that of least drawback and that of least loss; then the
+    rest, those that ended early last.
 
-    A loss of a tenth of the fence is as good as none. Of settings that hardly differ only one.
+    Where no setting suppresses everything, the least drawback is that of doing nothing at no cost; the least loss has
+    the strongest that is not hopeless. A loss of a tenth of the fence is as good as none. Of settings that hardly
+    differ only one.
     """
     points = [(max(t["loss"], fence / 10), t["kl"]) for t in trials if t["loss"] is not None]
 
@@ -232,7 +235,9 @@ def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: 
         return (int(is_beaten), drawback(trial, fence, limits))
 
     chosen: dict[tuple, int] = {}
-    for number in sorted(range(len(trials)), key=rank):
+    order = sorted(range(len(trials)), key=rank)
+    strongest = sorted((n for n in order if rank(n)[0] == 0), key=lambda n: trials[n]["loss"])
+    for number in (n for both in itertools.zip_longest(order, strongest) for n in both if n is not None):
         setting = Setting.from_record(trials[number]["setting"])
         place = (setting.mode, setting.layers, setting.site, setting.positions, setting.where, setting.direction_layer)
         chosen.setdefault((*place, round(setting.scale, 1)), number)
