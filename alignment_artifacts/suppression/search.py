@@ -235,8 +235,9 @@ def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: 
         return (int(is_beaten), drawback(trial, fence, limits))
 
     chosen: dict[tuple, int] = {}
-    order = sorted(range(len(trials)), key=rank)
-    strongest = sorted((n for n in order if rank(n)[0] == 0), key=lambda n: trials[n]["loss"])
+    ranks = [rank(number) for number in range(len(trials))]
+    order = sorted(range(len(trials)), key=ranks.__getitem__)
+    strongest = sorted((n for n in order if ranks[n][0] == 0), key=lambda n: trials[n]["loss"])
     for number in (n for both in itertools.zip_longest(order, strongest) for n in both if n is not None):
         setting = Setting.from_record(trials[number]["setting"])
         place = (setting.mode, setting.layers, setting.site, setting.positions, setting.where, setting.direction_layer)

@@ -196,7 +196,8 @@ def train(loaded: LoadedModel, examples: list[Example], recipe: Recipe = Recipe(
         model, recipe.num_layers, {"rank": recipe.rank, "scale": recipe.scale, "dropout": 0.0, "keys": keys}
     )
     upper, rng = Upper(model, recipe.num_layers), np.random.default_rng(recipe.seed)
-    steps = recipe.epochs * (len(texts) // recipe.batch_size)
+    plan = [batch for _ in range(recipe.epochs) for batch in batches(texts, recipe.batch_size, rng)]
+    steps = len(plan)
     warm_up = 1 + steps // 20
     rise = optim.linear_schedule(0, recipe.learning_rate, warm_up)
     fall = optim.cosine_decay(recipe.learning_rate, steps - warm_up)
@@ -206,8 +207,7 @@ def train(loaded: LoadedModel, examples: list[Example], recipe: Recipe = Recipe(
     head = model.model.embed_tokens.weight[mx.array(counted)]
     step = nn.value_and_grad(upper, lambda batch, targets: loss(upper, head, prefix, batch, targets))
     losses = []
-    epochs = [batch for _ in range(recipe.epochs) for batch in batches(texts, recipe.batch_size, rng)]
-    for batch in each(epochs, "training", "step"):
+    for batch in each(plan, "training", "step"):
         answers = np.concatenate([text.tokens[text.start :] for text in batch])
         value, gradients = step(batch, mx.array(np.searchsorted(counted, answers)))
         optimizer.update(upper, optim.clip_grad_norm(gradients, 1.0)[0])
