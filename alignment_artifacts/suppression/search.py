@@ -37,12 +37,15 @@ if TYPE_CHECKING:
     from alignment_artifacts.suppression.sweep import Bench
 
 OPENING = 8  # tokens of an answer that a trial looks at
-# Times the limit of KL: the first words of an answer carry about twice the KL of its mean, and a trial beyond this
-# bar ends after its first pass. It is a plain bar because there is only one step for a pruner to go by.
+# The first words of an answer carry 1.2 to 2 times the KL of its mean, so that this many times the limit is within it.
+FIRST_WORDS = 1.5
+# Times the limit: a trial beyond this bar ends after its first pass. It is a plain bar because there is only one step
+# for a pruner to go by.
 HOPELESS = 4
 BROKEN_KL = 1e6  # of a model that an edit breaks so far that it predicts no numbers
 RANDOM_TRIALS = 20  # with those that every search begins with, before TPE proposes
-KL_WEIGHT, NO_KL = 0.5, 0.002  # of log KL against log loss; KL far below this share of the limit is as good as none
+# Of log KL against log loss, within the limit and beyond it; KL far below the share NO_KL of it is as good as none.
+KL_WEIGHT, EXCESS_WEIGHT, NO_KL = 0.1, 2.0, 0.002
 WHOLE_ANSWERS = 6  # trials that take as long as judging one setting by whole answers, about: for estimates
 FOLDER = "searches"  # of journals, among the measurements of the model
 
@@ -172,7 +175,7 @@ def search(
             progress(1)
         trials = _results(study)
         records = []
-        for number in most_promising(trials, look.fence, limits, space.generated):
+        for number in most_promising(trials, look.fence, limits, space.generated, louder):
             name = f"judged {number}"
             if is_new := name not in study.user_attrs:
                 setting = Setting.from_record(trials[number]["setting"])
@@ -205,25 +208,22 @@ def judge_setting(bench: Bench, setting: Setting, sets: dict[str, Behaviour]) ->
     return {"setting": setting.record(), **bench.evaluate(bench.intervention(setting), sets)}
 
 
-def drawback(trial: dict, fence: float, limits: Limits) -> float:
+def drawback(trial: dict, fence: float, limits: Limits, louder: bool = False) -> float:
     """What TPE minimises: openings first; below the fence, where no whole prompt is undecided, KL alone.
 
-    KL weighs so much that a setting with no effect and no cost, whose prompts are all at even odds, does not win
-    against one that leaves none of them undecided at the limit.
+    Within the limit KL weighs little: on real language, where hardly a setting suppresses everything, a search would
+    otherwise stay with those that do nothing at no cost. Never does doing nothing win against leaving no prompt
+    undecided. Beyond the limit KL weighs more than loss, except for amplification, which has no limit.
     """
     undecided = np.log(np.log(2) / fence)  # log of the number of prompts
-    weight = min(KL_WEIGHT, 0.95 * undecided / -np.log(NO_KL))
-    return float(np.log(max(trial["loss"], fence) / fence) + weight * np.log(trial["kl"] / limits.kl + NO_KL))
+    weight, kl = min(KL_WEIGHT, 0.95 * undecided / -np.log(NO_KL)), trial["kl"] / limits.kl
+    excess = 0 if louder else np.log(max(kl / FIRST_WORDS, 1))
+    return float(np.log(max(trial["loss"], fence) / fence) + weight * np.log(kl + NO_KL) + EXCESS_WEIGHT * excess)
 
 
-def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: int) -> list[int]:
-    """Trials that no other beats in both loss and KL, in turn that of least drawback and that of least loss; then the
-    rest, those that ended early last.
-
-    Where no setting suppresses everything, the least drawback is that of doing nothing at no cost; the least loss has
-    the strongest that is not hopeless. A loss of a tenth of the fence is as good as none. Of settings that hardly
-    differ only one.
-    """
+def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: int, louder: bool = False) -> list[int]:
+    """Trials that no other beats in both loss and KL, that of least drawback first; then the rest, those that ended
+    early last. A loss of a tenth of the fence is as good as none. Of settings that hardly differ only one."""
     points = [(max(t["loss"], fence / 10), t["kl"]) for t in trials if t["loss"] is not None]
 
     def rank(number: int) -> tuple:
@@ -232,13 +232,10 @@ def most_promising(trials: Sequence[dict], fence: float, limits: Limits, count: 
             return (2, trial["kl"])
         loss, kl = max(trial["loss"], fence / 10), trial["kl"]
         is_beaten = any(x <= loss and y <= kl and (x, y) != (loss, kl) for x, y in points)
-        return (int(is_beaten), drawback(trial, fence, limits))
+        return (int(is_beaten), drawback(trial, fence, limits, louder))
 
     chosen: dict[tuple, int] = {}
-    ranks = [rank(number) for number in range(len(trials))]
-    order = sorted(range(len(trials)), key=ranks.__getitem__)
-    strongest = sorted((n for n in order if ranks[n][0] == 0), key=lambda n: trials[n]["loss"])
-    for number in (n for both in itertools.zip_longest(order, strongest) for n in both if n is not None):
+    for number in sorted(range(len(trials)), key=rank):
         setting = Setting.from_record(trials[number]["setting"])
         place = (setting.mode, setting.layers, setting.site, setting.positions, setting.where, setting.direction_layer)
         chosen.setdefault((*place, round(setting.scale, 1)), number)
@@ -269,7 +266,7 @@ def _try(
     if kl <= (BROKEN_KL / 2 if look.louder else HOPELESS * limits.kl):
         kept = look.kept(bench.loaded, intervention)
         result |= {"kept": float(kept.mean()), "loss": look.loss(kept)}
-        state, value = optuna.trial.TrialState.COMPLETE, drawback(result, look.fence, limits)
+        state, value = optuna.trial.TrialState.COMPLETE, drawback(result, look.fence, limits, look.louder)
     if trial is None:
         study.add_trial(
             optuna.trial.create_trial(
@@ -369,7 +366,7 @@ def _study(bench: Bench, space: Space, limits: Limits, louder: bool) -> Iterator
         [[measured.prompts[i], measured.answers[i]] for part in ("training", "development") for i in bench.rows[part]],
         len(bench.rows["training"]), measured.sites, recorded(space), recorded(limits), bench.seed, bench.max_tokens,
         bench.score and bench.score.record()["source_hash"], bench.wish, louder, bench.edit_sinks,
-        [OPENING, HOPELESS, RANDOM_TRIALS, KL_WEIGHT, NO_KL, inspect.getsource(drawback)],
+        [OPENING, HOPELESS, FIRST_WORDS, RANDOM_TRIALS, KL_WEIGHT, EXCESS_WEIGHT, NO_KL, inspect.getsource(drawback)],
         inspect.getsource(setting_of),
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
