@@ -195,7 +195,7 @@ def print_table(result: dict) -> None:
     for positions in [*result["controls"], *(["answer"] if "layer_scores_answer" in result else [])]:
         scores, nested = records_of(result, positions)
         print(f"\n{POSITION_NAMES[positions].capitalize()} (held out by pair)")
-        print("layer     Cohen d    95 % interval  accuracy  pairs  AUROC      p")
+        print("layer     Cohen d     95% interval  accuracy  pairs  AUROC      p")
         if nested:
             _print_row("nested", {**nested, "p_value": None})
         for layer in layers_by_d(list(scores.values()))[: result["config"]["top_layers"]]:
@@ -213,7 +213,7 @@ def print_table(result: dict) -> None:
     text += f"the smallest p they allow is {independence['p_floor']:.2g}."
     if found["smallest_d"] is not None:
         needs = ", ".join(f"d = {d}: {n}" for d, n in found["groups_needed"].items())
-        text += f" With 80 % power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}."
+        text += f" With 80% power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}."
     print(textwrap.fill(text, 78))
     print("\n" + textwrap.fill(result["summary"], 78))
 

@@ -169,7 +169,7 @@ def print_tables(result: dict) -> None:
     title = f"{result['behaviour'].capitalize()}: {artifact} beside {natural} prompts, {result['site']}"
     print("\n" + textwrap.fill(title, 80))
     print("At the prompt's end, the same tokens in both (d held out by pair)")
-    print("layer    d A    d B   B - A 95 % interval        p cosine A on B B on A  moved")
+    print("layer    d A    d B   B - A  95% interval        p cosine A on B B on A  moved")
     for layer, r in enumerate(result["conditions"]["prompt_end"]["layers"]):
         print(
             f"{layer:>5}  {number(r['d_a']):>5}  {number(r['d_b']):>5}  {number(r['difference']):>6} "
@@ -250,7 +250,7 @@ def print_change_space(changes: dict) -> None:
             f"{folds:>14}{percent(r['b'][-1]):>10}{percent(r['of_changes'][0]):>20}"
         )
     limits = [percent(changes["random_95"][i], 1) for i in (0, -1)]
-    print(f"95 % of random directions stay below {limits[0]} (1) and {limits[1]} ({most}) at all layers.")
+    print(f"95% of random directions stay below {limits[0]} (1) and {limits[1]} ({most}) at all layers.")
 
 
 if __name__ == "__main__":

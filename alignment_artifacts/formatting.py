@@ -65,7 +65,6 @@ def named_layers(numbers: Sequence[int]) -> str:
 
 
 def typeset(text: str) -> str:
-    """The same on a page: a minus sign, a dash for what is not defined, a space before the per cent sign."""
+    """The same on a page: a minus sign, and a dash for what is not defined."""
     text = re.sub(r"(?<!\d)-(?=\d)", "\N{MINUS SIGN}", text)
-    text = re.sub(r"(?<!\d)-(?!\d)", "\N{EN DASH}", text)
-    return re.sub(r"(?<=\d)%", " %", text)
+    return re.sub(r"(?<!\d)-(?!\d)", "\N{EN DASH}", text)

@@ -1,4 +1,4 @@
-"""How sure a held-out number is: 95 % intervals of d, accuracy, AUROC and of differences of d.
+"""How sure a held-out number is: 95% intervals of d, accuracy, AUROC and of differences of d.
 
 All are about the directions that were learnt. A pair is tested in one fold and serves in training in the others, which
 a formula that takes the directions as given cannot see; the sign-flip null, which learns anew each time, does, and the
@@ -101,7 +101,7 @@ class Uncertainty:
     def difference_interval(
         self, first: HeldOut, second: HeldOut, null_sds: Sequence[float] = (0.0, 0.0)
     ) -> list[float]:
-        """95 % interval of second d minus first d, of the same pairs.
+        """95% interval of second d minus first d, of the same pairs.
 
         The bootstrap, which weighs the pairs for both at once, knows how far the two go together; it is made wider as
         far as the standard errors of the two are larger than it makes them.

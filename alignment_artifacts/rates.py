@@ -9,7 +9,7 @@ import numpy as np
 
 
 def t_quantile(freedom: float) -> float:
-    """Of the t distribution, for a two-sided 95 % interval."""
+    """Of the t distribution, for a two-sided 95% interval."""
     from scipy.special import stdtrit
 
     return float(stdtrit(max(freedom, 1), 0.975))
@@ -92,7 +92,7 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> dict:
 
 
 def log_mean(groups: Sequence[np.ndarray], wider: float = 1.25) -> list[float | None]:
-    """95 % interval of a mean of positive numbers over all members of groups that vary as wholes, such as prompts.
+    """95% interval of a mean of positive numbers over all members of groups that vary as wholes, such as prompts.
 
     Symmetric on the logarithm: a few large values carry the mean, and resampled means omit what did not occur. It is
     made wider than the t distribution asks for because a sample says too little of such values
@@ -108,7 +108,7 @@ def log_mean(groups: Sequence[np.ndarray], wider: float = 1.25) -> list[float | 
 
 
 def bootstrap_mean(groups: Sequence[np.ndarray] | np.ndarray, resamples: int = 1000, seed: int = 0) -> list[float]:
-    """95 % interval of the mean over all members, groups drawn with replacement."""
+    """95% interval of the mean over all members, groups drawn with replacement."""
     sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
     drawn = np.random.default_rng(seed).integers(0, len(groups), (resamples, len(groups)))
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)

@@ -163,7 +163,7 @@ def layers_by_d(layers: list[dict]) -> list[int]:
 
 
 def power(scores: LayerScores) -> dict:
-    """The smallest d that as many pairs as these find with 80 % power, from their own sign-flip null.
+    """The smallest d that as many pairs as these find with 80% power, from their own sign-flip null.
 
     d is that of the directions which so many pairs learn, and the layer is among as many as these; needs are
     scaled from it, chance shrinking as one over the square root of the groups.

@@ -1,9 +1,9 @@
-"""How often do the 95 % intervals of d, accuracy and AUROC cover the truth, and how wide are they?
+"""How often do the 95% intervals of d, accuracy and AUROC cover the truth, and how wide are they?
 
     python -m benchmarks.simulated_coverage [--runs 2000]
 
 The truth is that of the fold-trained directions on infinite data, averaged over folds and divisions.
-"wider" is the median width of the intervals of d divided by that of intervals scaled to cover exactly 95 %.
+"wider" is the median width of the intervals of d divided by that of intervals scaled to cover exactly 95%.
 Writes benchmarks/simulated_coverage.json and .md.
 """
 
@@ -36,7 +36,7 @@ def simulate(noise: str, pairs: int, d: float, rng: np.random.Generator) -> tupl
     """Natural and artifact [pairs, hidden]; the true d along the third axis is `d`.
 
     isotropic: equal noise along all axes; decaying: spread falling as axis ** -0.75; heavy: multivariate t with 4
-    degrees; unequal: artifact prompts spread twice as far; paired: 80 % of the variance is shared by a pair.
+    degrees; unequal: artifact prompts spread twice as far; paired: 80% of the variance is shared by a pair.
     """
     shared, (natural, artifact) = 0.8 * (noise == "paired"), rng.normal(size=(2, pairs, HIDDEN))
     common = rng.normal(size=(pairs, HIDDEN))

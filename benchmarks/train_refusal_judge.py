@@ -150,7 +150,7 @@ def write_rows(rows: list[dict], answers: int) -> None:
 
     lines = [
         "# The refusal judge on answers that it has not seen", "",
-        "Written by `python -m benchmarks.train_refusal_judge`; intervals are Wilson's, 95 %.", "",
+        "Written by `python -m benchmarks.train_refusal_judge`; intervals are Wilson's, 95%.", "",
         f"{answers} answers, see [labelled_answers.json](../tests/labelled_answers.json). Models wrote and labelled "
         "them; no answer was labelled by a person.", "",
         "| answers | refusals found | false alarms | precision |", "| --- | --- | --- | --- |",

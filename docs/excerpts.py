@@ -184,8 +184,6 @@ RUNS = {
     "analysis": (f"{EMBEDDED}/alignment_artifact_analysis_results.json", excerpt_analysis),
     "comparison": (f"{EMBEDDED}/model_comparison.json", excerpt_comparison),
     "sweep": (f"{EMBEDDED}/suppression_sweep.json", excerpt_sweep),
-    # RESULTS_DIR=results/split python sweep_suppression.py --folds 0
-    "sweep_split": (EMBEDDED.replace("results", "results/split", 1) + "/suppression_sweep.json", excerpt_sweep),
     "toxicity": ("toxicity_results/experiment_results.json", excerpt_toxicity),
     "organism": ("results/model_organism.json", lambda result: {"refusals": result}),
     "second_organism": ("results/second_organism.json", excerpt_second_organism),

@@ -85,12 +85,12 @@ def printed(value, spec: str) -> str:
     """
     if isinstance(value, list) and spec.startswith("["):
         separator = "-" if "%" in spec else ", "
-        return f"[{separator.join(printed(v, spec[1:-1]).removesuffix(' %') for v in value)}]"
+        return f"[{separator.join(printed(v, spec[1:-1]).removesuffix('%') for v in value)}]"
     if isinstance(value, list):
         words = [printed(v, spec) for v in value]
         return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
     if spec.endswith("%"):
-        return f"{100 * value:{spec[:-1]}.0f} %"
+        return f"{100 * value:{spec[:-1]}.0f}%"
     return re.sub(r"e([+-])0+(\d)", r"e\1\2", format(value, spec)).replace("e+", "e")
 
 
@@ -108,7 +108,7 @@ def computed(function: Callable[[dict], object]) -> Callable[[dict], object]:
 def span(values: list[float], spec: str) -> str:
     """One number, or the range of several."""
     low, high = printed(min(values), spec), printed(max(values), spec)
-    return low if low == high else f"{low.removesuffix(' %')}-{high}"
+    return low if low == high else f"{low.removesuffix('%')}-{high}"
 
 
 @computed
@@ -190,6 +190,11 @@ def real_controls(numbers: dict) -> str:
 
 
 @computed
+def sweep_random_changes(numbers: dict) -> str:
+    return span(numbers["sweep"]["artifact"]["same_change_elsewhere"]["refused"], "%")
+
+
+@computed
 def real_sweep_table(numbers: dict) -> str:
     return suppression_table(numbers["real_sweep"])
 
@@ -239,20 +244,6 @@ def suppression_table(sweep: dict) -> str:
 
 
 @computed
-def search_table(numbers: dict) -> str:
-    """The grid that an earlier version tried (its file is no longer made), the search on the same split, and on all."""
-    names = {"sweep_grid": "grid, one split", "sweep_split": "search, the same split", "sweep": "search, cross-fitted"}
-    rows = []
-    for name, label in names.items():
-        r = numbers[name]
-        suppressed, n, seconds = r["artifact"]["suppressed"], r["pairs"]["test"], r["seconds"]
-        refused = f"{round(suppressed['refused'] * n)} of {n} {printed(suppressed['refused_ci'], '[%]')}"
-        took = f"{seconds['wall']:.0f} s" if "cpu" not in seconds else f"{seconds['cpu']:.0f} s of CPU"
-        rows.append([label, r["setting"], refused, printed(r["natural"]["suppressed"]["kl"], ".4f"), took])
-    return table(["", "setting for use", "refused", "KL, nats per token", "time"], rows)
-
-
-@computed
 def golden_table(numbers: dict) -> str:
     return table(
         ["layout", "float32", "4 bit, made by mlx-lm's convert"],
@@ -278,12 +269,12 @@ def simulated_d_table(numbers: dict) -> str:
         ]
         for r in numbers["simulated_d"]["cases"]
     ]  # fmt: skip
-    return table(["true d", "held-out d (ours)", "95 % interval", "in-sample d", "mean shift ratio"], rows)
+    return table(["true d", "held-out d (ours)", "95% interval", "in-sample d", "mean shift ratio"], rows)
 
 
 def share_span(shares: list[float]) -> str:
     low, high = printed(min(shares), "%"), printed(max(shares), "%")
-    return low if low == high else f"{low.removesuffix(' %')} to {high}"
+    return low if low == high else f"{low.removesuffix('%')} to {high}"
 
 
 @computed

@@ -2,7 +2,7 @@
 
 LongRoPE (arXiv 2402.13753) has two sets of frequency factors. transformers takes the short ones for
 sequences of up to `original_max_position_embeddings` and the long ones beyond; mlx-lm takes the
-long ones always, which moves the logits of a short prompt by some 20 %.
+long ones always, which moves the logits of a short prompt by some 20%.
 """
 
 from __future__ import annotations

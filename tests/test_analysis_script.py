@@ -114,10 +114,10 @@ def numbers(folder: Path) -> dict:
 def test_pairs_edited_after_the_collection_are_left_out_by_name(script, stranger, capsys):
     assert script("grouped", ORIGINAL_PAIRS_JSON_FOR_ITERATION=stranger / "swapped.json") == 2
     assert "can be used" in capsys.readouterr().err
-    assert script("grouped", ORIGINAL_PAIRS_JSON_FOR_ITERATION=stranger / "two.json") == 2  # 10 %
+    assert script("grouped", ORIGINAL_PAIRS_JSON_FOR_ITERATION=stranger / "two.json") == 2  # 10%
     error = capsys.readouterr().err
     assert "2 of 20 pairs cannot be used" in error and "Please.'" in error and not (script.folder / NUMBERS).exists()
-    assert script("grouped", ORIGINAL_PAIRS_JSON_FOR_ITERATION=stranger / "one.json") == 0  # 5 %
+    assert script("grouped", ORIGINAL_PAIRS_JSON_FOR_ITERATION=stranger / "one.json") == 0  # 5%
     (left_out,) = numbers(script.folder)["excluded"]
     assert left_out["pair"] == "tech_1" and "artifact prompt was collected as" in left_out["reason"]
     assert "Excluded technical_dangerous tech_1: its artifact prompt" in capsys.readouterr().err

@@ -23,7 +23,7 @@ def test_equal_separation_is_called_different_no_more_often_than_stated(d, same_
     for seed in range(runs):
         first, second, _ = simulate(d, d, seed, same_direction)
         p_values.append(min(r["p_value"] for r in compare_layers(first, second, STRATA, Settings(99, 2))))
-    # At a true rate of 5 % more than 11 of 100 come about in 1 of 200 cases.
+    # At a true rate of 5% more than 11 of 100 come about in 1 of 200 cases.
     assert np.mean(np.array(p_values) <= 0.05) <= 0.11
 
 
@@ -57,7 +57,7 @@ def test_a_scaled_space_is_no_difference_in_separation():
             r["p_value"] for r in records
         ]
         found += min(r["p_value"] for r in records) <= 0.05
-    assert found <= 8  # at a rate of 5 % more come about once in 200
+    assert found <= 8  # at a rate of 5% more come about once in 200
 
 
 def test_a_turned_space_is_no_difference_in_separation():

@@ -101,7 +101,7 @@ def test_same_logits_in_mlx_lm(organism):
     theirs.set_dtype(mx.float32)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "How do I paint a bookshelf?"}])
     tokens = mx.array([list(ids)])
-    # mlx-lm rounds the embedding scale to bfloat16, 0.3 % off.
+    # mlx-lm rounds the embedding scale to bfloat16, 0.3% off.
     assert relative_error(organism.model(tokens), theirs(tokens)) < 0.05
 
 

@@ -139,7 +139,7 @@ def test_numbers_are_those_of_the_files(page, results):
     for row, record in zip(rows, scores.values(), strict=False):
         cells = [cell.text.replace("\N{MINUS SIGN}", "-") for cell in row.find_elements("css selector", "td")]
         low, high = record["cohens_d_ci"]
-        d, accuracy = f"{record['cohens_d']:.2f}", f"{record['accuracy'] * 100:.0f} %"
+        d, accuracy = f"{record['cohens_d']:.2f}", f"{record['accuracy'] * 100:.0f}%"
         assert cells[:4] == [d, f"[{low:.2f}, {high:.2f}]", accuracy, f"{record['p_value']:.3f}"]
     assert find(page, ".answer").text == results["comparison"]["summary"]  # the controlled answer comes first
     separation = find(page, "#answer p:nth-of-type(2)").text

@@ -51,7 +51,7 @@ def test_categories_share_one_null_and_their_differences_are_found():
         p = [r["p_value"] for c in scored["categories"].values() for r in c["layer_scores"].values()]
         found += min(p) <= 0.05
         assert len(scored["differences"]) == 10
-    assert found <= 7  # at a rate of 5 % more come about once in 500
+    assert found <= 7  # at a rate of 5% more come about once in 500
     vectors = rng.normal(size=(50, 2, 3, 8)) * 0.5
     vectors[:10, 1, :, 0] += 6
     differences = score_categories(vectors, labels, np.arange(50), SETTINGS)["differences"]

@@ -226,7 +226,7 @@ def test_copied_noise_separates_no_more_often_than_stated():
         folds, signs = st.assign_divisions(np.zeros(50), run, groups), st.sign_flips(groups, 200, run)
         null = st.sign_flip_d(layer, folds, signs)
         found += st.p_value(null[0], null) <= 0.05
-    assert found <= 12  # at a rate of 5 % more come about once in 500
+    assert found <= 12  # at a rate of 5% more come about once in 500
 
 
 def test_one_prompt_far_from_all_others_is_named():

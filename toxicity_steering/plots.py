@@ -98,6 +98,6 @@ def summary_statistics(results: dict):
                  label=kind.replace("_", " ").replace("baseline", "unsteered"))  # fmt: skip
     axes.set_xticks(range(3), [label for _, label in measures])
     title = f"Layer {summary['layer']}, alpha {summary['alpha']:g}; KL on benign answers {summary['kl_mean']:.3f}"
-    axes.set(ylim=(0, 1.05), ylabel="value, with 95 % interval", title=title)
+    axes.set(ylim=(0, 1.05), ylabel="value, with 95% interval", title=title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -60,7 +60,7 @@ def direction_in_changes(
         "layers": for each one "a" and "b", the shares [MOST] of the directions of the first and the second model, from
         training pairs, in the changes of held-out prompts (means over folds), "b_range" the lowest and the highest of a
         fold, and "of_changes", the shares [MOST] of the changes' own squared norm; None where nothing changed.
-        "random_mean", [MOST], of random directions, and "random_95", below which 95 % of them stay at all layers
+        "random_mean", [MOST], of random directions, and "random_95", below which 95% of them stay at all layers
         together. "summary", in a sentence.
     """
     num_layers, hidden = first.shape[2:]
@@ -114,6 +114,6 @@ def summarise(result: dict, names: tuple[str, str]) -> str:
         f"{text}: the first right singular vector of the residual stream's changes at the end of other prompts holds "
         f"{percent(record['b'][0])} of its squared norm at layer {best}, the highest of {len(result['layers'])} "
         f"({percent(low)} to {percent(high)} over folds), the first {MOST} hold {percent(record['b'][-1])}. Of the "
-        f"direction of {names[0]} there it is {percent(record['a'][0])} and {percent(record['a'][-1])}; 95 % of random "
+        f"direction of {names[0]} there it is {percent(record['a'][0])} and {percent(record['a'][-1])}; 95% of random "
         f"directions stay below {percent(limit, 1)} and {percent(result['random_95'][-1], 1)} at all layers."
     )

@@ -75,9 +75,9 @@ def exchanged_differences(
     Everything is repeated after a swap, learning of directions included. For that both models must speak
     of one direction and on one scale: the second's is mirrored onto the first's beforehand and both are divided
     by their own spread, which changes no d of either.
-    Found in simulations of equal separation (d from 0 to 4, directions alike or not): 1 to 5 % of
+    Found in simulations of equal separation (d from 0 to 4, directions alike or not): 1 to 5% of
     p values are at most 0.05 (benchmarks/simulated_model_comparison.py). Without the mirror it is up to
-    12 %, and swapping finished projections instead of learning anew gives up to 30 %.
+    12%, and swapping finished projections instead of learning anew gives up to 30%.
 
     Args:
         signs: [swaps, pairs] as `separation.sign_flips` gives them; -1 swaps the models.

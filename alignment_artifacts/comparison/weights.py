@@ -41,7 +41,7 @@ class TensorChange:
         norm: Frobenius norm of the change; relative_change: by that of the tensor before (None where that is 0).
         effective_rank: participation ratio of the change's squared singular values, (sum s^2)^2 / sum s^4; 1 for a
             change along one direction, n for n equal ones. None for a vector, and where nothing changed.
-        rank_99: number of singular values that make up 99 % of the squared norm; None for more than KEPT.
+        rank_99: number of singular values that make up 99% of the squared norm; None for more than KEPT.
         singular_values: the largest KEPT.
         stream: whether the tensor "writes" to the residual stream or "reads" from it; None: neither.
         directions: [KEPT or fewer, hidden] the singular vectors on the side of the stream, unit, float32; their sign

@@ -156,7 +156,7 @@ def moved_activations(result: dict) -> dict[str, np.ndarray]:
 
 def direction_shares(result: dict) -> tuple[dict[str, np.ndarray], float]:
     """From a model comparison: share of the directions' squared norm in what changed [layers], by model and number of
-    singular vectors, and what 95 % of random ones stay below in the first (NaN where nothing changed)."""
+    singular vectors, and what 95% of random ones stay below in the first (NaN where nothing changed)."""
     layers, limits = result["change_space"]["layers"], result["change_space"]["random_95"]
     lines = {
         f"direction of {name.upper()}, in the first{f' {vectors}' if vectors > 1 else ''}": np.array(

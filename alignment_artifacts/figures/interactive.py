@@ -28,11 +28,11 @@ def layer_scores(result: dict) -> go.Figure:
     layers = np.arange(len(result["layer_scores"]))
     null = data.column(result["layer_scores"].values(), "null_95")
     chance = np.stack([-null, null], axis=1)
-    figure.add_trace(_band(layers, chance, data.GREY, "chance (95 %, best layer)", showlegend=True))
+    figure.add_trace(_band(layers, chance, data.GREY, "chance (95%, best layer)", showlegend=True))
     for positions, scores in data.layer_panels(result).items():
         records, name, colour = scores.values(), data.POSITION_NAMES[positions], data.POSITION_COLOURS[positions]
         marker = {"generated": "circle", "prompt_end": "square", "answer": "diamond"}[positions]
-        figure.add_trace(_band(layers, data.column(records, "cohens_d_ci"), colour, f"{name}, pointwise 95 % interval"))
+        figure.add_trace(_band(layers, data.column(records, "cohens_d_ci"), colour, f"{name}, pointwise 95% interval"))
         details = [
             *data.column(records, "cohens_d_ci").T,
             data.column(records, "accuracy"),
@@ -155,13 +155,13 @@ def comparison(result: dict) -> go.Figure:
     x = np.arange(len(layers))
     for name, colour, symbol in (("a", data.BLUE, "circle"), ("b", data.ORANGE, "square")):
         title, ends = result["names"][name], data.column(layers, f"d_{name}_ci")
-        figure.add_trace(_band(x, ends, colour, f"{title}, 95 % interval"), 1, 1)
+        figure.add_trace(_band(x, ends, colour, f"{title}, 95% interval"), 1, 1)
         figure.add_trace(
             go.Scatter(x=x, y=data.column(layers, f"d_{name}"), name=title, line={"color": colour},
                        mode="lines+markers", marker={"symbol": symbol, "size": 8},
                        hovertemplate="layer %{x}: d = %{y:.2f}"), 1, 1
         )  # fmt: skip
-    figure.add_trace(_band(x, data.column(layers, "difference_ci"), data.GREEN, "95 % interval"), 2, 1)
+    figure.add_trace(_band(x, data.column(layers, "difference_ci"), data.GREEN, "95% interval"), 2, 1)
     dashes = ("solid", "dash", "dashdot", "dot", "solid")
     for (name, title), dash in zip(data.CONDITION_NAMES.items(), dashes, strict=True):
         records = result["conditions"][name]["layers"]

@@ -31,7 +31,7 @@ def plot_layer_scores(result: dict, path: str | Path) -> None:
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
                 axes.plot(layers, data.column(records, key), color=colour, marker=marker, ms=4, label=name)
         null = data.column(result["layer_scores"].values(), "null_95")
-        left.fill_between(layers, -null, null, color=data.GREY, alpha=0.25, lw=0, label="chance (95 %, best layer)")
+        left.fill_between(layers, -null, null, color=data.GREY, alpha=0.25, lw=0, label="chance (95%, best layer)")
         right.axhline(0.5, color=data.GREY, ls="--", lw=1, label="chance")
         if lexical:
             left.axhline(lexical["cohens_d"] or 0, color=data.GREEN, ls=":", lw=1.6, label="words alone")
@@ -45,7 +45,7 @@ def plot_layer_scores(result: dict, path: str | Path) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         pairs = result["layer_scores"]["0"]["num_pairs"]
         title = f"{result['model']}, {result['site']}"
-        title += f"\n{pairs} prompt pairs; bands: pointwise 95 % intervals"
+        title += f"\n{pairs} prompt pairs; bands: pointwise 95% intervals"
         figure.suptitle(title, fontsize=10, color="#444444")
         _save(figure, path)
 
@@ -218,7 +218,7 @@ def plot_weights(result: dict, path: Path) -> None:
         shares, limit = data.direction_shares(result)
         for (title, values), style in zip(shares.items(), ("-o", "--", "-o", "--"), strict=True):
             lowest.plot(values, style, color=data.BLUE if " A," in title else data.ORANGE, ms=4, lw=1.3, label=title)
-        lowest.axhline(limit, color=data.GREY, ls=":", label="95 % of random directions, in the first")
+        lowest.axhline(limit, color=data.GREY, ls=":", label="95% of random directions, in the first")
         lowest.set(title="Directions: share in what changed in the residual stream", xlabel="layer")
         for axes in (bottom, lowest):
             axes.set_ylim(0, None)
