@@ -202,9 +202,9 @@ def print_table(result: dict) -> None:
             _print_row(str(layer), scores[str(layer)])
         if control := result["controls"].get(positions):
             _print_row("LDA", {**control["lda"], "p_value": None})
-    print("\nWithout any model")
+    print("\nFrom the prompts' words and lengths alone")
     for kind, record in result["word_baselines"].items():
-        _print_row(kind.replace("mean difference", "words"), record)
+        _print_row(kind.replace("mean difference", "embed"), record)
     if result["length_baseline"]:
         _print_row("length", result["length_baseline"])
     print(f"nested: layer chosen inside the folds; pairs: {result['sides'][1]} above its own partner")
@@ -215,7 +215,8 @@ def print_table(result: dict) -> None:
         needs = ", ".join(f"d = {d}: {n}" for d, n in found["groups_needed"].items())
         text += f" With 80% power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}."
     print(textwrap.fill(text, 78))
-    print("\n" + textwrap.fill(result["summary"], 78))
+    for paragraph in result["summary"].splitlines():
+        print("\n" + textwrap.fill(paragraph, 78))
 
 
 def _print_row(name: str, record: dict) -> None:

@@ -60,7 +60,7 @@ class Constants:
     pairs_json: Path
     """the matched prompt pairs"""
     twins: Path | None
-    """prompts that look like artifact prompts and are none: JSON, or XSTest's CSV (default: of the built-in pairs)"""
+    """prompts that look like artifact prompts but are not: JSON, or XSTest's CSV (default: of the built-in pairs)"""
     site: Site
     """where activations are compared"""
     neutral_text: str
@@ -166,7 +166,7 @@ def print_tables(result: dict) -> None:
     from alignment_artifacts.scores import is_significant
 
     natural, artifact = result["sides"]
-    title = f"{result['behaviour'].capitalize()}: {artifact} beside {natural} prompts, {result['site']}"
+    title = f"{result['behaviour'].capitalize()}: {artifact} and {natural} prompts, {result['site']}"
     print("\n" + textwrap.fill(title, 80))
     print("At the prompt's end, the same tokens in both (d held out by pair)")
     print("layer    d A    d B   B - A  95% interval        p cosine A on B B on A  moved")
@@ -189,7 +189,7 @@ def print_tables(result: dict) -> None:
         print(f"{layer:>5} " + "".join(f"{number(r['difference']) + m:>16}" for r, m in zip(cells, marks, strict=True)))
     print("\nLearnt on one contrast, tested on another: d (accuracy)")
     sources = result["transfer"]
-    print(f"{'':<38}" + "".join(f"{title:>14}" for title in ("model A", "model B", "words alone")))
+    print(f"{'':<38}" + "".join(f"{title:>14}" for title in ("model A", "model B", "embeddings")))
     for cell in next(iter(sources.values())):
         found = [records[cell] for records in sources.values()]
         shares = [f"{number(r['cohens_d'])} ({percent(r['accuracy'])})" for r in found]

@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--categories", metavar="A,B", help="learn directions from these categories of pairs only")
     add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
     add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
-    add("--transfer", action="store_true", help="the directions may be of a relative: same type, same shape")
+    add("--transfer", action="store_true", help="allow directions of a related model (same type and shape)")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
     add(
         "--score",

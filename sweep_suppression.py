@@ -55,7 +55,7 @@ SUPPRESSION = Space(
 AMPLIFICATION = Space(scales={"add": (0.1, 2.0)}, where=("prompt_end", "everywhere"), trials=10, generated=2)
 LIMITS = Limits(kl=0.05, changed=1.0)
 SCORE = None  # None: refusal; "words:A,B", or a function (prompt, answer) -> number as "FILE.py:FUNCTION"
-WISH = "lower"  # where the score's mean on artifact prompts is to go: "lower" or "higher"
+WISH = "lower"  # desired change of the score's mean on artifact prompts: "lower" or "higher"
 RANDOM_CONTROLS = 5
 EDIT_SINKS = False  # True: edit attention sinks too
 
@@ -90,7 +90,7 @@ class Constants:
     """what is measured of an answer: refusal, words:A,B, or FILE.py:FUNCTION (prompt, answer) -> number; None: refusal
     for pairs that are about it"""
     wish: Wish
-    """where its mean on artifact prompts is to go"""
+    """desired change of its mean on artifact prompts"""
     results_dir: Path
     """where numbers and figure go"""
     suppression: Space
@@ -282,7 +282,7 @@ def print_tables(result: dict) -> None:
     _print_test(f"amplified (add), {first}", louder["natural"], louder["damage"])
     unedited, suppressed = (named_range(of["artifact"]["refused_corrected"]) for of in (test["unedited"], test))
     text = (
-        f"With the judge's own errors, which differ by family of models, {unedited} were refused unedited and "
+        f"Corrected for the judge's errors, which differ by family of models, {unedited} were refused unedited and "
         f"{suppressed} suppressed (docs/suppression.md)."
     )
     print(textwrap.fill(text, 80))
@@ -291,7 +291,7 @@ def print_tables(result: dict) -> None:
 
 
 def described_monitor(site: str, monitor: dict, sides: Sequence[str]) -> str:
-    """How well refusals are foretold, of which prompts."""
+    """How well refusals are predicted, of which prompts."""
 
     def told(name: str, of: dict) -> str:
         counts = f"{of['refused']} refused, {of['answered']} answered"
@@ -302,7 +302,7 @@ def described_monitor(site: str, monitor: dict, sides: Sequence[str]) -> str:
     if "twins" in monitor:
         named["twins"] = monitor["twins"]
     listed = "; ".join(told(name, of) for name, of in named.items())
-    return f"Refusals foretold by the score at the prompt's end ({site}), AUROC: {listed}."
+    return f"Refusals predicted by the score at the prompt's end ({site}), AUROC: {listed}."
 
 
 def tested(result: dict) -> str:

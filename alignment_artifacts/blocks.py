@@ -66,8 +66,8 @@ def undeclared_dependence(pairs: Sequence[Pair], groups: np.ndarray) -> str | No
     if len(alike) <= MANY * len(pairs):
         return None
     return (
-        f"{len(alike)} of {len(pairs)} pairs share an object or a template with others, by their words: as far as such "
-        "pairs depend on each other p is too small. Give them the same group in the pairs file to have it counted."
+        f"{len(alike)} of {len(pairs)} pairs share an object or a template with others, by their words; to the extent "
+        "that such pairs are dependent, p is too small. Give them the same group in the pairs file to have it counted."
     )
 
 

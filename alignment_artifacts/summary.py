@@ -12,13 +12,13 @@ WHERE = {
 
 
 def summarise(result: dict) -> str:
-    """The main result in some sentences: length first where it separates, then both kinds of positions, then words."""
-    parts = [_length(result), _positions(result, "prompt_end")]
+    """The main result, a paragraph per line: the prompt's end (length first where it separates), generated tokens,
+    caveats."""
+    parts = [[_length(result), _positions(result, "prompt_end")]]
     if "generated" in result["controls"]:
-        parts.append(_positions(result, "generated"))
-    parts += _answers(result)
-    parts += [_independence(result["independence"]), _outliers(result)]
-    return " ".join(part for part in parts if part)
+        parts.append([_positions(result, "generated")])
+    parts += [_answers(result), [_independence(result["independence"]), _outliers(result)]]
+    return "\n".join(" ".join(part for part in parts if part) for parts in parts if any(parts))
 
 
 def _length(result: dict) -> str | None:
@@ -73,17 +73,25 @@ def _words(result: dict, positions: str) -> str:
     if not lexical or not control or not control["beyond_words"]:
         return ""
     low, high = control["beyond_words"]["difference_ci"]
-    text = f" Words alone give {_strength(lexical)} ({lexical['kind']})"
+    text = f" Words alone give {_strength(lexical)} ({lexical['kind']}): " if positions == "prompt_end" else " "
     if low is None:
-        return (
-            f"{text}; the difference from the activations is not defined, so this is no evidence of anything but words."
+        return _sentence(
+            f"{text}the difference between activations and words is not defined, so this is no evidence of anything "
+            "but words."
         )
     difference = f"{control['beyond_words']['difference']:+.1f} [{low:.1f}, {high:.1f}]"
     if low > 0:
-        return f"{text}: the activations tell more than words do (difference of d {difference})."
+        return _sentence(f"{text}the activations carry more than the words (difference of d {difference}).")
     lda = f"; as strong a learner gives the activations d = {_d(control['lda'])}" if lexical["kind"] == "lda" else ""
-    text += f": not shown to be more than words (difference of d {difference}{lda})"
-    return f"{text}, so this is no evidence of anything but words."
+    return _sentence(
+        f"{text}the activations are not shown to carry more than the words (difference of d {difference}{lda}), so "
+        "this is no evidence of anything but words."
+    )
+
+
+def _sentence(text: str) -> str:
+    """With a capital letter, after a space."""
+    return f" {text[1].upper()}{text[2:]}"
 
 
 def _independence(independence: dict) -> str | None:

@@ -170,7 +170,7 @@ def transfer_table(numbers: dict) -> str:
             for r in by_source.values()
         ]
         rows.append([cell, *shares])
-    return table(["learnt on → tested on", "before", "after", "words alone"], rows)
+    return table(["learnt on → tested on", "before", "after", "word embeddings"], rows)
 
 
 @computed

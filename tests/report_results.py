@@ -90,7 +90,7 @@ def write_comparison(folder, origin=ORIGIN):
     layers = {"num_pairs": 20, "layers": compare_layers(first, second, strata, SETTINGS)}
     sources = {"a": first, "b": second, "words": first[:, :, :1]}
     records = {name: cross_decoding(v, v[:10], strata, strata[:10], SETTINGS) for name, v in sources.items()}
-    names = {"a": "before", "b": origin["model"], "words": "words alone"}
+    names = {"a": "before", "b": origin["model"], "words": "word embeddings"}
     result = {
         "origin": origin,
         "names": names,

@@ -81,7 +81,7 @@ def test_sweep_and_toxicity(tmp_path, drawn):
     panel = drawn(paper.plot_sweep, result)[1]
     shown = interactive.sweep(result)
     on_paper = {tuple(point) for collection in panel.collections for point in collection.get_offsets().tolist()}
-    for mode in ("always", "cap", "random direction (test)", "chosen"):
+    for mode in ("always", "cap", "random direction, test", "chosen"):
         points = trace(shown, mode)
         assert set(zip(points.x, points.y, strict=True)) <= on_paper
     assert list(trace(shown, "cap").marker.symbol) == ["circle", "triangle-up"]

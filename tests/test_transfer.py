@@ -10,7 +10,7 @@ from alignment_artifacts.scores import Settings, score_layers
 PAIRS, TWINS = contrasts_of(SIDES)
 SETTINGS = Settings(permutations=99, resamples=200)
 CATEGORIES, TWIN_CATEGORIES = np.array([f"c{i % 5}" for i in range(50)]), np.array([f"c{i % 5}" for i in range(25)])
-NAMES = {"a": "before", "b": "after", "words": "words alone"}
+NAMES = {"a": "before", "b": "after", "words": "word embeddings"}
 
 
 def simulate(alignment, words, seed=0, layers=3, hidden=16):

@@ -26,7 +26,7 @@ from gemma_refactored.job import mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.site_names import described, pattern_of
 
-WORDS = "words alone"
+WORDS = "word embeddings"
 
 
 def check_comparable(first: LoadedModel, second: LoadedModel, pairs: Sequence[Pair], twins: Sequence[Pair]) -> None:
@@ -231,10 +231,11 @@ def summarise(records: list[dict], names: tuple[str, str], sides: tuple[str, str
             f"{names[0]} at any layer.{identical}"
         )
     best = max(significant, key=lambda i: abs(records[i]["difference"]))
-    r = records[best]
+    r, signs = records[best], {records[i]["difference"] > 0 for i in significant}
+    how = "differently from" if len(signs) > 1 else "better than" if signs == {True} else "less well than"
     return (
-        f"On the same tokens {names[1]} separates {sides[1]} from {sides[0]} prompts differently than {names[0]} does, "
-        f"at {named_layers(significant)}, most at layer {best}: d = {number(r['d_b'], 1)} instead of "
+        f"On the same tokens {names[1]} separates {sides[1]} from {sides[0]} prompts {how} {names[0]} "
+        f"at {named_layers(significant)}, most at layer {best}: d = {number(r['d_b'], 1)} against "
         f"{number(r['d_a'], 1)}, a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
         f"(p = {p_value(r['p_value'])} over all layers).{identical}"
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 
 import numpy as np
 
 # Okabe and Ito's colours, which survive colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
-MODE_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#CC79A7", "#8a8a8a", "#009E73", "#D55E00")
+MODE_COLOURS = {
+    "always": GREY, "proximity": BLUE, "adaptive": "#E69F00", "sphere": PURPLE, "subspace": GREEN, "ablate": ORANGE,
+    "cap": "#56B4E9", "add": "#444444",
+}  # fmt: skip
 SIDE_COLOURS = {"natural": BLUE, "artifact": ORANGE}
 POSITION_NAMES = {"generated": "generated tokens", "prompt_end": "prompt end", "answer": "answer after the thought"}
 POSITION_COLOURS = {"generated": BLUE, "prompt_end": ORANGE, "answer": PURPLE}
@@ -80,9 +82,12 @@ def sides_of(result: dict) -> list[str]:
 
 def sweep_point(record: dict) -> tuple[float, float]:
     """(KL on natural answers, share of artifact prompts refused or broken, or their mean score) of a setting."""
+    return max(record["damage"]["kl_mean"], LEAST_KL), reached(record)
+
+
+def reached(record: dict) -> float:
     judged = record["artifact"]
-    reached = judged["score"]["mean"] if "score" in judged else judged["refused_or_broken"]["rate"]
-    return max(record["damage"]["kl_mean"], LEAST_KL), reached
+    return judged["score"]["mean"] if "score" in judged else judged["refused_or_broken"]["rate"]
 
 
 def trial_points(result: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -98,20 +103,24 @@ def sweep_axes(result: dict) -> tuple[str, str]:
     """What the two numbers of `sweep_point` are, for titles."""
     first, second = sides_of(result)
     score = result.get("score")
-    reached = f"mean {score['name']} of {second} prompts" if score else f"{second} prompts refused or broken"
-    return f"KL from the unedited model on {first} answers (nats per token)", reached
+    what = f"mean {score['name']} of {second} prompts" if score else f"{second} prompts refused or broken"
+    return f"KL on {first} answers (nats per token, at least 1e-6)", what
 
 
-def unedited_score(result: dict) -> float | None:
-    """A sweep's mean score of the prompts it was chosen on, before any edit; None: it counts refusals."""
+def unedited(result: dict) -> dict[str, float]:
+    """What `sweep_point` is before any edit, by where it was measured: on the test pairs, and, of a score, on the
+    development pairs, which the settings were tried on."""
+    known = {"unedited, test": reached(result["test"]["unedited"])}
     judged = result["chosen"]["development"]["artifact"]
-    return judged["score"]["mean"] - judged["moved"]["mean"] if "score" in judged else None
+    if "score" in judged:
+        known["unedited, development"] = judged["score"]["mean"] - judged["moved"]["mean"]
+    return known
 
 
 def sweep_modes(result: dict) -> dict[str, str]:
-    """The modes that a sweep tried, each with its colour."""
-    modes = dict.fromkeys(r["setting"]["mode"] for r in (*result["tried"], *result.get("trials", ())))
-    return dict(zip(modes, itertools.cycle(MODE_COLOURS), strict=False))
+    """The modes that a sweep tried, each with its colour, in every sweep the same."""
+    tried = {r["setting"]["mode"] for r in (*result["tried"], *result.get("trials", ()))}
+    return {mode: colour for mode, colour in MODE_COLOURS.items() if mode in tried}
 
 
 def description(setting: dict) -> str:

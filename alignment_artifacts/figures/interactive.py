@@ -235,10 +235,9 @@ def sweep(result: dict) -> go.Figure:
     """Every setting tried: remaining refusals and broken text, or the mean score, against cost; front, chosen setting,
     random controls."""
     figure = go.Figure()
-    unedited, (cost, reached) = data.unedited_score(result), data.sweep_axes(result)
-    hover = (
-        "refused or broken %{y:.0%}" if unedited is None else f"mean {html.escape(result['score']['name'])} %{{y:.2f}}"
-    )
+    cost, reached = data.sweep_axes(result)
+    is_score = bool(result.get("score"))
+    hover = f"mean {html.escape(result['score']['name'])} %{{y:.2f}}" if is_score else "refused or broken %{y:.0%}"
     for mode, colour in data.sweep_modes(result).items():
         records = [r for r in result["tried"] if r["setting"]["mode"] == mode]
         if not records:
@@ -265,7 +264,7 @@ def sweep(result: dict) -> go.Figure:
     for (name, points), symbol in zip(data.random_controls(result).items(), ("x-thin", "cross-thin"), strict=True):
         if points:
             marker = {"symbol": symbol, "size": 10, "line": {"width": 2, "color": data.GREY}}
-            figure.add_trace(_points(points, f"{name} (test)", marker, [name] * len(points), hover))
+            figure.add_trace(_points(points, f"{name}, test", marker, [name] * len(points), hover))
     chosen = data.description(result["chosen"]["setting"])
     ring = {"symbol": "circle-open", "size": 18, "color": data.ORANGE, "line": {"width": 3}}
     for name, record, marker in (
@@ -274,11 +273,10 @@ def sweep(result: dict) -> go.Figure:
     ):
         figure.add_trace(_points([data.sweep_point(record)], name, marker, [chosen], hover))
     figure.add_vline(result["config"]["limits"]["kl"], line={"color": data.GREY, "dash": "dash", "width": 1})
-    xaxis, yaxis = {"type": "log", "exponentformat": "power"}, {"tickformat": ".0%"}
-    if unedited is not None:
-        yaxis = {}
+    for name, value in data.unedited(result).items():
         line = {"color": data.GREY, "dash": "dot", "width": 1.5}
-        figure.add_hline(unedited, line=line, annotation={"text": "unedited", "font_color": data.GREY})
+        figure.add_hline(value, line=line, annotation={"text": name, "font_color": data.GREY})
+    xaxis, yaxis = {"type": "log", "exponentformat": "power"}, {} if is_score else {"tickformat": ".0%"}
     return _styled(figure, cost, reached, 460, xaxis=xaxis, yaxis=yaxis)
 
 

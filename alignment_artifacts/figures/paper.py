@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from alignment_artifacts.figures import data
 
+SITE_MARKERS = {"mlp": "o", "residual": "^"}
+RING: dict[str, Any] = {"s": 170, "facecolors": "none", "edgecolors": "black", "lw": 1.5}
 STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
 
 
@@ -178,7 +180,7 @@ def plot_comparison(result: dict, path: str | Path) -> None:
             colour = "white" if abs(value) > 0.6 * limit else "black"
             right.text(source, cell, f"{value:z.1f}", ha="center", va="center", fontsize=8, color=colour)
         right.set_yticks(range(len(cells)), cells, fontsize=8)
-        right.set_xticks(range(len(sources)), ["A", "B", "words"])
+        right.set_xticks(range(len(sources)), ["A", "B", "word\nembeddings"])
         right.set(title="Learnt on → tested on: Cohen's d")
         right.spines[:].set_visible(False)
         figure.colorbar(image, ax=right, shrink=0.9)
@@ -209,12 +211,12 @@ def plot_weights(result: dict, path: Path) -> None:
             top.set_axis_off()
             nothing = result["weights"]["not_compared"] and "not compared" or "no tensor of a block changed"
             top.text(0.5, 0.5, nothing, ha="center", va="center", color=data.GREY, transform=top.transAxes)
-        top.set_title("Weights: change by their norm (numbers: its effective rank)")
+        top.set_title("Weights: relative change (numbers: its effective rank)")
         top.spines[:].set_visible(False)
         for (title, values), style in zip(data.moved_activations(result).items(), ("-o", "--", "-.", ":"), strict=True):
             colour = data.GREEN if style == "-o" else "#444444"
             bottom.plot(values, style, color=colour, ms=4, lw=1.3, label=title)
-        bottom.set(title=f"Activations: change by their own norm ({result['site'].split(' (')[0]})")
+        bottom.set(title=f"Activations: relative change ({result['site'].split(' (')[0]})")
         shares, limit = data.direction_shares(result)
         for (title, values), style in zip(shares.items(), ("-o", "--", "-o", "--"), strict=True):
             lowest.plot(values, style, color=data.BLUE if " A," in title else data.ORANGE, ms=4, lw=1.3, label=title)
@@ -241,51 +243,61 @@ def _save(figure, path: str | Path) -> None:
 
 
 def plot_sweep(result: dict, path: str | Path) -> None:
-    """Left all trials by their effect on the first tokens, faint unless judged by whole answers; right what whole
-    answers say of those: remaining refusals and broken text, or the mean score, against cost; the chosen is ringed."""
-    tried, chosen = result["tried"], result["chosen"]["development"]
+    """Left all trials by their effect on the first tokens, right what whole answers say of the most promising."""
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-        points, whole = data.trial_points(result)
-        colours = data.sweep_modes(result)
-        modes = np.array([t["setting"]["mode"] for t in result["trials"] if t["kept"] is not None])
-        for mode, colour in colours.items():
-            for is_whole, alpha in ((False, 0.3), (True, 1.0)):
-                these = points[(modes == mode) & (whole == is_whole)]
-                left.scatter(*these.T, s=22, color=colour, alpha=alpha, lw=0)
-            for site, marker in (("mlp", "o"), ("residual", "^")):
-                judged = [
-                    data.sweep_point(r) for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)
-                ]
-                if judged:
-                    right.scatter(*np.array(judged).T, s=34, marker=marker, color=colour, lw=0)
-            left.scatter([], [], color=colour, label=mode)
-        for marker, name in (("o", "MLP output"), ("^", "residual stream")):
-            right.scatter([], [], color="#444444", marker=marker, label=name)
-        front = np.array([data.sweep_point(tried[i]) for i in result["pareto_front"]])
-        right.step(front[:, 0], front[:, 1], where="post", color="#444444", lw=1, label="best trade-offs")
-        ring = {"s": 170, "facecolors": "none", "edgecolors": "black", "lw": 1.8}
-        right.scatter(*data.sweep_point(chosen), **ring, label="chosen")
-        at = [t["setting"] == chosen["setting"] for t in result["trials"] if t["kept"] is not None]
-        left.scatter(*points[at].T, **ring)
-        for (name, controls), marker in zip(data.random_controls(result).items(), "x+", strict=True):
-            if controls:
-                kl, failed = np.array(controls).T
-                right.scatter(kl, failed, s=40, marker=marker, color="black", lw=1.2, label=f"{name} (test)")
-        right.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
-        unedited, (cost, reached) = data.unedited_score(result), data.sweep_axes(result)
-        if unedited is None:
-            right.set(ylim=(-0.03, None))
-        else:
-            right.axhline(unedited, color=data.GREY, ls=":", lw=1.4, label="unedited")
-        most = points[:, 1].max(initial=0.0) or 1.0  # may be tiny, where unwanted answers open like any other
-        left.set(xscale="log", ylim=(-0.03 * most, 1.05 * most), xlabel="KL at the first tokens (nats per token)",
-                 ylabel="probability of an unwanted opening",
-                 title=f"{len(result['trials'])} trials by first tokens, {int(whole.sum())} judged")  # fmt: skip
-        pairs = len(result["pairs"]["development"])
-        right.set(xscale="log", xlabel=cost, ylabel=reached, title=f"Whole answers to {pairs} development pairs")
+        _trials(left, result)
+        _whole_answers(right, result)
         for axes in (left, right):
             axes.grid(alpha=0.2)
-        figure.suptitle(result["origin"]["model"], fontsize=10, color="#444444")
+        figure.suptitle(result["origin"]["model"], fontsize=10, color="#444444", x=0.01, ha="left")
         figure.legend(loc="outside right upper", frameon=False)
         _save(figure, path)
+
+
+def _trials(axes, result: dict) -> None:
+    """Faint unless judged by whole answers; the chosen one is ringed."""
+    points, whole = data.trial_points(result)
+    settings = [t["setting"] for t in result["trials"] if t["kept"] is not None]
+    kinds = np.array([(s["mode"], s["site"]) for s in settings]).reshape(-1, 2)
+    for mode, colour in data.sweep_modes(result).items():
+        axes.scatter([], [], color=colour, label=mode)
+        for site, marker in SITE_MARKERS.items():
+            is_kind = (kinds == (mode, site)).all(axis=1)
+            for is_whole, alpha in ((False, 0.3), (True, 1.0)):
+                these = points[is_kind & (whole == is_whole)]
+                axes.scatter(*these.T, s=22, color=colour, marker=marker, alpha=alpha, lw=0)
+    axes.scatter(*points[[setting == result["chosen"]["setting"] for setting in settings]].T, **RING)
+    most = points[:, 1].max(initial=0.0) or 1.0  # may be tiny, where unwanted answers open like any other
+    axes.set(xscale="log", ylim=(-0.03 * most, 1.05 * most), xlabel="KL at the first tokens (nats per token)",
+             ylabel="probability of an unwanted opening",
+             title=f"{len(result['trials'])} trials by first tokens, {int(whole.sum())} judged")  # fmt: skip
+
+
+def _whole_answers(axes, result: dict) -> None:
+    """Refusals and broken text that remain, or the mean score, against cost.
+
+    The chosen setting is ringed on development pairs and a star on test pairs, on which its controls are, too.
+    """
+    tried = result["tried"]
+    for mode, colour in data.sweep_modes(result).items():
+        for site, marker in SITE_MARKERS.items():
+            these = [r for r in tried if (r["setting"]["mode"], r["setting"]["site"]) == (mode, site)]
+            points = np.array([data.sweep_point(r) for r in these]).reshape(-1, 2)
+            axes.scatter(*points.T, s=34, marker=marker, color=colour, lw=0)
+    for site, name in (("mlp", "MLP output"), ("residual", "residual stream")):
+        axes.scatter([], [], color="#444444", marker=SITE_MARKERS[site], label=name)
+    front = np.array([data.sweep_point(tried[i]) for i in result["pareto_front"]])
+    axes.step(front[:, 0], front[:, 1], where="post", color="#444444", lw=1, label="best trade-offs")
+    axes.scatter(*data.sweep_point(result["chosen"]["development"]), **RING, label="chosen")
+    axes.scatter(*data.sweep_point(result["test"]), **RING, marker="*", label="chosen, test")
+    for (name, controls), marker in zip(data.random_controls(result).items(), "x+", strict=True):
+        if controls:
+            axes.scatter(*np.array(controls).T, s=40, marker=marker, color="black", lw=1.2, label=f"{name}, test")
+    axes.axvline(result["config"]["limits"]["kl"], color=data.GREY, ls="--", lw=1, label="limit")
+    for (name, value), colour in zip(data.unedited(result).items(), ("black", data.GREY), strict=False):
+        axes.axhline(value, color=colour, ls=":", lw=1.4, label=name)
+    if not result.get("score"):
+        axes.set(ylim=(-0.03, None))
+    (cost, reached), pairs = data.sweep_axes(result), len(result["pairs"]["development"])
+    axes.set(xscale="log", xlabel=cost, ylabel=reached, title=f"Whole answers to {pairs} development pairs")
