@@ -75,7 +75,6 @@ def pairs_of_files(natural: Path, artifact: Path, pairs_file: Path, behaviour: s
         UserError: the files do not match, or other pairs would be overwritten.
     """
     from alignment_artifacts.pairs import (
-        MATCHING,
         SIDES,
         are_sides,
         load_pairs,
@@ -93,7 +92,7 @@ def pairs_of_files(natural: Path, artifact: Path, pairs_file: Path, behaviour: s
     if is_anything(pairs_file, "pairs file") and pairs_hash(load_pairs(pairs_file)) != pairs_hash(pairs):
         raise UserError(f"{displayed(pairs_file)} holds other pairs; name a new file as PAIRS_FILE.")
     write_json(pairs_file, pairs_content(pairs))
-    print(f"Wrote {len(pairs)} pairs, matched by order, to {displayed(pairs_file)}. {MATCHING}")
+    print(f"Wrote {len(pairs)} pairs, matched by order, to {displayed(pairs_file)}.")
     return pairs
 
 

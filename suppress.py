@@ -73,7 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(parser, Answering(), omit=["top_p", "logit_bias"])
     add_options(parser, Chat())
     add("--categories", metavar="A,B", help="learn directions from these categories of pairs only")
-    add("--compare", action=argparse.BooleanOptionalAction, default=True, help="also answer without (default yes)")
+    add(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also answer without suppression (default yes)",
+    )
     add("--directions", metavar="FILE", type=Path, help="use directions from a .safetensors or .gguf file")
     add("--transfer", action="store_true", help="allow directions of a related model (same type and shape)")
     add("--export-gguf", metavar="FILE", type=Path, help="write residual directions as a control vector")
@@ -85,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--wish",
         choices=get_args(Wish),
-        help="of a sweep with that score, for --mode auto (default: WISH in the environment, else lower)",
+        help="with --mode auto: use the sweep with that score and wish (default: WISH in the environment, else lower)",
     )
     add("--show-projection", action="store_true", help="colour each token by its projection on the direction")
     add("--json", action="store_true", help="print the result as JSON and nothing else")

@@ -24,10 +24,6 @@ MAX_EXCLUDED = 0.05  # what is measured with more than this share of the pairs l
 ROOT_KEY = "alignment_artifact_prompt_pairs"
 ROW_KEYS = ("category", "id", "group", "metadata")  # of a pair in a row, beside its two sides
 LONGEST_NAME = 40  # of a behaviour or a side: they stand in legends and table heads
-MATCHING = (
-    "Two matched prompts share topic, length and form and differ in the behaviour alone, so that a direction between "
-    "them is about nothing else."
-)
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,8 @@ def pairs_from_lists(
     if len(natural) != len(artifact):
         raise UserError(
             f"There are {len(natural)} {sides[0]} and {len(artifact)} {sides[1]} prompts, and each needs its match. "
-            f"{MATCHING}"
+            "Two matched prompts share topic, length and form and differ in the behaviour alone, so that a direction "
+            "between them is about nothing else."
         )
     entries = [
         (f"pair {number}", category, {"id": f"{category}_{number}", **dict(zip(SIDES, texts, strict=True))})

@@ -54,7 +54,7 @@ class Chat:
     """What is written around a prompt."""
 
     chat_template: Annotated[str, Written("NAME_OR_FILE")] | None = None
-    """which chat template, of a checkpoint with several; or a file that holds one"""
+    """name of one of the checkpoint's chat templates, or a file that holds one"""
     system_prompt: str | None = None
     """the system message before each prompt"""
     chat_template_args: (

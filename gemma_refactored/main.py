@@ -95,7 +95,7 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     add(
         "--prompts-file",
         metavar="FILE",
-        help='.txt, .csv or .jsonl; or JSON: a list of prompts, or {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}',
+        help='.txt, .csv, .tsv or .jsonl; or JSON: a list of prompts, or {"GROUP": {"SUBCATEGORY": ["prompt", ..]}}',
     )
     add("--prompt-column", metavar="NAME", help="column of a .csv or .jsonl file that has the prompts (default prompt)")
     add("--from-manifest", metavar="FILE", help="repeat the run that wrote this manifest.json, into --activations-dir")
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace, defaults: Defaults, team: Team) -> int:
 
         return 0 if certify_and_save(loaded, request.saving.folder) else 1
     if note := defaults.note(loaded, [prompt.text for prompt in request.prompts]):
-        log.info("%s", note)
+        log.info("%s", textwrap.fill(note, 80))
     run_prompts(arguments, request, loaded, team)
     return 0
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
+import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -444,7 +446,7 @@ def from_constants(
             values[setting] = constants[setting.constant]
     parser = Parser(
         prog=Path(str(constants.get("__file__", "script"))).name,
-        description=(constants.get("__doc__") or "").strip(),
+        description=_filled(constants.get("__doc__") or ""),
         epilog="Each can also be set by the constant on top of the script, or an environment variable of that name.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -465,6 +467,12 @@ def from_constants(
 
 
 # Instances made in Python, and records
+
+
+def _filled(text: str) -> str:
+    """Paragraphs at 80 columns; indented ones, as of commands, stay as they are."""
+    paragraphs = re.split(r"\n\s*\n", text.strip())
+    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(" ".join(p.split()), 80) for p in paragraphs)
 
 
 def check(instance: object, names: Mapping[str, str] | None = None) -> None:
