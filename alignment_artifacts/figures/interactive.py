@@ -100,7 +100,8 @@ def steps(pattern: dict) -> go.Figure:
             **_around_zero(grid),
         )
     )
-    xaxis = {"type": "category", "tickvals": names, "ticktext": data.step_labels(pattern)}
+    xaxis = {"type": "category", "tickvals": names, "ticktext": data.step_labels(pattern), "tickangle": -90,
+             "automargin": True}  # fmt: skip
     return _styled(figure, "end of the prompt, then generated tokens", "layer", xaxis=xaxis)
 
 

@@ -29,12 +29,14 @@ SCORE_STEP = 0.05  # the page rounds scores of tokens to this: one byte each, up
 MOST_TENSORS = 30  # rows of the table of weights
 MOST_SCORE_BYTES = 6_000_000  # beyond that some layers are omitted
 TOKENS_SHOWN = 5  # of the tokens that a direction promotes, say
-# What a reader wants to know at a glance, from the manifest.
-FACTS = (
-    "model", "model_revision", "num_parameters", "num_layers", "hidden_size", "weights_dtype", "max_tokens", "temp",
-    "repetition_penalty", "seed", "chat_mode", "batch_size", "activation_filter", "activation_dtype", "prompts",
-    "versions", "machine", "created",
-)  # fmt: skip
+# What a reader wants to know at a glance: its name in the manifest -> on the page.
+FACTS = {
+    "model": "model", "model_revision": "revision", "num_parameters": "parameters", "num_layers": "layers",
+    "hidden_size": "hidden size", "weights_dtype": "type of the weights", "max_tokens": "tokens of an answer, at most",
+    "temp": "temperature", "repetition_penalty": "repetition penalty", "seed": "seed", "chat_mode": "chat format",
+    "batch_size": "batch size", "activation_filter": "sites", "activation_dtype": "type of the activations",
+    "prompts": "prompts", "versions": "versions", "machine": "machine", "created": "created",
+}  # fmt: skip
 
 
 def analysis(path: Path) -> dict:
@@ -55,7 +57,7 @@ def analysis(path: Path) -> dict:
         "independence": result["independence"],
         "power": result["power"],
         "settings": result["config"],
-        "facts": {name: manifest[name] for name in FACTS if name in manifest},
+        "facts": {title: manifest[name] for name, title in FACTS.items() if name in manifest},
         "manifest": manifest,
         "can_be_repeated": "prompt_groups" in manifest,
     }
