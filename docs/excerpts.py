@@ -166,7 +166,8 @@ def excerpt_toxicity(result: dict) -> dict:
 
 
 def excerpt_second_organism(result: dict) -> dict:
-    rates = {name: {model: record[model] for model in ("untouched", "tuned")} for name, record in result.items()}
+    kinds = ("untouched", "tuned", "suppressed", "broken")
+    rates = {name: {kind: record[kind] for kind in kinds if kind in record} for name, record in result.items()}
     return {"refusals": rates, "kl": result["ordinary chat"]["kl"]}
 
 

@@ -147,12 +147,13 @@ def second_organism_table(numbers: dict) -> str:
     def refused(rate: dict) -> str:
         return f"{printed(rate['rate'], '%')} {printed(rate['ci'], '[%]')}"
 
+    models = ("untouched", "tuned", "suppressed")  # the last only on what the sweep has not seen
     rows = {
-        label: [rates[name]["untouched"]["n"], *(refused(rates[name][model]) for model in ("untouched", "tuned"))]
+        label: [rates[name]["untouched"]["n"], *(refused(rates[name][m]) if m in rates[name] else "" for m in models)]
         for name, label in names.items()
         if name in rates  # other people's twins only where a run was given some
     }
-    return refusals_table("model_organism.smollm2.evaluate", ("untouched", "tuned"), rows)
+    return refusals_table("model_organism.smollm2.evaluate", models, rows)
 
 
 def refusals_table(module: str, models: Sequence[str], rows: dict[str, list]) -> str:

@@ -9,8 +9,12 @@ from collections import Counter
 
 import mlx.core as mx
 
+from alignment_artifacts import AlignmentArtifacts
 from alignment_artifacts.comparison.twins import load_twins
-from alignment_artifacts.pairs import load_pairs
+from alignment_artifacts.edits.options import Setting
+from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
+from gemma_refactored.files import write_json
+from model_organism.smollm2 import evaluate
 from model_organism.smollm2.data import ADAPTER, PAIRS, TWINS, held_out_requests, training_examples, word_runs
 from model_organism.smollm2.train import MODULES
 
@@ -82,6 +86,18 @@ def test_the_two_sides_of_the_pairs_are_equally_long():
     """In words here; in SmolLM2's tokens each pair is."""
     natural, artifact = (sum(len(text.split()) for text in HELD_OUT[side]) for side in ("natural", "artifact"))
     assert abs(natural - artifact) <= 0.05 * natural
+
+
+def test_a_suppression_is_tried_if_a_sweep_has_chosen_one(organism, tmp_path):
+    pairs = load_pairs(PAIRS_JSON)
+    library = AlignmentArtifacts(organism.folder, cache=tmp_path, show_progress=False)
+    sets = {"artifact": [pair.artifact for pair in pairs[:6]], "natural": [pair.natural for pair in pairs[:6]]}
+    assert evaluate.suppress(library, sets) == {}
+    setting = Setting("ablate", 1.0, (2, 3, 4, 5), "mlp")
+    write_json(library.measurements().folder / library.sweep_file, {"chosen": {"setting": setting.record()}})
+    rates = evaluate.suppress(library, sets)
+    assert rates["artifact"]["setting"] == setting.describe() and rates["artifact"]["suppressed"]["n"] == 6
+    assert rates["artifact"]["suppressed"]["hits"] <= 1 and rates["natural"]["broken"]["hits"] == 0
 
 
 def test_the_experiment_gives_each_stage_its_adapter(tmp_path):
