@@ -46,7 +46,7 @@ def plot_layer_scores(result: dict, path: str | Path) -> None:
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         pairs = result["layer_scores"]["0"]["num_pairs"]
-        title = f"{result['model']}, {result['site']}"
+        title = f"{result['model']}, {result['site'].split(' (')[0]}"
         title += f"\n{pairs} prompt pairs; bands: pointwise 95% intervals"
         figure.suptitle(title, fontsize=10, color="#444444")
         _save(figure, path)
