@@ -20,6 +20,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from gemma_refactored.errors import UserError
+
 MAX_FOLDS, MIN_PAIRS_PER_FOLD = 5, 5
 MIN_PAIRS = 4
 MIN_PAIRS_NESTED = 8  # folds within folds
@@ -69,13 +71,13 @@ def assign_folds(strata: np.ndarray, seed: int = 0, groups: np.ndarray | None = 
         strata: [pairs] any labels (the pairs' categories).
         groups: [pairs] labels of pairs that depend on each other; default: each pair by itself.
     Raises:
-        ValueError: fewer than four groups.
+        UserError: fewer than four groups.
     """
     groups = group_numbers(groups, len(strata))
     sizes, first = np.bincount(groups), np.unique(groups, return_index=True)[1]
     if len(sizes) < MIN_PAIRS:
         what = "pairs" if len(sizes) == len(strata) else "independent groups of pairs"
-        raise ValueError(f"held-out statistics need at least {MIN_PAIRS} {what}, there are {len(sizes)}")
+        raise UserError(f"Held-out statistics need at least {MIN_PAIRS} {what}, there are {len(sizes)}; add some.")
     folds = int(np.clip(len(sizes) // MIN_PAIRS_PER_FOLD, 2, MAX_FOLDS))
     rng, labels = np.random.default_rng(seed), np.asarray(strata)[first]
     order = np.concatenate([rng.permutation(np.flatnonzero(labels == s)) for s in np.unique(labels)])
@@ -402,18 +404,18 @@ def outlying_prompts(natural: np.ndarray, artifact: np.ndarray) -> list[dict]:
     ]
 
 
-def separating_layers(vectors: np.ndarray, categories: list[str]) -> list[int]:
-    """Layers whose held-out d comes near that of the best; vectors [pairs, 2, layers, hidden]."""
-    d = layer_separation(vectors, categories)
+def separating_layers(vectors: np.ndarray, categories: list[str], groups: np.ndarray | None = None) -> list[int]:
+    """Layers whose held-out d comes near that of the best; arguments as of `layer_separation`."""
+    d = layer_separation(vectors, categories, groups)
     return [int(i) for i in np.flatnonzero(d >= min(LAYER_SHARE * d.max(), d.max()))]
 
 
-def layer_separation(vectors: np.ndarray, categories: list[str]) -> np.ndarray:
-    """[layers] held-out Cohen's d of prompt vectors [pairs, 2, layers, hidden].
+def layer_separation(vectors: np.ndarray, categories: list[str], groups: np.ndarray | None = None) -> np.ndarray:
+    """[layers] held-out Cohen's d of prompt vectors [pairs, 2, layers, hidden]; groups [pairs] as in `assign_folds`.
 
     Raises:
-        ValueError: too few pairs to hold any out.
+        UserError: too few pairs to hold any out.
     """
-    folds = assign_folds(np.array(categories))
+    folds = assign_folds(np.array(categories), groups=groups)
     layers = [pair_vectors(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]
     return np.nan_to_num([held_out_d(layer, folds) for layer in layers])

@@ -44,6 +44,14 @@ def test_a_refusal_written_into_the_stream_is_what_the_direction_is():
     assert "after lies in what training changed more than random ones at layer 1:" in result["summary"]
 
 
+def test_a_change_that_wrote_nothing_is_not_credited_with_the_direction():
+    """One per cent of everything: changes lie where the direction has been all along."""
+    before = activations(1)
+    before[:, 1] += 40 * unit()
+    summary = direction_in_changes(before, 1.01 * before, np.arange(PAIRS) % 4, NAMES)["summary"]
+    assert "no more than that of before: training need not have written it" in summary
+
+
 def test_several_directions_are_counted_together():
     """Three equal parts: a third of the direction in each."""
     before, parts = activations(1), np.linalg.qr(RNG.standard_normal((HIDDEN, 3)))[0].T

@@ -121,6 +121,10 @@ def test_models_that_cannot_be_compared_are_refused(organism, tmp_path):
     check_comparable(base, organism, pairs, pairs)
     with pytest.raises(UserError, match="same weights"):
         check_comparable(organism, organism, pairs, pairs)
+    five = [replace(pair, block=f"g{i % 5}") for i, pair in enumerate(pairs)]
+    for contrasts in ((five, pairs), (pairs, five)):  # enough, but not of their own
+        with pytest.raises(UserError, match="share no prompt and no group; there are 5 of 50"):
+            check_comparable(base, organism, *contrasts)
     with pytest.raises(UserError, match="has 7 layers"):
         check_comparable(replace(base, num_layers=7), organism, pairs, pairs)
     with pytest.raises(UserError, match="has 64 hidden dimensions"):
@@ -142,7 +146,7 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
     (tmp_path / "few.json").write_text(json.dumps(few))
     for name, value, message in (
         ("TWINS", "/nowhere.json", "does not exist"),
-        ("TWINS", str(tmp_path / "few.json"), "at least 8 twins; there are 1"),
+        ("TWINS", str(tmp_path / "few.json"), "at least 8 twins that share no prompt and no group; there is 1 of 1"),
         ("MODEL_A", str(tmp_path / "llama"), "only models of one shape"),
         ("SITE", "attention", "SITE must be one of"),
     ):

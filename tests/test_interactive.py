@@ -96,6 +96,14 @@ def test_sweep_and_toxicity(tmp_path, drawn):
         assert any(np.array_equal(line.get_ydata(), t.y) for t in shown.data)
 
 
+def test_a_sweep_whose_trials_all_went_too_far_has_a_figure(tmp_path):
+    result = write_sweep(tmp_path)
+    for trial in result["trials"]:
+        trial |= {"kept": None, "loss": None}
+    paper.plot_sweep(result, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 0 and interactive.sweep(result).data
+
+
 def test_comparison(tmp_path, drawn):
     result = write_comparison(tmp_path)
     left, middle, right = drawn(paper.plot_comparison, result)[:3]

@@ -256,5 +256,5 @@ def test_rows_and_layers(measured):
     vectors[:, 1, 1] += 3
     measured.vectors["mlp", "all"] = vectors
     assert measured.best_layers("mlp", "all", np.arange(6)) == [1]
-    with pytest.raises(UserError, match="at least 4 pairs"):
+    with pytest.raises(UserError, match="at least 4 independent pairs"):
         measured.best_layers("mlp", "all", np.arange(3))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from alignment_artifacts.behaviour.score import REFUSAL, Score, word_list
 from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.edits.modes import ModeOptions
 from alignment_artifacts.edits.setting import Setting
-from alignment_artifacts.pairs import SIDES
+from alignment_artifacts.pairs import SIDES, PromptPairs
 from alignment_artifacts.rates import rate
 from alignment_artifacts.report import contents
 from alignment_artifacts.suppression import library as library_module
@@ -40,6 +41,24 @@ def test_refusals_go_and_natural_answers_stay(transcribed):
     effect, pairs = result["effect_on_artifact_prompts"], [pair["artifact"] for pair in result["pairs"]]
     read = sum(len(pair["prompt_tokens"]) + len(pair["before"]["tokens"]) for pair in pairs)
     assert effect["touched"] > 0 and effect["tokens"] == pytest.approx(read, rel=0.1)  # of all folds, not of one
+
+
+def test_pairs_that_depend_on_each_other_share_a_fold(library, monkeypatch):
+    measured = library.measurements()
+    pairs = PromptPairs([replace(pair, block=f"g{i // 10}") for i, pair in enumerate(measured.pairs)])
+    grouped, learnt = replace(measured, pairs=pairs), []
+    real = transcripts._directions
+
+    def noted(loaded, measured, setting, training):
+        learnt.append({i // 10 for i in training})
+        return real(loaded, measured, setting, training)
+
+    monkeypatch.setattr(transcripts, "_directions", noted)
+    transcripts.transcribe(library.load(), grouped, CAP, 5)
+    assert sum(5 - len(groups) for groups in learnt) == 5  # each group is left out once, whole
+    one = replace(measured, pairs=PromptPairs([replace(pair, block="all") for pair in measured.pairs]))
+    with pytest.raises(UserError, match="independent of it, which takes at least 4 groups of them; there are 1"):
+        transcripts.transcribe(library.load(), one, CAP, 5)
 
 
 def test_a_score_of_true_and_false_is_told_as_a_rate(library):

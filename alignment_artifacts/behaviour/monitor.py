@@ -88,7 +88,7 @@ def held_out_auroc(
     folds = st.assign_folds(categories, seed, groups)
     scored = np.zeros(vectors.shape[:2])
     for _, _, training, held in st.each_fold(folds):
-        layers = separating_layers(vectors[training], list(categories[training]))
+        layers = separating_layers(vectors[training], list(categories[training]), groups[training])
         scored[held] = scores(estimate(vectors[training], {"site": site}), layers, vectors[held])
     refused = measured.judged(judge)
     return {
@@ -113,7 +113,7 @@ def auroc_elsewhere(
     or answered.
     """
     vectors = measured.vectors_at(site, "prompt_end")
-    layers = separating_layers(vectors, [pair.category for pair in measured.pairs])
+    layers = measured.best_layers(site, "prompt_end", measured.rows())
     directions, sites = estimate(vectors, {"site": site}), layer_sites(loaded.model, site)
     scored, refused = np.zeros(len(prompts.texts)), np.zeros(len(prompts.texts), bool)
     for i, states in read(loaded.model, prompts.token_ids, sites):

@@ -101,12 +101,19 @@ def summarise(result: dict, names: tuple[str, str]) -> str:
         return "Training changed nothing in the residual stream at the prompt's end."
     limit = result["random_95"][0]
     above = [layer for layer, share in shares.items() if share > limit]
-    best = max(shares, key=lambda layer: shares[layer])
+    # In every fold more than before training: else the changes go where the direction was already.
+    rises = [i for i in above if result["layers"][i]["b_range"][0][0] > (result["layers"][i]["a"][0] or 0)]
+    best = max(rises or shares, key=lambda layer: shares[layer])
     record = result["layers"][best]
     low, high = record["b_range"][0]
-    if above:
+    if rises:
+        text = (
+            f"The direction of {names[1]} lies in what training changed more than random ones at {named_layers(rises)}"
+        )
+    elif above:
         text = (
             f"The direction of {names[1]} lies in what training changed more than random ones at {named_layers(above)}"
+            f", but no more than that of {names[0]}: training need not have written it"
         )
     else:
         text = f"The direction of {names[1]} lies in what training changed no more than random ones do, at any layer"

@@ -33,8 +33,13 @@ def check_comparable(first: LoadedModel, second: LoadedModel, pairs: Sequence[Pa
     """Raise UserError unless two models have the same layers, width and vocabulary, and different weights, and there
     are enough pairs and twins (or none of the latter)."""
     for contrast, what in ((pairs, "pairs"), (twins, "twins")):
-        if len(contrast) < MIN_PAIRS_NESTED and (contrast or what == "pairs"):
-            raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {what}; there are {len(contrast)}.")
+        count = len(set(independent_groups(contrast)))
+        if count < MIN_PAIRS_NESTED and (contrast or what == "pairs"):
+            are = "is" if count == 1 else "are"
+            raise UserError(
+                f"A comparison needs at least {MIN_PAIRS_NESTED} {what} that share no prompt and no group; there {are} "
+                f"{count} of {len(contrast)}."
+            )
     for name, what in (("num_layers", "layers"), ("hidden_size", "hidden dimensions")):
         sizes = [getattr(model, name) for model in (first, second)]
         if sizes[0] != sizes[1]:
@@ -92,13 +97,15 @@ def compare(
     readings = read_pairs(models, _encode(with_chat, pairs), neutral, max_tokens, sites, progress, known, cache)
     conditions: dict[str, dict] = {}
     for condition, (first, second, complete) in readings.items():
-        if len(complete) < MIN_PAIRS_NESTED:
+        these = [pairs[i] for i in complete]
+        groups = independent_groups(these)
+        if len(set(groups)) < MIN_PAIRS_NESTED:
             raise UserError(
                 f"Only {len(complete)} of {len(pairs)} pairs have text to read under the condition {condition!r}: the "
-                f"other answers are empty. A comparison needs {MIN_PAIRS_NESTED}; use other models or prompts."
+                f"other answers are empty. A comparison needs {MIN_PAIRS_NESTED} independent ones; use other models or "
+                "prompts."
             )
-        these = [pairs[i] for i in complete]
-        layers = compare_layers(first, second, _categories(these), settings, independent_groups(these))
+        layers = compare_layers(first, second, _categories(these), settings, groups)
         conditions[condition] = {"num_pairs": len(complete), "layers": layers}
 
     ends_a, ends_b, _ = readings["prompt_end"]

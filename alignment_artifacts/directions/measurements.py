@@ -30,6 +30,7 @@ from alignment_artifacts.activation_set import (
     load_activation_set,
     thought_lengths,
 )
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs, as_pairs
@@ -151,9 +152,13 @@ class Measurements:
         Raises:
             UserError: too few pairs to hold any out.
         """
-        if len(rows) < st.MIN_PAIRS:
-            raise UserError(f"Choosing layers needs at least {st.MIN_PAIRS} pairs, not {len(rows)}; name the layers.")
-        return st.separating_layers(self.vectors_at(site, positions)[rows], [self.pairs[i].category for i in rows])
+        pairs = [self.pairs[i] for i in rows]
+        groups = independent_groups(pairs)
+        if (independent := int(groups.max(initial=-1)) + 1) < st.MIN_PAIRS:
+            raise UserError(
+                f"Choosing layers needs at least {st.MIN_PAIRS} independent pairs, not {independent}; name the layers."
+            )
+        return st.separating_layers(self.vectors_at(site, positions)[rows], [p.category for p in pairs], groups)
 
     def judged(self, judge: Callable[[str, str], bool]) -> np.ndarray:
         """[pairs, 2] bool: what a judge says of each answer to its prompt.

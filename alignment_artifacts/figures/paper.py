@@ -267,9 +267,11 @@ def _trials(axes, result: dict) -> None:
             for is_whole, alpha in ((False, 0.3), (True, 1.0)):
                 these = points[is_kind & (whole == is_whole)]
                 axes.scatter(*these.T, s=22, color=colour, marker=marker, alpha=alpha, lw=0)
-    axes.scatter(*points[[setting == result["chosen"]["setting"] for setting in settings]].T, **RING)
+    axes.scatter(*points[np.array([s == result["chosen"]["setting"] for s in settings], bool)].T, **RING)
+    if len(points):  # none if every trial went too far: then there is no place on a logarithmic axis
+        axes.set_xscale("log")
     most = points[:, 1].max(initial=0.0) or 1.0  # may be tiny, where unwanted answers open like any other
-    axes.set(xscale="log", ylim=(-0.03 * most, 1.05 * most), xlabel="KL at the first tokens (nats per token)",
+    axes.set(ylim=(-0.03 * most, 1.05 * most), xlabel="KL at the first tokens (nats per token)",
              ylabel="probability of an unwanted opening",
              title=f"{len(result['trials'])} trials by first tokens, {int(whole.sum())} judged")  # fmt: skip
 

@@ -59,7 +59,8 @@ def split_pairs(pairs: Sequence[Pair], shares: Sequence[int], seed: int = 0) -> 
         for part, chosen in zip(parts, np.split(drawn, np.round(bounds * len(drawn)).astype(int)), strict=True):
             part.extend(np.flatnonzero(np.isin(groups, groups[chosen])))
     rows = {name: np.sort(np.array(part, int)) for name, part in zip(PARTS, parts, strict=False)}
-    if min(map(len, parts)) < 1 or len(parts[0]) < separation.MIN_PAIRS:
+    of_training = len(np.unique(groups[parts[0]]))
+    if min(map(len, parts)) < 1 or of_training < separation.MIN_PAIRS:
         counts = ", ".join(f"{len(part)} for {name}" for name, part in rows.items())
         raise UserError(
             f"Shares of {', '.join(map(str, shares))} make {counts} of {counted(len(pairs), 'pair')}; a "
@@ -159,9 +160,9 @@ class Bench:
         """[layers] held-out d among the training pairs."""
         if (site, positions) not in self._separation:
             rows = self.rows["training"]
-            vectors = self.measured.vectors_at(site, positions)[rows]
-            categories = [self.measured.categories[i] for i in rows]
-            self._separation[site, positions] = separation.layer_separation(vectors, categories)
+            vectors, pairs = self.measured.vectors_at(site, positions)[rows], [self.measured.pairs[i] for i in rows]
+            categories, groups = [pair.category for pair in pairs], independent_groups(pairs)
+            self._separation[site, positions] = separation.layer_separation(vectors, categories, groups)
         return self._separation[site, positions]
 
     def intervention(self, setting: Setting) -> Intervention:

@@ -20,6 +20,7 @@ from alignment_artifacts.behaviour.answers import unedited_answers, write_answer
 from alignment_artifacts.behaviour.monitor import score_texts
 from alignment_artifacts.behaviour.refusal import corrected
 from alignment_artifacts.behaviour.score import REFUSAL, Score
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.estimate import Directions, measure_natural_tokens
 from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.edits.proof import Sequences, pool, prove
@@ -57,12 +58,13 @@ def transcribe(
     Raises:
         UserError: the setting changes nothing, or needs statistics that the pairs do not provide.
     """
-    if len(measured.pairs) < st.MIN_PAIRS:
+    groups = independent_groups(measured.pairs)
+    if (independent := int(groups.max(initial=-1)) + 1) < st.MIN_PAIRS:
         raise UserError(
-            f"Each pair meets directions from other pairs, which takes at least {st.MIN_PAIRS} of them; there are "
-            f"{len(measured.pairs)}. Answer single prompts instead, without --all-pairs."
+            f"Each pair meets directions from pairs independent of it, which takes at least {st.MIN_PAIRS} groups of "
+            f"them; there are {independent}. Answer single prompts instead, without --all-pairs."
         )
-    folds = st.assign_folds(np.array(measured.categories))
+    folds = st.assign_folds(np.array(measured.categories), groups=groups)
     before = _unedited_answers(loaded, measured, max_tokens)
     progress(len(measured.pairs))
     records: list[dict] = [{} for _ in measured.pairs]
@@ -93,7 +95,7 @@ def transcribe(
             f"This setting ({setting.describe()}) changes nothing on {measured.pairs.sides[1]} prompts. "
             "Use another mode, other layers or another threshold."
         )
-    separation = st.layer_separation(measured.vectors_at(setting.site, setting.positions), measured.categories)
+    separation = st.layer_separation(measured.vectors_at(setting.site, setting.positions), measured.categories, groups)
     result = {
         "model": {name: measured.facts[name] for name in ("model", "model_revision")},
         "setting": setting.record(),
