@@ -2,7 +2,8 @@
 
 The independent unit is the pair: natural[i] and artifact[i] are one vector each for the two
 prompts of pair i. A direction is the mean artifact minus natural vector of the *training*
-pairs; every number but the ones called "in sample" is measured on pairs it has not seen.
+pairs; every number but the ones called "in sample" is measured on pairs it has not seen, and that
+share no prompt with those it has (the monitor's twins, `auroc_elsewhere`, share artifact prompts).
 Pairs that depend on each other (a shared prompt, say) form a *group*: folds and swaps take it or
 leave it as one (exchangeability blocks, Winkler et al. 2014).
 
@@ -408,12 +409,12 @@ def separating_layers(vectors: np.ndarray, categories: list[str]) -> list[int]:
     return [int(i) for i in np.flatnonzero(d >= min(LAYER_SHARE * d.max(), d.max()))]
 
 
-def layer_separation(vectors: np.ndarray, categories: list[str]) -> np.ndarray:
-    """[layers] held-out Cohen's d of prompt vectors [pairs, 2, layers, hidden].
+def layer_separation(vectors: np.ndarray, categories: list[str], groups: np.ndarray | None = None) -> np.ndarray:
+    """[layers] held-out Cohen's d of prompt vectors [pairs, 2, layers, hidden]; groups [pairs] as in `assign_folds`.
 
     Raises:
         ValueError: too few pairs to hold any out.
     """
-    folds = assign_folds(np.array(categories))
+    folds = assign_folds(np.array(categories), groups=groups)
     layers = [pair_vectors(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]
     return np.nan_to_num([held_out_d(layer, folds) for layer in layers])
