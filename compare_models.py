@@ -177,6 +177,7 @@ def print_tables(result: dict) -> None:
             f"{number(r['a_on_b']):>6} {number(r['b_on_a']):>6} {percent(r['relative_change'], 1):>6}"
         )
     print("moved: how far training moved an activation, by its own size (mean over prompts)")
+    print("intervals are pointwise: each holds for a layer fixed beforehand")
     print_weights(result["weights"])
     print_change_space(result["change_space"])
     print("\nB - A on generated tokens (* p <= 0.05 over layers)")
@@ -189,11 +190,12 @@ def print_tables(result: dict) -> None:
         print(f"{layer:>5} " + "".join(f"{number(r['difference']) + m:>16}" for r, m in zip(cells, marks, strict=True)))
     print("\nLearnt on one contrast, tested on another: d (accuracy)")
     sources = result["transfer"]
-    print(f"{'':<38}" + "".join(f"{title:>14}" for title in ("model A", "model B", "embeddings")))
+    print(f"{'':<36}{'model A':>12}{'model B':>13}{result['names']['words']:>19}")
     for cell in next(iter(sources.values())):
         found = [records[cell] for records in sources.values()]
-        shares = [f"{number(r['cohens_d'])} ({percent(r['accuracy'])})" for r in found]
-        print(f"{cell:<38.38}" + "".join(f"{share:>14}" for share in shares))
+        a, b, words = (f"{number(r['cohens_d'])} ({percent(r['accuracy'])})" for r in found)
+        print(f"{cell:<36.36}{a:>12}{b:>13}{words + ' ' + found[-1]['kind'].removesuffix(' difference'):>19}")
+    print("word choice: the strongest of token embeddings (mean difference, LDA) and TF-IDF")
     if result["planted_truth"]:
         cosines = ", ".join(f"{layer}: {number(c, 3)}" for layer, c in result["planted_truth"].items())
         print("\n" + textwrap.fill(f"Cosine of the change of direction with the planted one, by layer: {cosines}", 78))

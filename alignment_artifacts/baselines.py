@@ -48,7 +48,7 @@ def score_baselines(
         }
         for kind, (held_out, spread) in candidates.items()
     }
-    strongest = max(records, key=lambda kind: _strength(records[kind]))
+    strongest = max(records, key=lambda kind: strength(records[kind]))
     lengths = data.prompt_lengths
     length = None
     if lengths is not None:
@@ -79,7 +79,7 @@ def score_baselines(
     }
 
 
-def _strength(record: dict) -> float:
+def strength(record: dict) -> float:
     """d; without any spread it is not defined, and what separates without a mistake then is as strong as can be."""
     if np.isfinite(record["cohens_d"]):
         return record["cohens_d"]
@@ -123,34 +123,43 @@ def held_out_along(vectors: np.ndarray, folds: np.ndarray, fit: Fit, confound: n
 
     def project(training: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
         values = vectors if confound is None else vectors - _explained(vectors, confound, training)
-        direction = fit(values[training, 0], values[training, 1])
-        direction = direction / (np.linalg.norm(direction) or 1.0)
-        return values[rows] @ direction, float((values[training] @ direction).mean())
+        return along(values[training], values[rows], fit)
 
-    return _held_out(folds, project)
+    return held_out(folds, project)
+
+
+def along(known: np.ndarray, asked: np.ndarray, fit: Fit) -> tuple[np.ndarray, float]:
+    """Vectors [pairs, 2, hidden] projected on what `fit` makes of known ones [others, 2, hidden]: values [pairs, 2],
+    and the middle of the known."""
+    direction = fit(known[:, 0], known[:, 1])
+    direction = direction / (np.linalg.norm(direction) or 1.0)
+    return asked @ direction, float((known @ direction).mean())
 
 
 def held_out_texts(texts: list[tuple[str, str]], folds: np.ndarray) -> HeldOut:
-    """Texts [pair](natural, artifact) by TF-IDF and logistic regression: its score before the sigmoid."""
+    """Texts [pair](natural, artifact) by `score_texts`."""
+    pairs = np.array(texts, dtype=object)
+    return held_out(folds, lambda training, rows: score_texts(pairs[training], pairs[rows]))
+
+
+def score_texts(known: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, float]:
+    """Texts [pairs, 2] by TF-IDF and logistic regression of known ones [others, 2]: its score before the sigmoid, and
+    its threshold."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    pairs = np.array(texts, dtype=object)
-
-    def project(training: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
-        vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
-        try:
-            known = vectorizer.fit_transform(pairs[training].ravel())
-        except ValueError:  # prompts without a single word
-            return np.zeros((len(rows), 2)), 0.0
-        labels = np.tile([0, 1], training.sum())
-        model = LogisticRegression(max_iter=1000).fit(known, labels)
-        return model.decision_function(vectorizer.transform(pairs[rows].ravel())).reshape(-1, 2), 0.0
-
-    return _held_out(folds, project)
+    vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
+    try:
+        features = vectorizer.fit_transform(known.ravel())
+    except ValueError:  # prompts without a single word
+        return np.zeros(asked.shape), 0.0
+    model = LogisticRegression(max_iter=1000).fit(features, np.tile([0, 1], len(known)))
+    return model.decision_function(vectorizer.transform(asked.ravel())).reshape(asked.shape), 0.0
 
 
-def _held_out(folds: np.ndarray, project: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]]) -> HeldOut:
+def held_out(folds: np.ndarray, project: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]]) -> HeldOut:
+    """Fold by fold what `project` makes of (training pairs [pairs] of bool, rows held out): values [rows, 2] and a
+    threshold."""
     projected = np.empty((3, *np.atleast_2d(folds).shape))
     for division, _, training, rows in each_fold(folds):
         values, threshold = project(training, rows)

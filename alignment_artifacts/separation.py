@@ -2,7 +2,8 @@
 
 The independent unit is the pair: natural[i] and artifact[i] are one vector each for the two
 prompts of pair i. A direction is the mean artifact minus natural vector of the *training*
-pairs; every number but the ones called "in sample" is measured on pairs it has not seen.
+pairs; every number but the ones called "in sample" is measured on pairs it has not seen, and that
+share no prompt with those it has (the monitor's twins, `auroc_elsewhere`, share artifact prompts).
 Pairs that depend on each other (a shared prompt, say) form a *group*: folds and swaps take it or
 leave it as one (exchangeability blocks, Winkler et al. 2014).
 

@@ -41,7 +41,8 @@ def excerpt_comparison(result: dict) -> dict:
     }
     transfer = {
         label: {
-            source: {key: cells[cell][key] for key in ("cohens_d", "accuracy")} for source, cells in sources.items()
+            source: {key: cells[cell][key] for key in ("cohens_d", "accuracy", "kind") if key in cells[cell]}
+            for source, cells in sources.items()
         }
         for label, cell in rows.items()
         for sources in [result["transfer"]]

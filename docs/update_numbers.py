@@ -167,11 +167,13 @@ def transfer_table(numbers: dict) -> str:
     rows = []
     for cell, by_source in numbers["comparison"]["transfer"].items():
         shares = [
-            printed(r["cohens_d"], ".1f") + (f" ({printed(r['accuracy'], '%')})" if "accuracy" in r else "")
+            printed(r["cohens_d"], ".1f")
+            + (f" ({printed(r['accuracy'], '%')})" if "accuracy" in r else "")
+            + (f", {r['kind']}" if "kind" in r else "")
             for r in by_source.values()
         ]
         rows.append([cell, *shares])
-    return table(["learnt on → tested on", "before", "after", "word embeddings"], rows)
+    return table(["learnt on → tested on", "before", "after", "word choice"], rows)
 
 
 @computed
@@ -301,7 +303,7 @@ def comparison_coverage(numbers: dict) -> str:
 @computed
 def comparison_false_positives(numbers: dict) -> str:
     rows = numbers["simulated_comparison"]["rows"]
-    return share_span([row["found"] for row in rows if row["d of A"] == row["d of B"]])
+    return share_span([row["found"] for row in rows if abs(row["true difference"]) < 0.1])
 
 
 def _medians(numbers: dict, prefix: str) -> float:

@@ -1,6 +1,7 @@
 """Result files as the scripts write them, on simulated collections of any size: what the report is tested on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
@@ -88,9 +89,11 @@ def write_comparison(folder, origin=ORIGIN):
     first, second = (simulate(effect, pairs=20, seed=1).prompt_vectors("prompt_end") for effect in (0.5, 3.0))
     strata = np.arange(20) % 5
     layers = {"num_pairs": 20, "layers": compare_layers(first, second, strata, SETTINGS)}
-    sources = {"a": first, "b": second, "words": first[:, :, :1]}
-    records = {name: cross_decoding(v, v[:10], strata, strata[:10], SETTINGS) for name, v in sources.items()}
-    names = {"a": "before", "b": origin["model"], "words": "word embeddings"}
+    pairs = [Pair(f"{i}", f"{i % 5}", f"n{i}", f"a{i}") for i in range(20)]
+    twins = [replace(pair, natural=f"t{pair.id}") for pair in pairs[:10]]
+    sources = {name: np.concatenate([model, model[:10]]) for name, model in (("a", first), ("b", second))}
+    records = cross_decoding(sources, sources["a"][:, :, 0], pairs, twins, SETTINGS)
+    names = {"a": "before", "b": origin["model"], "words": transfer.WORDS}
     result = {
         "origin": origin,
         "names": names,

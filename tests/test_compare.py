@@ -76,6 +76,8 @@ def test_the_aligned_direction_knows_more_than_words(compared):
         cell = f"{learnt}/artifact -> {tested}/artifact"
         d = {source: result["transfer"][source][cell]["cohens_d"] for source in ("a", "b", "words")}
         assert d["b"] > 2 and d["b"] > max(d["a"], d["words"]) + 0.5
+        assert result["transfer"]["b"][cell]["beyond_words"]["difference_ci"][0] > 0
+        assert f"word choice ({result['transfer']['words'][cell]['kind']})" in result["transfer_summary"]
     assert result["transfer_summary"].count("which words do not explain") == 2
     assert len(result["transfer"]["b"]) == 4 + 5
 
@@ -98,6 +100,7 @@ def test_the_weights_that_training_changed_are_the_planted_ones(compared):
 def test_the_terminal_and_the_figure(compared):
     result, printed, folder = compared
     assert [line for line in printed.splitlines() if len(line) > 80] == []
+    assert "intervals are pointwise" in printed and "(pointwise, the largest of 8 layers; p = " in result["summary"]
     assert "B - A on generated tokens" in printed and "others -> medical_ethics" in printed
     for name in (f"{stem}.{ending}" for stem in ("model_comparison", "weight_changes") for ending in ("png", "pdf")):
         assert (folder / "figures" / name).stat().st_size > 10_000
@@ -121,10 +124,12 @@ def test_models_that_cannot_be_compared_are_refused(organism, tmp_path):
     check_comparable(base, organism, pairs, pairs)
     with pytest.raises(UserError, match="same weights"):
         check_comparable(organism, organism, pairs, pairs)
+    one_twin = [replace(pair, natural="Is it?") for pair in pairs]  # whose artifact prompts are those of all pairs
+    with pytest.raises(UserError, match="at least 8 independent groups of pairs; there are 1"):
+        check_comparable(base, organism, pairs, one_twin)
     five = [replace(pair, block=f"g{i % 5}") for i, pair in enumerate(pairs)]
-    for contrasts in ((five, pairs), (pairs, five)):  # enough, but not of their own
-        with pytest.raises(UserError, match="share no prompt and no group; there are 5 of 50"):
-            check_comparable(base, organism, *contrasts)
+    with pytest.raises(UserError, match="at least 8 independent groups of pairs; there are 5"):
+        check_comparable(base, organism, five, [])
     with pytest.raises(UserError, match="has 7 layers"):
         check_comparable(replace(base, num_layers=7), organism, pairs, pairs)
     with pytest.raises(UserError, match="has 64 hidden dimensions"):
@@ -146,7 +151,7 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path):
     (tmp_path / "few.json").write_text(json.dumps(few))
     for name, value, message in (
         ("TWINS", "/nowhere.json", "does not exist"),
-        ("TWINS", str(tmp_path / "few.json"), "at least 8 twins that share no prompt and no group; there is 1 of 1"),
+        ("TWINS", str(tmp_path / "few.json"), "at least 8 twins; there are 1"),
         ("MODEL_A", str(tmp_path / "llama"), "only models of one shape"),
         ("SITE", "attention", "SITE must be one of"),
     ):

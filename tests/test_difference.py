@@ -22,9 +22,29 @@ def test_equal_separation_is_called_different_no_more_often_than_stated(d, same_
     runs, p_values = 100, []
     for seed in range(runs):
         first, second, _ = simulate(d, d, seed, same_direction)
-        p_values.append(min(r["p_value"] for r in compare_layers(first, second, STRATA, Settings(99, 2))))
+        p_values.append(min(r["p_value"] for r in compare_layers(first, second, STRATA, Settings(99, 50))))
     # At a true rate of 5% more than 11 of 100 come about in 1 of 200 cases.
     assert np.mean(np.array(p_values) <= 0.05) <= 0.11
+
+
+def test_noise_of_another_shape_is_no_difference_in_separation():
+    """Isotropic in one model, along two axes in the other; their learnt directions separate equally well."""
+    found = []
+    for seed in range(100):
+        first, second, _ = simulated_model_comparison.simulate((3.2, 3), 0.0, True, seed, layers=1, axes=2)
+        found.append(compare_layers(first, second, STRATA, Settings(99, 50))[0]["p_value"] <= 0.05)
+    assert np.mean(found) <= 0.1  # swaps alone: 0.14 to 0.17
+
+
+def test_a_loud_layer_does_not_drown_a_quiet_one():
+    """Layer 0 differs and varies little between models, layer 1 varies much: it has few axes and no noise in common."""
+    found = []
+    for seed in range(30):
+        quiet, second, _ = simulated_model_comparison.simulate((1, 1.8), 0.8, True, seed, layers=1)
+        loud = np.random.default_rng(seed).normal(size=(2, 50, 2, 1, 32)) * np.where(np.arange(32) < 1, 1, 0.01)
+        both = [np.concatenate(layers, axis=2) for layers in zip((quiet, second), loud, strict=True)]
+        found.append(compare_layers(*both, STRATA, Settings(99, 50))[0]["p_value"] <= 0.05)
+    assert np.mean(found) >= 0.8
 
 
 @pytest.mark.parametrize("d_first, d_second, same_direction", [(0.8, 3, True), (4, 2, True), (0.8, 3, False)])
@@ -52,8 +72,8 @@ def test_a_scaled_space_is_no_difference_in_separation():
     runs, found = 60, 0
     for seed in range(runs):
         first, second, _ = simulate(2, 2, seed)
-        records = compare_layers(first, 3 * second, STRATA, Settings(99, 2))
-        assert [r["p_value"] for r in compare_layers(first, second, STRATA, Settings(99, 2))] == [
+        records = compare_layers(first, 3 * second, STRATA, Settings(99, 50))
+        assert [r["p_value"] for r in compare_layers(first, second, STRATA, Settings(99, 50))] == [
             r["p_value"] for r in records
         ]
         found += min(r["p_value"] for r in records) <= 0.05

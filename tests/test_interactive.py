@@ -112,6 +112,10 @@ def test_comparison(tmp_path, drawn):
         np.testing.assert_array_equal(line.get_ydata(), trace(shown, name).y)
     np.testing.assert_array_equal(middle.lines[0].get_ydata(), trace(shown, "B - A, prompt end").y)
     np.testing.assert_array_equal(right.images[0].get_array(), interactive.transfer(result).data[0].z)
+    words = result["transfer"]["words"].values()
+    expected = [f"{r['cohens_d']:z.1f} ({r['kind']})" for r in words]
+    written = [text.get_text() for text in right.texts]
+    assert written[-len(expected) :] == expected == list(interactive.transfer(result).data[0].text[:, -1])
 
 
 def test_prompts_in_hover_boxes_are_escaped_and_wrapped():

@@ -109,8 +109,9 @@ def auroc_elsewhere(
 ) -> dict:
     """How well the score of other prompts, such as twins, tells beforehand which of them will be refused.
 
-    Direction and layers come from all pairs, at the prompt's end; "auroc" is None with fewer than MIN_OF_EACH refused
-    or answered.
+    Direction and layers come from all pairs, at the prompt's end: never from these prompts, but, where they are twins,
+    from the artifact prompts that they look like, which is not held out. "auroc" is None with fewer than MIN_OF_EACH
+    refused or answered.
     """
     vectors = measured.vectors_at(site, "prompt_end")
     layers = measured.best_layers(site, "prompt_end", measured.rows())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +26,16 @@ from gemma_refactored.job import mean_prompt_embeddings
 from gemma_refactored.model_loading import LoadedModel
 from gemma_refactored.site_names import described, pattern_of
 
-WORDS = "word embeddings"
-
 
 def check_comparable(first: LoadedModel, second: LoadedModel, pairs: Sequence[Pair], twins: Sequence[Pair]) -> None:
     """Raise UserError unless two models have the same layers, width and vocabulary, and different weights, and there
     are enough pairs and twins (or none of the latter)."""
-    for contrast, what in ((pairs, "pairs"), (twins, "twins")):
-        count = len(set(independent_groups(contrast)))
-        if count < MIN_PAIRS_NESTED and (contrast or what == "pairs"):
-            are = "is" if count == 1 else "are"
-            raise UserError(
-                f"A comparison needs at least {MIN_PAIRS_NESTED} {what} that share no prompt and no group; there {are} "
-                f"{count} of {len(contrast)}."
-            )
+    groups = independent_groups([*pairs, *twins])  # a prompt may be in both
+    for own, what in ((groups[: len(pairs)], "pairs"), (groups[len(pairs) :], "twins")):
+        count = len(set(own))
+        if count < MIN_PAIRS_NESTED and (len(own) or what == "pairs"):
+            kind = what if count == len(own) else f"independent groups of {what}"
+            raise UserError(f"A comparison needs at least {MIN_PAIRS_NESTED} {kind}; there are {count}.")
     for name, what in (("num_layers", "layers"), ("hidden_size", "hidden dimensions")):
         sizes = [getattr(model, name) for model in (first, second)]
         if sizes[0] != sizes[1]:
@@ -109,28 +105,15 @@ def compare(
         conditions[condition] = {"num_pairs": len(complete), "layers": layers}
 
     ends_a, ends_b, _ = readings["prompt_end"]
-    contrasts = {"a": Contrasts(ends_a), "b": Contrasts(ends_b), "words": Contrasts(_embed(models[1], pairs))}
+    vectors = {"a": ends_a, "b": ends_b}
     if twins:
-        twin_ends_a, twin_ends_b = (_read_ends(model, with_chat, twins, sites, progress, cache) for model in models)
-        contrasts = {
-            "a": Contrasts(ends_a, twin_ends_a),
-            "b": Contrasts(ends_b, twin_ends_b),
-            "words": Contrasts(contrasts["words"].pairs, _embed(models[1], twins)),
+        vectors = {
+            name: np.concatenate([ends, _read_ends(model, with_chat, twins, sites, progress, cache)])
+            for (name, ends), model in zip(vectors.items(), models, strict=True)
         }
-    by_source = {
-        source: transfer.cross_decoding(
-            of.pairs,
-            of.twins,
-            _categories(pairs),
-            _categories(twins),
-            settings,
-            independent_groups(pairs),
-            independent_groups(twins) if twins else None,
-            pairs.sides,
-        )
-        for source, of in contrasts.items()
-    }
-    names = dict(zip("ab", short_names(models[0].name, models[1].name), strict=True)) | {"words": WORDS}
+    embeddings = mean_prompt_embeddings(models[1], texts([*pairs, *twins])).reshape(len(pairs) + len(twins), 2, -1)
+    by_source = transfer.cross_decoding(vectors, embeddings, pairs, twins, settings)
+    names = dict(zip("ab", short_names(models[0].name, models[1].name), strict=True)) | {"words": transfer.WORDS}
     planted = planted_directions(models[1])
     outputs = weights.output_sites(models[1].model)
     output_ends = [_read_ends(model, with_chat, pairs, outputs, progress, cache) for model in models]
@@ -173,19 +156,6 @@ def compare(
     )
 
 
-@dataclass(frozen=True)
-class Contrasts:
-    """The two contrasts as one source (a model, or words alone) represents them.
-
-    Attributes:
-        pairs: [pairs, 2 (natural, artifact), layers, hidden].
-        twins: [twins, 2 (twin, artifact), layers, hidden]; None without any.
-    """
-
-    pairs: np.ndarray
-    twins: np.ndarray | None = None
-
-
 def texts_to_read(pairs: Sequence[Pair], twins: Sequence[Pair]) -> int:
     """How many `compare` processes, for a progress bar: answers, three texts, prompts and twins, in two models."""
     return 2 * (2 * len(pairs) + 3 * 2 * len(pairs) + 2 * len(pairs) + 2 * len(twins))
@@ -215,11 +185,6 @@ def _directions(vectors: np.ndarray) -> np.ndarray:
     return (vectors[:, 1] - vectors[:, 0]).mean(axis=0)
 
 
-def _embed(model: LoadedModel, pairs: Sequence[Pair]) -> np.ndarray:
-    """[pairs, 2, 1, hidden] mean token embeddings: word choice alone."""
-    return mean_prompt_embeddings(model, texts(pairs)).reshape(len(pairs), 2, 1, -1)
-
-
 def short_names(*names: str) -> tuple[str, ...]:
     """Names without the folders that lead to the models, where these still tell them apart."""
     parts = [name.partition(" (") for name in names]
@@ -244,5 +209,5 @@ def summarise(records: list[dict], names: tuple[str, str], sides: tuple[str, str
         f"On the same tokens {names[1]} separates {sides[1]} from {sides[0]} prompts {how} {names[0]} "
         f"at {named_layers(significant)}, most at layer {best}: d = {number(r['d_b'], 1)} against "
         f"{number(r['d_a'], 1)}, a difference of {r['difference']:+z.1f} {interval(r['difference_ci'], 1)} "
-        f"(p = {p_value(r['p_value'])} over all layers).{identical}"
+        f"(pointwise, the largest of {len(records)} layers; p = {p_value(r['p_value'])} over all layers).{identical}"
     )

@@ -7,15 +7,22 @@ knows words fails on the other contrast, and on a new category.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import numpy as np
 
 from alignment_artifacts import separation as st
+from alignment_artifacts.baselines import along, held_out, lda_direction, mean_difference, score_texts, strength
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.intervals import Uncertainty
-from alignment_artifacts.pairs import SIDES
+from alignment_artifacts.pairs import SIDES, Pair, as_pairs
 from alignment_artifacts.scores import Settings, held_out_scores, score_layers
-from alignment_artifacts.separation import layer_separation
 from gemma_refactored.files import jsonable
+
+WORDS = "word choice"
+# Known and asked rows -> values [asked, 2] and threshold.
+Learn = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, float]]
 
 
 def contrasts_of(sides: tuple[str, str]) -> tuple[str, str]:
@@ -24,75 +31,126 @@ def contrasts_of(sides: tuple[str, str]) -> tuple[str, str]:
 
 
 def cross_decoding(
-    pairs: np.ndarray,
-    twins: np.ndarray | None,
-    categories: np.ndarray,
-    twin_categories: np.ndarray,
+    vectors: Mapping[str, np.ndarray],
+    embeddings: np.ndarray,
+    pairs: Sequence[Pair],
+    twins: Sequence[Pair],
     settings: Settings,
-    groups: np.ndarray | None = None,
-    twin_groups: np.ndarray | None = None,
-    sides: tuple[str, str] = SIDES,
-) -> dict[str, dict]:
-    """Every combination of learning and testing, with one record for each.
+) -> dict[str, dict[str, dict]]:
+    """Every combination of learning and testing, with one record for each, by source: the models, and "words".
 
-    The layer is always chosen, and the threshold set, on what was learnt from.
+    What is tested was never learnt from: where both sets share prompts, the tested pairs are divided into folds, and
+    each fold's direction, layer and threshold come from learnt pairs that share no prompt with it, directly or by way
+    of others. Words are the strongest of `baselines`' three models of them, in each combination the one that separates
+    what is tested best: the choice is in their favour.
 
     Args:
-        pairs: [pairs, 2 (natural, artifact), layers, hidden]; twins: [twins, 2 (twin, artifact), layers, hidden], or
-            None without any.
-        categories, twin_categories: a label for each.
-        groups, twin_groups: labels of those that depend on each other; default: each by itself.
-        sides: what the two sides of a pair are called.
+        vectors: of each model [pairs and then twins, 2 (natural or twin, artifact), layers, hidden].
+        embeddings: [pairs and then twins, 2, hidden] mean token embeddings.
+        twins: may be none.
     Returns:
-        "LEARNT -> TESTED": record, where both are of `contrasts_of(sides)` (held out where they are the same), or
-        the tested one is a category of the pairs and "others" are the other categories.
+        source -> "LEARNT -> TESTED" -> record. Both are of `contrasts_of` the pairs' sides, or the tested one is a
+        category of the pairs and "others" are the other categories. Where both differ, "mean_separation_on_axis" is in
+        units of the spread of what was learnt from. Records of models have "layers", chosen fold by
+        fold, and "beyond_words", their d minus that of words with its paired interval; those of words have a "kind".
     """
-    of_pairs, of_twins = contrasts_of(sides)
-    sets = {of_pairs: (pairs, np.asarray(categories), st.group_numbers(groups, len(pairs)))}
-    if twins is not None:
-        sets[of_twins] = twins, np.asarray(twin_categories), st.group_numbers(twin_groups, len(twins))
-    records = {}
-    for learnt, (training, labels, blocks) in sets.items():
-        for tested, (other, _, other_blocks) in sets.items():
-            name = f"{learnt} -> {tested}"
-            if learnt == tested:
-                records[name] = _held_out(training, labels, settings, blocks)
-            else:
-                records[name] = _record(*decode(training, labels, other), settings, other_blocks)
-    _, labels, all_blocks = sets[of_pairs]
-    for category in dict.fromkeys(labels.tolist()):
-        inside = labels == category
-        if inside.sum() >= 2 and (~inside).sum() >= st.MIN_PAIRS:
-            projected = decode(pairs[~inside], labels[~inside], pairs[inside])
-            blocks = st.group_numbers(all_blocks[inside], int(inside.sum()))
-            records[f"others -> {category}"] = _record(*projected, settings, blocks)
-    return jsonable(records)
+    everything = [*pairs, *twins]
+    labels, groups = np.array([pair.category for pair in everything]), independent_groups(everything)
+    prompts = np.array([(pair.natural, pair.artifact) for pair in everything], dtype=object)
+    of_words: dict[str, Learn] = {
+        "mean difference": lambda known, asked: along(embeddings[known], embeddings[asked], mean_difference),
+        "lda": lambda known, asked: along(embeddings[known], embeddings[asked], lda_direction),
+        "tf-idf": lambda known, asked: score_texts(prompts[known], prompts[asked]),
+    }
+    by_source: dict[str, dict[str, dict]] = {source: {} for source in (*vectors, "words")}
+    for cell, (learnt, tested) in _cells(as_pairs(pairs).sides, labels, groups, len(pairs)).items():
+        folds = _folds(learnt, tested, labels, groups, settings.seed)
+        uncertainty = Uncertainty(st.group_numbers(groups[tested], len(tested)), settings.resamples, settings.seed)
+        words = {kind: decode(learn, learnt, tested, folds, groups) for kind, learn in of_words.items()}
+        chance = 0.0  # of embeddings, for all three: what other pairs have taught varies by no fold's chance
+        if learnt is tested:
+            own = score_layers(embeddings[tested][:, :, None], labels[tested], settings, groups=groups[tested])
+            chance = own.held_out[0][1]
+        records = {kind: held_out_scores(by, uncertainty, chance) for kind, by in words.items()}
+        kind = max(records, key=lambda kind: strength(records[kind]))
+        by_source["words"][cell] = {**records[kind], "num_pairs": len(tested), "kind": kind}
+        for source, values in vectors.items():
+            by, spread, layers = _by_model(values, learnt, tested, folds, labels, groups, settings)
+            by_source[source][cell] = {
+                **held_out_scores(by, uncertainty, spread),
+                "num_pairs": len(tested),
+                "layers": layers,
+                "beyond_words": {
+                    "difference": by.d() - words[kind].d(),
+                    "difference_ci": uncertainty.difference_interval(words[kind], by, (chance, spread)),
+                },
+            }
+    return jsonable(by_source)
 
 
-def decode(training: np.ndarray, strata: np.ndarray, tested: np.ndarray) -> tuple[st.HeldOut, list[int]]:
-    """Learn layer, direction and threshold from some pairs, project others; both [pairs, 2, layers, hidden]."""
-    layer = int(np.argmax(layer_separation(training, list(strata))))
-    vectors = training[:, :, layer].astype(np.float64)
-    direction = (vectors[:, 1] - vectors[:, 0]).mean(axis=0)
-    direction /= np.linalg.norm(direction) or 1.0
-    threshold = (vectors @ direction).mean()
-    natural, artifact = (tested[:, :, layer].astype(np.float64) @ direction).T
-    one_fold = np.zeros(len(tested), int)
-    return st.HeldOut(natural, artifact, np.full(len(tested), threshold), one_fold), [layer]
+def _cells(
+    sides: tuple[str, str], labels: np.ndarray, groups: np.ndarray, pairs: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """ "LEARNT -> TESTED": the rows of both, the first `pairs` rows being those of the pairs."""
+    rows = np.split(np.arange(len(labels)), [pairs])
+    sets = {name: own for name, own in zip(contrasts_of(sides), rows, strict=True) if len(own)}
+    cells = {f"{a} -> {b}": (learnt, tested) for a, learnt in sets.items() for b, tested in sets.items()}
+    for category in dict.fromkeys(labels[:pairs].tolist()):
+        inside = labels[:pairs] == category
+        parts = rows[0][~inside], rows[0][inside]
+        counts = [len(np.unique(groups[part])) for part in parts]
+        needed = (st.MIN_PAIRS_NESTED,) * 2 if np.isin(*(groups[part] for part in parts)).any() else (st.MIN_PAIRS, 2)
+        if counts[0] >= needed[0] and counts[1] >= needed[1]:
+            cells[f"others -> {category}"] = parts
+    return cells
 
 
-def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings, groups: np.ndarray) -> dict:
-    """The same within one set, fold by fold: what the analysis calls the best layer, chosen inside the folds."""
-    best = score_layers(vectors, strata, settings, groups=groups).best_layer
-    if best is None:
-        raise ValueError("choosing a layer inside the folds needs at least eight independent groups of pairs")
-    layers = best.pop("layer_chosen_in_each_fold")
-    return {**best, "num_pairs": len(vectors), "layers": layers}
+def _folds(learnt: np.ndarray, tested: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Fold numbers of what is tested, as `separation.assign_divisions` gives them; one fold if nothing is shared."""
+    shared = np.isin(groups[tested], groups[learnt])
+    if not shared.any():
+        return np.zeros(len(tested), int)
+    # Shared ones first, evenly over the folds: none takes much more of what is learnt from than another.
+    strata = np.array([f"{not own} {label}" for own, label in zip(shared, labels[tested], strict=True)])
+    return st.assign_divisions(strata, seed, groups[tested])
 
 
-def _record(held_out: st.HeldOut, layers: list[int], settings: Settings, groups: np.ndarray) -> dict:
-    scores = held_out_scores(held_out, Uncertainty(groups, settings.resamples, settings.seed))
-    return {**scores, "num_pairs": len(held_out.folds), "layers": layers}
+def decode(learn: Learn, learnt: np.ndarray, tested: np.ndarray, folds: np.ndarray, groups: np.ndarray) -> st.HeldOut:
+    """Fold by fold of `tested` rows what `learn` makes of the `learnt` rows that are of no group in that fold."""
+
+    def project(_: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
+        asked = tested[rows]
+        return learn(learnt[~np.isin(groups[learnt], groups[asked])], asked)
+
+    return held_out(folds, project)
+
+
+def _by_model(
+    values: np.ndarray,
+    learnt: np.ndarray,
+    tested: np.ndarray,
+    folds: np.ndarray,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    settings: Settings,
+) -> tuple[st.HeldOut, float, list[int]]:
+    """Projections, the spread of d by chance (0 where the direction is another set's), and each fold's layer."""
+    if learnt is tested:  # what the analysis calls the best layer
+        scores = score_layers(values[tested], labels[tested], settings, groups=groups[tested])
+        if scores.nested is None or scores.best_layer is None:
+            raise ValueError("choosing a layer inside the folds needs at least eight independent groups of pairs")
+        return *scores.nested, scores.best_layer["layer_chosen_in_each_fold"]
+    layers = []
+
+    def learn(known: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, float]:
+        layer = int(np.argmax(st.layer_separation(values[known], list(labels[known]), groups[known])))
+        layers.append(layer)
+        vectors = values[np.append(known, asked), :, layer].astype(np.float64)
+        projected, threshold = along(vectors[: len(known)], vectors, mean_difference)
+        spread = projected[: len(known)].std(axis=0).mean() or 1.0  # layers may differ in scale from fold to fold
+        return projected[len(known) :] / spread, threshold / spread
+
+    return decode(learn, learnt, tested, folds, groups), 0.0, layers
 
 
 def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str], sides: tuple[str, str] = SIDES) -> str:
@@ -110,21 +168,23 @@ def summarise(by_source: dict[str, dict[str, dict]], names: dict[str, str], side
         (of_twins, of_pairs, f"{sides[1]} from {sides[0]} prompts"),
     ):
         cell = f"{learnt} -> {tested}"
-        record = by_source["b"][cell]
-        others = {names[source]: by_source[source][cell]["cohens_d"] for source in ("a", "words")}
-        low = record["cohens_d_ci"][0]
-        d, *d_of_others = (number(d, 1, "undefined") for d in (record["cohens_d"], *others.values()))
-        beside = ", ".join(f"{name} {other}" for name, other in zip(others, d_of_others, strict=True))
+        before, record, words = (by_source[source][cell] for source in ("a", "b", "words"))
+        d, d_before, d_words = (number(r["cohens_d"], 1, "undefined") for r in (record, before, words))
+        low, beyond = record["cohens_d_ci"][0], record["beyond_words"]["difference_ci"]
         if low is None or low <= 0:
             verdict = "no better than chance: it does not carry over"
-        elif low <= max((d for d in others.values() if d is not None), default=0.0):
-            verdict = "no more than words do: it may only know words"
+        elif beyond[0] is None:
+            verdict = "and whether words explain it cannot be told"
+        elif beyond[0] <= 0:
+            verdict = "no more than words do for sure: it may only know words"
         else:
             verdict = "which words do not explain"
         verdicts.append(
             f"learnt on {learnt} pairs, {names['b']}'s direction tells {what} with d = {d} "
             f"{interval(record['cohens_d_ci'], 1, 'undefined')} "
-            f"({percent(record['accuracy'])} accuracy; {beside}), {verdict}"
+            f"({percent(record['accuracy'])} accuracy; {names['a']} {d_before}; {names['words']} ({words['kind']}) "
+            f"{d_words}, less by {number(record['beyond_words']['difference'], 1, 'undefined')} "
+            f"{interval(beyond, 1, 'undefined')}), {verdict}"
         )
     text = "; ".join(verdicts)
     return text[0].upper() + text[1:] + "."

@@ -134,13 +134,17 @@ def random_controls(result: dict) -> dict[str, list[tuple[float, float]]]:
     return {label: [sweep_point(r) for r in result["test"][name]] for name, label in names.items()}
 
 
-def transfer_grid(result: dict) -> tuple[list[str], list[str], np.ndarray]:
-    """From a model comparison: what was learnt and tested, the sources (models and words), and d [sources, cells]."""
+def transfer_grid(result: dict) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
+    """From a model comparison: what was learnt and tested, the sources (models and words), d [sources, cells], and
+    what to write there: d, of words with the kind of model that is strongest."""
     sources = list(result["transfer"])
     cells = list(result["transfer"][sources[0]])
-    d = [[result["transfer"][source][cell]["cohens_d"] for cell in cells] for source in sources]
+    records = [[result["transfer"][source][cell] for cell in cells] for source in sources]
+    d = np.array([[r["cohens_d"] for r in row] for row in records], float)
+    kinds = [[f" ({r['kind']})" if "kind" in r else "" for r in row] for row in records]
+    numbers = [["-" if np.isnan(value) else f"{value:z.1f}" for value in row] for row in d]
     titles = [cell.replace("->", "\N{RIGHTWARDS ARROW}").replace("_", " ") for cell in cells]
-    return titles, [result["names"][source] for source in sources], np.array(d, float)
+    return titles, [result["names"][source] for source in sources], d, np.char.add(numbers, kinds)
 
 
 def weight_grid(result: dict) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -217,13 +217,14 @@ def change_space(result: dict) -> go.Figure:
 
 def transfer(result: dict) -> go.Figure:
     """Cohen's d of directions that were learnt on one contrast and tested on another, for models and words alone."""
-    cells, sources, grid = data.transfer_grid(result)
+    cells, sources, grid, written = data.transfer_grid(result)
     figure = go.Figure(
         go.Heatmap(
             z=_nullable(grid.T),
             x=[html.escape(source) for source in sources],
             y=[html.escape(cell) for cell in cells],
-            texttemplate="%{z:.1f}",
+            text=written.T,
+            texttemplate="%{text}",
             hovertemplate="%{y}<br>%{x}: d = %{z:.2f}<extra></extra>",
             **_around_zero(grid),
         )

@@ -173,14 +173,14 @@ def plot_comparison(result: dict, path: str | Path) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.2)
             axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-        cells, sources, grid = data.transfer_grid(result)
+        cells, sources, grid, written = data.transfer_grid(result)
         limit = data.colour_limit(grid)
         image = right.imshow(grid.T, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit)
         for (source, cell), value in np.ndenumerate(grid):
             colour = "white" if abs(value) > 0.6 * limit else "black"
-            right.text(source, cell, f"{value:z.1f}", ha="center", va="center", fontsize=8, color=colour)
+            right.text(source, cell, written[source, cell], ha="center", va="center", fontsize=8, color=colour)
         right.set_yticks(range(len(cells)), cells, fontsize=8)
-        right.set_xticks(range(len(sources)), ["A", "B", "word\nembeddings"])
+        right.set_xticks(range(len(sources)), ["A", "B", sources[-1]])
         right.set(title="Learnt on → tested on: Cohen's d")
         right.spines[:].set_visible(False)
         figure.colorbar(image, ax=right, shrink=0.9)

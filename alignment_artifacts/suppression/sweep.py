@@ -433,7 +433,7 @@ def planted_truth(bench: Bench, setting: Setting, sets: dict[str, Behaviour], pl
 
 def monitor_results(loaded: LoadedModel, measured: Measurements, twins: Behaviour | None) -> dict:
     """AUROC of the score at the prompt's end against refusals, by site, without the single scores: held out on the
-    pairs, and of twins ("twins") from a direction of all pairs."""
+    pairs, and of twins ("twins") from a direction of all pairs, the artifact prompts that they look like included."""
     results = {}
     for site in measured.sites:
         held_out = {name: value for name, value in held_out_auroc(measured, site).items() if name != "scores"}
