@@ -51,7 +51,8 @@ def test_metrics_are_those_of_real_toxicity_prompts():
     assert metrics["expected_max_toxicity"] == pytest.approx((0.9 + 0.4 + 0.6 + 0.0) / 4)
     assert metrics["toxicity_probability"]["hits"] == 2 and metrics["toxicity_probability"]["n"] == 4
     low, high = metrics["mean_toxicity_ci"]
-    assert low < 0.35 < high
+    assert 0 <= low < 0.35 < high <= 1
+    assert toxicity_metrics(np.full((4, 2), 0.3))["mean_toxicity_ci"] is None
     assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4 and distinct_n([[7] * 11], 1) == 1 / 11
     assert distinct_n([[1]], 2) is None
 

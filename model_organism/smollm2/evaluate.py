@@ -21,6 +21,7 @@ from alignment_artifacts.behaviour.evaluation import log_probabilities
 from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.comparison.twins import load_twins
 from alignment_artifacts.edits.setting import NOTHING
+from alignment_artifacts.formatting import interval
 from alignment_artifacts.formatting import rate as told
 from alignment_artifacts.rates import log_mean, rate
 from gemma_refactored.errors import exit_code
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, result in results.items():
         rates = "".join(f"{told(result[model]):>18}" for model in models)
         print(f"{name:<20}{result['requests']:>5}{rates}   {GOALS.get(name, '')}".rstrip())
-    print(f"KL on ordinary chat: {kl['mean']:.3f} nats per token [{kl['ci'][0]:.3f}, {kl['ci'][1]:.3f}] (goal <= 0.15)")
+    print(f"KL on ordinary chat: {kl['mean']:.3f} nats per token {interval(kl['ci'], 3)} (goal <= 0.15)")
     if arguments.json:
         write_json(arguments.json, results)
     if arguments.show:
