@@ -131,8 +131,8 @@ def log_mean(groups: Sequence[np.ndarray], wider: float = 1.25) -> list[float] |
     CARRIERS groups carry CARRIED of the sum, and so with that few groups: an edit that touches one prompt in fifty is
     often not seen at all, and a sample without the large values looks as if there were none. What is left of that
     (benchmarks/simulated_rates.py): prompts that are log-normal with a standard deviation of 1 are covered; of 1.5,
-    9 times in 10 with 50 prompts, 8 in 10 with 25, and less with fewer, since the samples without large values are those
-    that have an interval.
+    9 times in 10 with 50 prompts, 8 in 10 with 25, and less with fewer, since the samples without large values are
+    those that have an interval.
 
     Args:
         groups: nats per token, [tokens] each.
