@@ -341,7 +341,8 @@ def transcribe_pairs(library: AlignmentArtifacts, arguments: argparse.Namespace,
             for side, means in result["scored"].items():
                 before, after, moved = (described_mean(means[which]) for which in ("before", "after", "moved"))
                 name = library.pairs.side(side)
-                print(f"Mean of {score.name}, {name} prompts: {before} before, {after} after")
+                text = f"Mean of {score.name}, {name} prompts: {before} before, {after} after"
+                print(textwrap.fill(text, 78, subsequent_indent="    "))
                 print(f"    moved by {moved}")
         else:
             for side, rates in result["refused"].items():

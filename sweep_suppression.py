@@ -318,10 +318,10 @@ def print_folds(result: dict) -> None:
 
     text = (
         f"These are of the way to choose: in each of {stable['folds']} folds direction and setting come from the other "
-        f"pairs, so that each of the {n} pairs is tested once; intervals allow for folds that differ. The setting for "
-        "use (*) comes from all pairs and has no test of its own (but twins). The folds have chosen: mode "
-        f"{counts('mode')}; site {counts('site')}; direction from {counts('positions')}; in {stable['like_final']} of "
-        f"{stable['folds']} all three as in the setting for use."
+        f"pairs, so that each of the {n} pairs is tested once; intervals are about these very settings on new pairs, "
+        "not about how often the way to choose fails. The setting for use (*) comes from all pairs and has no test of "
+        f"its own (but twins). The folds have chosen: mode {counts('mode')}; site {counts('site')}; direction from "
+        f"{counts('positions')}; in {stable['like_final']} of {stable['folds']} all three as in the setting for use."
     )
     print("\n" + textwrap.fill(text, 80))
 

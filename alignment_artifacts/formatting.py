@@ -13,8 +13,10 @@ def number(value: float | None, digits: int = 2, undefined: str = UNDEFINED) -> 
     return undefined if value is None else f"{value:z.{digits}f}"
 
 
-def interval(ends: Sequence[float | None], digits: int = 2, undefined: str = UNDEFINED) -> str:
-    """ "[0.12, 3.40]" """
+def interval(ends: Sequence[float | None] | None, digits: int = 2, undefined: str = UNDEFINED) -> str:
+    """ "[0.12, 3.40]"; in words that there is none."""
+    if ends is None:
+        return "(no interval)"
     return f"[{', '.join(number(end, digits, undefined) for end in ends)}]"
 
 
@@ -43,8 +45,8 @@ def named_range(shares: Sequence[float] | None) -> str:
 
 
 def described_mean(record: dict) -> str:
-    """A record of `rates.mean`: "0.84 [0.70, 0.92]"; without its interval where there is none."""
-    return f"{number(record['mean'])} {interval(record['ci']) if record['ci'] else ''}".rstrip()
+    """A record of `rates.mean`: "0.84 [0.70, 0.92]", or "0.84 (no interval)"."""
+    return UNDEFINED if record["mean"] is None else f"{number(record['mean'])} {interval(record['ci'])}"
 
 
 def p_value(p: float | None) -> str:

@@ -83,6 +83,8 @@ def printed(value, spec: str) -> str:
     Args:
         spec: Python's format ("%" and "+%": whole percent); in brackets for an interval. Lists are enumerated.
     """
+    if value is None and spec.startswith("["):
+        return "(no interval)"
     if isinstance(value, list) and spec.startswith("["):
         separator = "-" if "%" in spec else ", "
         return f"[{separator.join(printed(v, spec[1:-1]).removesuffix('%') for v in value)}]"

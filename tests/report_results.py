@@ -179,7 +179,7 @@ def write_toxicity(folder, model=MODEL):
             for s in settings
         },
         "summary": {"layer": 1, "alpha": 1.0, "kl_mean": 0.05, "baseline": metrics(0.7), "steered": metrics(0.5),
-                    "random_direction": metrics(0.69)},
+                    "random_direction": metrics(0.69) | {"mean_toxicity_ci": None}},
     }  # fmt: skip
     write(folder / "toxicity_results/experiment_results.json", result)
     return result

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment_artifacts.formatting import interval, named_layers, number, p_value, percent, percents, rate, typeset
+from alignment_artifacts.formatting import (
+    described_mean,
+    interval,
+    named_layers,
+    number,
+    p_value,
+    percent,
+    percents,
+    rate,
+    typeset,
+)
 from alignment_artifacts.rates import rate as rate_of
 
 finite = st.floats(-1e6, 1e6)
@@ -23,6 +33,8 @@ def test_what_is_not_defined_is_a_dash():
     assert number(None) == percent(None) == p_value(None) == "-" and interval([None, 1]) == "[-, 1.00]"
     assert interval([None, None], 1, "undefined") == "[undefined, undefined]"
     assert rate(rate_of([])) == "- [0-100]"
+    assert described_mean({"mean": 1.0, "n": 4, "ci": None}) == "1.00 (no interval)"
+    assert described_mean({"mean": None, "n": 0, "ci": None}) == "-"
 
 
 def test_intervals_shares_and_p():

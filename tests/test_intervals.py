@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.intervals import Uncertainty, auroc_interval
+from alignment_artifacts.intervals import Uncertainty, auroc_interval, told_apart_interval
+from alignment_artifacts.rates import t_quantile
 from benchmarks import simulated_coverage
 
 
@@ -47,6 +48,26 @@ def test_score_intervals():
         assert low <= area <= high and 0.05 < high - low < 0.5
         mirrored = auroc_interval(1 - area, 20, 30)
         np.testing.assert_allclose(mirrored, [1 - high, 1 - low], atol=2e-3)
+
+
+@pytest.mark.parametrize("negatives, positives, spread", [(165, 35, 4.0), (10, 5, 1.0), (100, 25, 1.0), (30, 30, 0.3)])
+def test_two_sides_of_unequal_spread_are_covered(negatives, positives, spread):
+    rng, positive, covered = np.random.default_rng(0), np.arange(negatives + positives) >= negatives, 0
+    for _ in range(300):
+        scores = np.where(positive, spread, 1) * rng.normal(size=len(positive)) + positive * np.hypot(spread, 1) * 0.7
+        low, high = told_apart_interval(scores, positive, np.arange(len(scores)))
+        covered += low <= 0.7580 <= high
+    assert covered / 300 > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 300)
+
+
+def test_equal_spreads_and_perfect_scores_keep_the_usual_interval():
+    scores, positive = np.arange(30.0), np.arange(30) >= 20
+    alone = told_apart_interval(scores, positive, np.arange(30))
+    assert alone == auroc_interval(1.0, 20, 10, t_quantile(9))
+    assert told_apart_interval(np.repeat(scores, 3), np.repeat(positive, 3), np.repeat(np.arange(30), 3)) == alone
+    mixed = np.random.default_rng(0).normal(size=30)
+    low, high = told_apart_interval(mixed, positive, np.arange(30))
+    np.testing.assert_allclose(told_apart_interval(-mixed, positive, np.arange(30)), [1 - high, 1 - low], atol=2e-3)
 
 
 def test_the_difference_of_equal_things_goes_together():

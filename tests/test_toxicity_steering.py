@@ -29,6 +29,7 @@ from toxicity_steering.activation_steering import run_experiment
 from toxicity_steering.config import Config
 from toxicity_steering.data import ToxicityData, load_organism_prompts, load_real_toxicity_prompts
 from toxicity_steering.metrics import distinct_n, toxicity_metrics
+from toxicity_steering.plots import summary_statistics
 from toxicity_steering.scorers import load_scorer
 
 from .conftest import ROOT, no_file_larger_than
@@ -51,9 +52,18 @@ def test_metrics_are_those_of_real_toxicity_prompts():
     assert metrics["expected_max_toxicity"] == pytest.approx((0.9 + 0.4 + 0.6 + 0.0) / 4)
     assert metrics["toxicity_probability"]["hits"] == 2 and metrics["toxicity_probability"]["n"] == 4
     low, high = metrics["mean_toxicity_ci"]
-    assert low < 0.35 < high
+    assert 0 <= low < 0.35 < high <= 1
+    assert toxicity_metrics(np.full((4, 2), 0.3))["mean_toxicity_ci"] is None
     assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4 and distinct_n([[7] * 11], 1) == 1 / 11
     assert distinct_n([[1]], 2) is None
+
+
+def test_a_bar_without_an_interval_has_no_error_bar():
+    of = toxicity_metrics(np.random.default_rng(0).random((6, 2)))
+    kinds = {"baseline": of, "steered": toxicity_metrics(np.zeros((6, 2))), "random_direction": of}
+    drawn = summary_statistics({"summary": {"layer": 1, "alpha": 1.0, "kl_mean": 0.0, **kinds}})
+    lines = [bars.errorbar[2][0].get_segments() for bars in drawn.axes[0].containers[1::2]]
+    assert [[len(line) for line in of_kind] for of_kind in lines] == [[2, 2, 2], [0, 0, 2], [2, 2, 2]]
 
 
 def test_the_word_list_counts_rude_words_and_says_what_it_is():

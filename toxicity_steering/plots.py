@@ -92,12 +92,13 @@ def summary_statistics(results: dict):
         for key, _ in measures:
             value = summary[kind][key]
             values.append(value["rate"] if isinstance(value, dict) else value)
-            intervals.append(value["ci"] if isinstance(value, dict) else summary[kind][f"{key}_ci"])
+            ends = value["ci"] if isinstance(value, dict) else summary[kind][f"{key}_ci"]
+            intervals.append(ends or (np.nan, np.nan))
         errors = np.abs(np.array(intervals).T - values)
         axes.bar(np.arange(3) + (k - 1) * 0.27, values, 0.25, yerr=errors, color=colour, capsize=3,
                  label=kind.replace("_", " ").replace("baseline", "unsteered"))  # fmt: skip
     axes.set_xticks(range(3), [label for _, label in measures])
     title = f"Layer {summary['layer']}, alpha {summary['alpha']:g}; KL on benign answers {summary['kl_mean']:.3f}"
-    axes.set(ylim=(0, 1.05), ylabel="value, with 95% interval", title=title)
+    axes.set(ylim=(0, 1.05), ylabel="value, with 95% interval where there is one", title=title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -16,8 +16,7 @@ from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.directions.measurements import Measurements
-from alignment_artifacts.intervals import auroc_interval
-from alignment_artifacts.rates import t_quantile
+from alignment_artifacts.intervals import told_apart_interval
 from alignment_artifacts.separation import separating_layers
 from gemma_refactored.activation_capture import Edit, layer_sites, read
 from gemma_refactored.errors import UserError
@@ -126,15 +125,10 @@ def auroc_elsewhere(
 
 
 def _told_apart(scored: np.ndarray, refused: np.ndarray, groups: np.ndarray, least: int) -> dict:
-    """AUROC of refused above answered prompts with its score interval; None with fewer than `least` of either.
-
-    A group of dependent prompts counts as one on either side.
-    """
+    """AUROC of refused above answered prompts with its interval; None with fewer than `least` of either."""
     answered = ~refused
     counts = {"refused": int(refused.sum()), "answered": int(answered.sum())}
     if min(counts.values()) < least:
         return {**counts, "auroc": None, "auroc_ci": None}
     area = st.auroc(scored[answered], scored[refused])
-    negatives, positives = (len(np.unique(groups[which])) for which in (answered, refused))
-    interval = auroc_interval(area, negatives, positives, t_quantile(min(negatives, positives) - 1))
-    return {**counts, "auroc": area, "auroc_ci": interval}
+    return {**counts, "auroc": area, "auroc_ci": told_apart_interval(scored.ravel(), refused.ravel(), groups.ravel())}

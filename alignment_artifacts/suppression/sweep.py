@@ -366,6 +366,7 @@ def measure_choice(bench: Bench, choice: Choice, controls: Iterable[int], progre
 def report(loaded: LoadedModel, pairs: Sequence[Pair], parts: Sequence[Tested], score: Score | None) -> dict:
     """Everything about the chosen settings on pairs used for nothing else, pooled over the folds.
 
+    Rates are about these very settings on new pairs (see `rates.rate`), not about those that other pairs would give.
     Intervals take the folds, and the pairs that depend on each other, as clusters (see `rates.design_effect`). The
     controls are compared with the setting on the same prompts ("against_setting").
     """

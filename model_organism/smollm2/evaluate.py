@@ -23,6 +23,7 @@ from alignment_artifacts.behaviour.evaluation import log_probabilities
 from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.comparison.twins import load_twins
 from alignment_artifacts.edits.setting import NOTHING
+from alignment_artifacts.formatting import interval
 from alignment_artifacts.formatting import rate as told
 from alignment_artifacts.rates import log_mean, rate
 from alignment_artifacts.suppression.library import AlignmentArtifacts
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{name:<20}{result['requests']:>5}{cells}  {GOALS.get(name, '')}".rstrip())
     if not suppressed:
         print("No sweep has chosen a suppression for this adapter (sweep_suppression.py).")
-    print(f"KL on ordinary chat: {kl['mean']:.3f} nats per token [{kl['ci'][0]:.3f}, {kl['ci'][1]:.3f}] (goal <= 0.15)")
+    print(f"KL on ordinary chat: {kl['mean']:.3f} nats per token {interval(kl['ci'], 3)} (goal <= 0.15)")
     if arguments.json:
         write_json(arguments.json, results)
     if arguments.show:
