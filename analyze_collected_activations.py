@@ -200,8 +200,8 @@ def print_table(result: dict) -> None:
             _print_row("nested", {**nested, "p_value": None})
         for layer in layers_by_d(list(scores.values()))[: result["config"]["top_layers"]]:
             _print_row(str(layer), scores[str(layer)])
-        if control := result["controls"].get(positions):
-            _print_row("LDA", {**control["lda"], "p_value": None})
+        if lda := result["controls"].get(positions, {}).get("lda"):
+            _print_row("LDA", {**lda, "p_value": None})
     print("\nFrom the prompts' words and lengths alone")
     for kind, record in result["word_baselines"].items():
         _print_row(kind.replace("mean difference", "embed"), record)

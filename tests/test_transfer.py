@@ -65,7 +65,7 @@ def test_layer_direction_and_threshold_come_from_what_was_learnt_on():
     training, tested = rng.normal(size=(2, 40, 2, 3, 8))
     training[:, 1, 2] += 2.0
     tested[:, 1, 0] += 5.0  # a better layer for what is tested, which must not matter
-    projected, layers = decode(training, np.arange(40) % 4, tested)
+    projected, layers = decode(training, np.arange(40) % 4, tested, np.arange(len(tested)))
     assert layers == [2] and abs(projected.d()) < 1
     direction = (training[:, 1, 2] - training[:, 0, 2]).mean(axis=0)
     direction /= np.linalg.norm(direction)

@@ -58,19 +58,25 @@ def cross_decoding(
             if learnt == tested:
                 records[name] = _held_out(training, labels, settings, blocks)
             else:
-                records[name] = _record(*decode(training, labels, other), settings, other_blocks)
+                records[name] = _record(*decode(training, labels, other, other_blocks), settings)
     _, labels, all_blocks = sets[of_pairs]
     for category in dict.fromkeys(labels.tolist()):
         inside = labels == category
         if inside.sum() >= 2 and (~inside).sum() >= st.MIN_PAIRS:
-            projected = decode(pairs[~inside], labels[~inside], pairs[inside])
             blocks = st.group_numbers(all_blocks[inside], int(inside.sum()))
-            records[f"others -> {category}"] = _record(*projected, settings, blocks)
+            projected = decode(pairs[~inside], labels[~inside], pairs[inside], blocks)
+            records[f"others -> {category}"] = _record(*projected, settings)
     return jsonable(records)
 
 
-def decode(training: np.ndarray, strata: np.ndarray, tested: np.ndarray) -> tuple[st.HeldOut, list[int]]:
-    """Learn layer, direction and threshold from some pairs, project others; both [pairs, 2, layers, hidden]."""
+def decode(
+    training: np.ndarray, strata: np.ndarray, tested: np.ndarray, groups: np.ndarray
+) -> tuple[st.HeldOut, list[int]]:
+    """Learn layer, direction and threshold from some pairs, project others; both [pairs, 2, layers, hidden].
+
+    Args:
+        groups: [tested pairs] numbers from 0 of those that depend on each other.
+    """
     layer = int(np.argmax(layer_separation(training, list(strata))))
     vectors = training[:, :, layer].astype(np.float64)
     direction = (vectors[:, 1] - vectors[:, 0]).mean(axis=0)
@@ -78,7 +84,7 @@ def decode(training: np.ndarray, strata: np.ndarray, tested: np.ndarray) -> tupl
     threshold = (vectors @ direction).mean()
     natural, artifact = (tested[:, :, layer].astype(np.float64) @ direction).T
     one_fold = np.zeros(len(tested), int)
-    return st.HeldOut(natural, artifact, np.full(len(tested), threshold), one_fold), [layer]
+    return st.HeldOut(natural, artifact, np.full(len(tested), threshold), one_fold, groups), [layer]
 
 
 def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings, groups: np.ndarray) -> dict:
@@ -90,8 +96,8 @@ def _held_out(vectors: np.ndarray, strata: np.ndarray, settings: Settings, group
     return {**best, "num_pairs": len(vectors), "layers": layers}
 
 
-def _record(held_out: st.HeldOut, layers: list[int], settings: Settings, groups: np.ndarray) -> dict:
-    scores = held_out_scores(held_out, Uncertainty(groups, settings.resamples, settings.seed))
+def _record(held_out: st.HeldOut, layers: list[int], settings: Settings) -> dict:
+    scores = held_out_scores(held_out, Uncertainty(held_out.groups, settings.resamples, settings.seed))
     return {**scores, "num_pairs": len(held_out.folds), "layers": layers}
 
 
