@@ -73,7 +73,7 @@ def score_baselines(
             "difference": nested.d() - words.d(),
             "difference_ci": scores.uncertainty.difference_interval(words, nested, spreads),
         }
-        kinds = {"lda": discriminant}
+        kinds: dict[str, Prepare] = {"lda": discriminant}
         if lengths is not None:
             kinds["length_regressed"] = without(lengths.astype(float))
         chosen = scores.best_layer["layer_chosen_in_each_fold"]

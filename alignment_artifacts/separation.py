@@ -37,7 +37,7 @@ class PairVectors:
     Args:
         differences: [pairs, hidden] D, artifact minus natural.
         means: [pairs, hidden] M, centred over all pairs of the layer.
-        groups: [pairs] labels of pairs that depend on each other; default: every pair by itself.
+        groups: [pairs] numbers of pairs that depend on each other; default: every pair by itself.
         sources: [pairs, hidden] whose weighted sums directions are; default: D.
     """
 
@@ -142,7 +142,7 @@ def matched_d(shift: np.ndarray, centre: np.ndarray, groups: np.ndarray) -> np.n
     """`hedges_d` of projections given as artifact minus natural and as their mean; [.., n pairs] each.
 
     Args:
-        groups: [n] labels; what the members of a group share makes the spread no smaller, see `variance`.
+        groups: [n] numbers; what the members of a group share makes the spread no smaller, see `variance`.
     """
     n = shift.shape[-1]
     average = np.full(n, 1 / n)  # products are faster than reductions over few numbers
@@ -158,11 +158,11 @@ def variance(
     """Of the sum of independent parts [.., n], each with mean 0.
 
     Deviations from a mean that few groups share are too small. The sum of the components between and within groups
-    (analysis of variance, Searle et al. 1992, section 3.6) is right whatever pairs of a group have in common; where each
-    pair is a group it is the variance as everyone knows it.
+    (analysis of variance, Searle et al. 1992, section 3.6) is right whatever pairs of a group have in common; where
+    each pair is a group it is the variance as everyone knows it.
 
     Args:
-        groups: [n] labels.
+        groups: [n] numbers.
     Returns:
         The variance; its degrees of freedom in each part (Satterthwaite 1946); and the share of it that is between
         groups, the intraclass correlation, which may come out below 0.
@@ -182,7 +182,7 @@ def variance(
 
 @lru_cache(maxsize=1024)  # those of each fold are asked for at every layer
 def _groups(labels: bytes) -> tuple[int, float, np.ndarray]:
-    """Of labels [n]: how many groups, the size of equal groups that would do as well, and [n, groups] normed members."""
+    """How many groups, the size of equal groups that would do as well, and who is in which [n, groups], normed."""
     numbers = np.unique(np.frombuffer(labels, np.int64), return_inverse=True)[1]
     sizes, n = np.bincount(numbers), len(numbers)
     members = (numbers[:, None] == np.arange(len(sizes))) / np.sqrt(sizes)
@@ -305,7 +305,8 @@ def collect_folds(
     for (division, _, _, rows), values in zip(each_fold(folds), projections, strict=True):
         for kept, of_fold in zip(projected, values, strict=True):
             kept[division, rows] = of_fold
-    return HeldOut(*projected.reshape(3, *folds.shape), folds, groups)
+    natural, artifact, thresholds = projected.reshape(3, *folds.shape)
+    return HeldOut(natural, artifact, thresholds, folds, groups)
 
 
 def sign_flips(groups: np.ndarray, permutations: int, seed: int = 0) -> np.ndarray:

@@ -17,7 +17,7 @@ def summarise(result: dict) -> str:
     parts = [[_length(result), _positions(result, "prompt_end")]]
     if "generated" in result["controls"]:
         parts.append([_positions(result, "generated")])
-    parts += [_answers(result), [_independence(result["independence"]), _outliers(result)]]
+    parts += [[*_answers(result)], [_independence(result["independence"]), _outliers(result)]]
     return "\n".join(" ".join(part for part in parts if part) for parts in parts if any(parts))
 
 
@@ -25,10 +25,10 @@ def _length(result: dict) -> str | None:
     record = result["length_baseline"]
     if not record or not is_significant(record):
         return None
-    rest, text = result["controls"]["prompt_end"]["length_regressed"], "Prompts of equal length are better evidence."
-    if rest:
-        text = f"With length regressed out on training pairs, d is {_d(rest)} at the end of the prompt; p{text[1:]}"
-    return f"The number of tokens alone tells the prompts apart: {_strength(record)}. {text}"
+    text = f"The number of tokens alone tells the prompts apart: {_strength(record)}. "
+    if rest := result["controls"]["prompt_end"]["length_regressed"]:
+        text += f"With length regressed out on training pairs, d is {_d(rest)} at the end of the prompt. "
+    return f"{text}Prompts of equal length are better evidence."
 
 
 def _positions(result: dict, positions: str) -> str:

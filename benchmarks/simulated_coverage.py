@@ -55,7 +55,7 @@ def simulate(noise: str, pairs: int, d: float, rng: np.random.Generator) -> tupl
 
 
 def groups_of(noise: str, pairs: int) -> np.ndarray:
-    """[pairs] numbers: fives has five pairs a group, lopsided five eighths of all in one, every other pair by itself."""
+    """[pairs] numbers: fives has five pairs a group, lopsided five eighths of all in one; others each by itself."""
     singles = np.arange(pairs)
     return {"fives": singles // 5, "lopsided": np.maximum(singles - pairs * 5 // 8, 0)}.get(noise, singles)
 

@@ -258,7 +258,7 @@ def test_the_leading_orthogonal_component_is_that_of_an_svd(pairs, hidden):
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
 def test_the_variance_of_groups_is_not_too_small(correlation):
-    """Unequal groups whose members are alike: the plain variance is too small, this one and the correlation are right."""
+    """Unequal groups whose members are alike: the plain variance is too small, this one and the share are right."""
     rng, groups = np.random.default_rng(0), np.repeat([0, 1, 2, 3, 4, 5], [9, 5, 3, 1, 1, 1])
     x = np.sqrt(correlation) * rng.normal(size=(4000, 6))[:, groups]
     x += np.sqrt(1 - correlation) * rng.normal(size=(4000, 20))

@@ -133,8 +133,8 @@ def _mirror(vectors: st.PairVectors, source: np.ndarray, target: np.ndarray) -> 
     if size < 1e-12:
         return vectors
     axis /= size
-    reflected = (x - 2 * np.outer(x @ axis, axis) for x in (vectors.differences, vectors.means))
-    return st.PairVectors(*reflected, vectors.groups)
+    differences, means = (x - 2 * np.outer(x @ axis, axis) for x in (vectors.differences, vectors.means))
+    return st.PairVectors(differences, means, vectors.groups)
 
 
 def d_along(vectors: np.ndarray, teacher: st.PairVectors, folds: np.ndarray) -> float:
