@@ -200,14 +200,15 @@ def print_table(result: dict) -> None:
             _print_row("nested", {**nested, "p_value": None})
         for layer in layers_by_d(list(scores.values()))[: result["config"]["top_layers"]]:
             _print_row(str(layer), scores[str(layer)])
-        if control := result["controls"].get(positions):
-            _print_row("LDA", {**control["lda"], "p_value": None})
+        if lda := result["controls"].get(positions, {}).get("lda"):
+            _print_row("LDA", {**lda, "p_value": None})
     print("\nFrom the prompts' words and lengths alone")
     for kind, record in result["word_baselines"].items():
         _print_row(kind.replace("mean difference", "embed"), record)
     if result["length_baseline"]:
         _print_row("length", result["length_baseline"])
-    print(f"nested: layer chosen inside the folds; pairs: {result['sides'][1]} above its own partner")
+    print(f"nested, LDA: layer chosen inside the folds; pairs: {result['sides'][1]} above its own partner")
+    print("rows of single layers: intervals are pointwise, the highest of many is too high")
     independence, found = result["independence"], result["power"]
     text = f"{independence['num_pairs']} pairs, {independence['num_groups']} independent groups; "
     text += f"the smallest p they allow is {independence['p_floor']:.2g}."

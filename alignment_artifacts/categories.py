@@ -59,7 +59,11 @@ def _different_flips(signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def category_differences(scored: dict[str, LayerScores], layer: int) -> list[dict]:
-    """d of one category minus that of another at one layer, all pairs of categories; p by Holm's rule over them."""
+    """d of one category minus that of another at one layer, all pairs of categories; p by Holm's rule over them.
+
+    Intervals are pointwise. That the layer has the largest d of all pairs together raises what categories have in
+    common, not their differences.
+    """
     from scipy.special import stdtr
 
     records: list[dict] = []

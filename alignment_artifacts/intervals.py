@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from alignment_artifacts.rates import t_quantile, wilson
-from alignment_artifacts.separation import HeldOut, each_fold, stabilised
+from alignment_artifacts.separation import HeldOut, each_fold, stabilised, variance
 
 MIN_GROUPS = 8  # with fewer independent groups no interval is worth its name
 HEAVIEST = 2.5  # the variance of the spread is enlarged no further than so
@@ -80,7 +80,8 @@ class Uncertainty:
         The interval of d is symmetric on the stabilising scale, around the d of the pooled spread: the mean over folds
         of d is too large where the noise has heavy tails. Accuracy and AUROC have score intervals (Wilson 1927;
         Newcombe 2006), which no run without a mistake makes zero wide; the number of prompts they count with is
-        what would give independent prompts the standard error of d, and never more than there are.
+        what would give independent prompts the standard error of d, and never more than there are groups. Of accuracy,
+        it is no more than the design effect of groups of these sizes leaves either (Kish 1965).
         """
         if self.count < MIN_GROUPS:
             return {name: list(UNDEFINED) for name in ("cohens_d_ci", "accuracy_ci", "auroc_ci")}
@@ -94,9 +95,19 @@ class Uncertainty:
             d = [float(min(low, mean)), float(max(high, mean))]
         return {
             "cohens_d_ci": d,
-            "accuracy_ci": wilson(held_out.accuracy(), 2 * effective, quantile),
+            "accuracy_ci": wilson(held_out.accuracy(), 2 * min(effective, self._left(held_out.right())), quantile),
             "auroc_ci": auroc_interval(held_out.auroc(), effective, effective, quantile),
         }
+
+    def _left(self, values: np.ndarray) -> float:
+        """How many independent pairs would give the mean of values [pairs] its standard error.
+
+        A group that holds most of the pairs draws their mean to its own: sums of deviations from that are blind to it.
+        """
+        sizes = np.bincount(self.groups)
+        _, _, correlation = variance([values - values.mean()], self.groups)
+        correlation = np.clip(np.nan_to_num(correlation), 0, 1)
+        return len(values) / (1 + correlation * ((sizes**2).sum() / len(values) - 1))
 
     def difference_interval(
         self, first: HeldOut, second: HeldOut, null_sds: Sequence[float] = (0.0, 0.0)
@@ -130,12 +141,13 @@ def pooled_d(held_out: HeldOut) -> tuple[float, np.ndarray, np.ndarray, float]:
     shape = np.atleast_2d(held_out.folds).shape
     of_shift, of_spread, results, kurtosis = np.empty(shape), np.empty(shape), [], []
     for division, (natural, artifact) in enumerate(zip(*_by_division(held_out), strict=True)):
-        sides, shift = np.empty((2, shape[1])), []
+        sides, shift, freedom = np.empty((2, shape[1])), [], 0.0
         for _, _, _, rows in each_fold(np.atleast_2d(held_out.folds)[division]):
             n, a = natural[rows], artifact[rows]
-            scale = np.sqrt(len(rows) / (len(rows) - 1))
-            sides[:, rows] = (n - n.mean()) * scale, (a - a.mean()) * scale
+            larger, of_fold = _unbiased(n, a, held_out.groups[rows])
+            sides[:, rows] = (n - n.mean()) * np.sqrt(larger), (a - a.mean()) * np.sqrt(larger)
             shift.append(a.mean() - n.mean())
+            freedom += of_fold
         spread = np.sqrt((sides**2).mean())
         if not spread > 0:
             return float("nan"), of_shift, of_spread, float("nan")
@@ -144,8 +156,16 @@ def pooled_d(held_out: HeldOut) -> tuple[float, np.ndarray, np.ndarray, float]:
         of_shift[division], of_spread[division] = sides[1] - sides[0], d * (1 - (sides**2).mean(axis=0)) / 2
         each = np.maximum((sides**2).mean(axis=1), 1e-30)
         kurtosis.append(((sides**4).mean(axis=1) / each**2).mean())
-        results.append(d * (1 - 3 / (4 * (2 * shape[1] - 2 * len(shift)) - 1)))
+        results.append(d * (1 - 3 / (4 * freedom - 1)))
     return float(np.mean(results)), of_shift, of_spread, float(np.mean(kurtosis))
+
+
+def _unbiased(natural: np.ndarray, artifact: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """How many times as large as the mean square deviations [pairs] the variance is, and its degrees of freedom."""
+    parts = [side - side.mean() for side in (natural, artifact)]
+    squares = np.mean(np.square(parts)) * 2
+    unbiased, freedom, _ = variance(parts, groups)
+    return (unbiased / squares, 2 * float(freedom)) if squares > 0 else (1.0, 2.0 * len(groups) - 2)
 
 
 def resampled_d(held_out: HeldOut, weights: np.ndarray) -> np.ndarray:
@@ -157,8 +177,8 @@ def resampled_d(held_out: HeldOut, weights: np.ndarray) -> np.ndarray:
             n, a = natural[rows] - natural[rows].mean(), artifact[rows] - artifact[rows].mean()
             share = weights[:, rows] / weights[:, rows].sum(axis=1, keepdims=True)
             shifts.append(artifact[rows].mean() - natural[rows].mean() + share @ (a - n))
-            variance = share @ (a * a + n * n) - (share @ a) ** 2 - (share @ n) ** 2
-            variances.append(variance / 2 * len(rows) / (len(rows) - 1))
+            spread = share @ (a * a + n * n) - (share @ a) ** 2 - (share @ n) ** 2
+            variances.append(spread / 2 * _unbiased(n, a, held_out.groups[rows])[0])
         with np.errstate(divide="ignore", invalid="ignore"):
             results.append(np.mean(shifts, axis=0) / np.sqrt(np.mean(variances, axis=0)))
     return np.mean(results, axis=0)

@@ -61,13 +61,6 @@ class LayerScores:
         """Standard error of d of a layer."""
         return self.uncertainty.estimate(*self.held_out[layer])[1]
 
-    @property
-    def usual_layer(self) -> int:
-        """The layer that most folds choose; without enough pairs to choose one, that of the largest d."""
-        if self.best_layer:
-            return int(np.bincount(self.best_layer["layer_chosen_in_each_fold"]).argmax())
-        return layers_by_d(self.layers)[0]
-
 
 def score_layers(
     vectors: np.ndarray,
@@ -98,7 +91,7 @@ def score_layers(
     records, held_out, nulls, spreads, inner_scores, outliers = [], [], [], [], [], []
     for number in range(vectors.shape[2]):
         natural, artifact = vectors[:, 0, number], vectors[:, 1, number]
-        layer = st.pair_vectors(natural, artifact)
+        layer = st.pair_vectors(natural, artifact, groups)
         held_out.append(st.held_out_projections(layer, folds))
         nulls.append(st.sign_flip_d(layer, folds, signs))
         inner_scores.append(st.inner_scores(layer, inner))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -40,26 +40,39 @@ class PairVectors:
     Args:
         differences: [pairs, hidden] D, artifact minus natural.
         means: [pairs, hidden] M, centred over all pairs of the layer.
+        groups: [pairs] numbers of pairs that depend on each other; default: every pair by itself.
+        sources: [pairs, hidden] whose weighted sums directions are; default: D.
     """
 
-    def __init__(self, differences: np.ndarray, means: np.ndarray):
+    def __init__(
+        self,
+        differences: np.ndarray,
+        means: np.ndarray,
+        groups: np.ndarray | None = None,
+        sources: np.ndarray | None = None,
+    ):
         self.differences, self.means = differences, means
-        is_wide = differences.shape[0] <= differences.shape[1]
-        self.inner = (differences @ differences.T, differences @ means.T) if is_wide else None
+        self.groups = np.arange(len(differences)) if groups is None else groups
+        self.sources = differences if sources is None else sources
+
+    @cached_property
+    def inner(self) -> tuple[np.ndarray, np.ndarray] | None:
+        is_wide = self.differences.shape[0] <= self.differences.shape[1]
+        return (self.sources @ self.differences.T, self.sources @ self.means.T) if is_wide else None
 
     def along(self, weights: np.ndarray, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of D and of M projected on the direction `weights @ D`, for weights [.., pairs]: [.., rows] each."""
+        """Rows of D and M projected on the direction `weights @ sources`, for weights [.., pairs]: [.., rows] each."""
         if self.inner is not None:
             return tuple(weights @ products[:, rows] for products in self.inner)
-        direction = weights @ self.differences
+        direction = weights @ self.sources
         return direction @ self.differences[rows].T, direction @ self.means[rows].T
 
 
-def pair_vectors(natural: np.ndarray, artifact: np.ndarray) -> PairVectors:
-    """From one layer's prompt vectors, natural and artifact [pairs, hidden]."""
+def pair_vectors(natural: np.ndarray, artifact: np.ndarray, groups: np.ndarray | None = None) -> PairVectors:
+    """From one layer's prompt vectors, natural and artifact [pairs, hidden], and the pairs' groups."""
     natural, artifact = natural.astype(np.float64), artifact.astype(np.float64)
     means = (artifact + natural) / 2
-    return PairVectors(artifact - natural, means - means.mean(axis=0))
+    return PairVectors(artifact - natural, means - means.mean(axis=0), groups)
 
 
 def assign_folds(strata: np.ndarray, seed: int = 0, groups: np.ndarray | None = None) -> np.ndarray:
@@ -128,18 +141,58 @@ def hedges_d(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:
     return _hedges(artifact.mean(-1) - natural.mean(-1), pooled, freedom)
 
 
-def matched_d(shift: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """`hedges_d` of projections given as artifact minus natural and as their mean; [.., n pairs] each."""
+def matched_d(shift: np.ndarray, centre: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """`hedges_d` of projections given as artifact minus natural and as their mean; [.., n pairs] each.
+
+    Args:
+        groups: [n] numbers; what the members of a group share makes the spread no smaller, see `variance`.
+    """
     n = shift.shape[-1]
     average = np.full(n, 1 / n)  # products are faster than reductions over few numbers
     mean = shift @ average
-    around = centre - (centre @ average)[..., None], shift - mean[..., None]
-    squares = (np.einsum("...i,...i->...", x, x) for x in around)
-    pooled = (next(squares) + next(squares) / 4) / (n - 1)  # the mean of both sides' variances
-    return _hedges(mean, pooled, 2 * n - 2)
+    # Twice the sum of the squares of these two is the sum of both sides' squares.
+    pooled, freedom, _ = variance([centre - (centre @ average)[..., None], (shift - mean[..., None]) / 2], groups)
+    return _hedges(mean, pooled, 2 * freedom)
 
 
-def _hedges(shift: np.ndarray, pooled: np.ndarray, freedom: float) -> np.ndarray:
+def variance(
+    parts: Sequence[np.ndarray], groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | float, np.ndarray | float]:
+    """Of the sum of independent parts [.., n], each with mean 0.
+
+    Deviations from a mean that few groups share are too small. The sum of the components between and within groups
+    (analysis of variance, Searle et al. 1992, section 3.6) is right whatever pairs of a group have in common; where
+    each pair is a group it is the variance as everyone knows it.
+
+    Args:
+        groups: [n] numbers.
+    Returns:
+        The variance; its degrees of freedom in each part (Satterthwaite 1946); and the share of it that is between
+        groups, the intraclass correlation, which may come out below 0.
+    """
+    n, (count, size, means) = len(groups), _groups(groups.astype(np.int64).tobytes())
+    total = sum(np.einsum("...i,...i->...", x, x) for x in parts)
+    if count in (1, n):
+        return total / (n - 1), n - 1, 0.0
+    between = sum(np.einsum("...i,...i->...", x, x) for x in (x @ means for x in parts))
+    within = (total - between) / (n - count)
+    outer, inner = between / (count - 1) / size, within * (1 - 1 / size)
+    whole = outer + inner
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = whole**2 / (outer**2 / (count - 1) + inner**2 / (n - count))
+        return whole, freedom, 1 - within / whole
+
+
+@lru_cache(maxsize=1024)  # those of each fold are asked for at every layer
+def _groups(labels: bytes) -> tuple[int, float, np.ndarray]:
+    """How many groups, the size of equal groups that would do as well, and who is in which [n, groups], normed."""
+    numbers = np.unique(np.frombuffer(labels, np.int64), return_inverse=True)[1]
+    sizes, n = np.bincount(numbers), len(numbers)
+    members = (numbers[:, None] == np.arange(len(sizes))) / np.sqrt(sizes)
+    return len(sizes), (n - (sizes**2).sum() / n) / max(len(sizes) - 1, 1), members
+
+
+def _hedges(shift: np.ndarray, pooled: np.ndarray, freedom: np.ndarray | float) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         d = shift / np.sqrt(pooled)
     d = np.where(np.abs(d) < LARGEST_D, d, np.nan)  # also where the spread is nothing but rounding
@@ -174,12 +227,13 @@ def project(
 def held_out_d(layer: PairVectors, folds: np.ndarray, signs: np.ndarray | None = None) -> np.ndarray:
     """Cohen's d of the held-out pairs, averaged over folds and divisions; [..] for signs [.., pairs]."""
     signs = np.ones(folds.shape[-1]) if signs is None else signs
-    parts = each_fold(folds)
-    total = np.zeros(signs.shape[:-1])
-    for _, _, training, rows in parts:
-        differences, centre = layer.along(signs * (training / training.sum()), rows)
-        total = total + matched_d(signs[..., rows] * differences, centre)
-    return total / len(parts)
+    return np.mean([fold_d(layer, training, rows, signs) for _, _, training, rows in each_fold(folds)], axis=0)
+
+
+def fold_d(layer: PairVectors, training: np.ndarray, rows: np.ndarray, signs: np.ndarray) -> np.ndarray:
+    """[..] d of the pairs `rows` on the direction of the training pairs, for signs [.., pairs]."""
+    differences, centre = layer.along(signs * (training / training.sum()), rows)
+    return matched_d(signs[..., rows] * differences, centre, layer.groups[rows])
 
 
 @dataclass
@@ -194,12 +248,20 @@ class HeldOut:
     artifact: np.ndarray
     thresholds: np.ndarray  # midpoint of the training projections
     folds: np.ndarray
+    groups: np.ndarray  # [pairs]
 
     def d(self) -> float:
-        return float(np.mean([matched_d(a - n, (a + n) / 2) for n, a in self.by_fold()]))
+        rows = (rows for _, _, _, rows in each_fold(self.folds))
+        parts = zip(self.by_fold(), rows, strict=True)
+        return float(np.mean([matched_d(a - n, (a + n) / 2, self.groups[rows]) for (n, a), rows in parts]))
 
     def accuracy(self) -> float:
-        return float(((self.natural < self.thresholds).mean() + (self.artifact > self.thresholds).mean()) / 2)
+        return float(self.right().mean())
+
+    def right(self) -> np.ndarray:
+        """[pairs] the share of a pair's prompts on their own side of the threshold, mean over divisions."""
+        sides = (self.natural < self.thresholds) * 0.5 + (self.artifact > self.thresholds) * 0.5
+        return np.atleast_2d(sides).mean(axis=0)
 
     def pair_accuracy(self) -> float:
         """Share of artifact prompts above their own natural partner (ties count half): what matching is for."""
@@ -225,14 +287,29 @@ def stabilised(d: np.ndarray | float) -> np.ndarray:
 
 def held_out_projections(layer: PairVectors, folds: np.ndarray) -> HeldOut:
     """Each pair projected on the direction of the other folds, normalised to unit length."""
-    natural, artifact, thresholds = np.empty((3, *np.atleast_2d(folds).shape))
-    for division, _, training, held in each_fold(folds):
-        n, a = project(layer, training)
-        length = np.sqrt(max(np.mean(a[training] - n[training]), 0)) or 1.0  # |w|² = mean of D_j · w
-        natural[division, held], artifact[division, held] = n[held] / length, a[held] / length
-        thresholds[division, held] = (n[training].mean() + a[training].mean()) / 2 / length
-    natural, artifact, thresholds = (x.reshape(folds.shape) for x in (natural, artifact, thresholds))
-    return HeldOut(natural, artifact, thresholds, folds)
+    return collect_folds(folds, layer.groups, (fold_projections(layer, part[2], part[3]) for part in each_fold(folds)))
+
+
+def fold_projections(
+    layer: PairVectors, training: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Natural and artifact projections [rows] on the unit direction of the training pairs, and its threshold."""
+    natural, artifact = project(layer, training)
+    length = np.linalg.norm(training / training.sum() @ layer.sources) or 1.0
+    threshold = (natural[training].mean() + artifact[training].mean()) / 2 / length
+    return natural[rows] / length, artifact[rows] / length, threshold
+
+
+def collect_folds(
+    folds: np.ndarray, groups: np.ndarray, projections: Iterable[tuple[np.ndarray, np.ndarray, float]]
+) -> HeldOut:
+    """Of natural, artifact and threshold of each fold, in the order of `each_fold`."""
+    projected = np.empty((3, *np.atleast_2d(folds).shape))
+    for (division, _, _, rows), values in zip(each_fold(folds), projections, strict=True):
+        for kept, of_fold in zip(projected, values, strict=True):
+            kept[division, rows] = of_fold
+    natural, artifact, thresholds = projected.reshape(3, *folds.shape)
+    return HeldOut(natural, artifact, thresholds, folds, groups)
 
 
 def sign_flips(groups: np.ndarray, permutations: int, seed: int = 0) -> np.ndarray:
@@ -315,20 +392,13 @@ def nested_best_layer(held_out: Sequence[HeldOut], scores: Sequence[np.ndarray])
     Returns:
         The out-of-fold projections, and the layer chosen for each fold.
     """
-    folds = held_out[0].folds
-    nested = np.empty((3, *np.atleast_2d(folds).shape))
-    chosen = []
-    for (division, _, _, rows), by_layer in zip(each_fold(folds), np.transpose(scores), strict=True):
-        best = int(np.nanargmax(by_layer)) if np.isfinite(by_layer).any() else 0
-        chosen.append(best)
-        for kept, values in zip(nested, _values(held_out[best]), strict=True):
-            kept[division, rows] = np.atleast_2d(values)[division, rows]
-    natural, artifact, thresholds = nested.reshape(3, *folds.shape)
-    return HeldOut(natural, artifact, thresholds, folds), chosen
-
-
-def _values(held_out: HeldOut) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return held_out.natural, held_out.artifact, held_out.thresholds
+    folds, groups = held_out[0].folds, held_out[0].groups
+    chosen = [int(np.nanargmax(d)) if np.isfinite(d).any() else 0 for d in np.transpose(scores)]
+    projections = (
+        tuple(np.atleast_2d(x)[division, rows] for x in (best.natural, best.artifact, best.thresholds))
+        for best, (division, _, _, rows) in zip((held_out[layer] for layer in chosen), each_fold(folds), strict=True)
+    )
+    return collect_folds(folds, groups, projections), chosen
 
 
 def leading_orthogonal_component(natural: np.ndarray, artifact: np.ndarray) -> np.ndarray:

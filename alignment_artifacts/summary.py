@@ -25,11 +25,10 @@ def _length(result: dict) -> str | None:
     record = result["length_baseline"]
     if not record or not is_significant(record):
         return None
-    rest = result["controls"]["prompt_end"]["length_regressed"]
-    return (
-        f"The number of tokens alone tells the prompts apart: {_strength(record)}. With length regressed out on "
-        f"training pairs, d is {_d(rest)} at the end of the prompt; prompts of equal length are better evidence."
-    )
+    text = f"The number of tokens alone tells the prompts apart: {_strength(record)}. "
+    if rest := result["controls"]["prompt_end"]["length_regressed"]:
+        text += f"With length regressed out on training pairs, d is {_d(rest)} at the end of the prompt. "
+    return f"{text}Prompts of equal length are better evidence."
 
 
 def _positions(result: dict, positions: str) -> str:

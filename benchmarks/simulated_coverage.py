@@ -19,7 +19,9 @@ from alignment_artifacts.intervals import Uncertainty, robust_sd
 from benchmarks.tables import parse, write_table
 
 NOISE = ("isotropic", "decaying", "heavy", "unequal", "paired")
+GROUPED = {"fives": 0.9, "lopsided": 0.5}  # what pairs of a group have in common, as a share of the variance
 PAIRS, SIZES = (10, 25, 50, 200), (0.0, 1.0, 2.0, 5.0)
+FEWEST = 50  # pairs, of which groups are made
 FLIPS = 500
 HIDDEN = 64
 
@@ -36,16 +38,26 @@ def simulate(noise: str, pairs: int, d: float, rng: np.random.Generator) -> tupl
     """Natural and artifact [pairs, hidden]; the true d along the third axis is `d`.
 
     isotropic: equal noise along all axes; decaying: spread falling as axis ** -0.75; heavy: multivariate t with 4
-    degrees; unequal: artifact prompts spread twice as far; paired: 80% of the variance is shared by a pair.
+    degrees; unequal: artifact prompts spread twice as far; paired: 80% of the variance is shared by a pair; fives,
+    lopsided: the prompts of a side are alike within the groups of `groups_of`.
     """
     shared, (natural, artifact) = 0.8 * (noise == "paired"), rng.normal(size=(2, pairs, HIDDEN))
     common = rng.normal(size=(pairs, HIDDEN))
     sides = [np.sqrt(shared) * common + np.sqrt(1 - shared) * x for x in (natural, artifact)]
     if noise == "heavy":
         sides = [x * np.sqrt(2 / rng.chisquare(4, (pairs, 1))) for x in sides]  # variance 1
+    if noise in GROUPED:
+        alike, groups = GROUPED[noise], groups_of(noise, pairs)
+        sides = [np.sqrt(alike) * rng.normal(size=x.shape)[groups] + np.sqrt(1 - alike) * x for x in sides]
     natural, artifact = (x * scale for x, scale in zip(sides, scales(noise), strict=True))
     artifact[:, 2] += effect(noise, d)
     return natural, artifact
+
+
+def groups_of(noise: str, pairs: int) -> np.ndarray:
+    """[pairs] numbers: fives has five pairs a group, lopsided five eighths of all in one; others each by itself."""
+    singles = np.arange(pairs)
+    return {"fives": singles // 5, "lopsided": np.maximum(singles - pairs * 5 // 8, 0)}.get(noise, singles)
 
 
 def effect(noise: str, d: float) -> float:
@@ -90,9 +102,10 @@ def truths(noise: str, d: float, natural, artifact, folds, projected: Projected)
 def run(noise: str, pairs: int, d: float, seed: int, projected: Projected) -> np.ndarray:
     """[3 (d, accuracy, AUROC), 4 (estimate, low, high, truth)]."""
     natural, artifact = simulate(noise, pairs, d, np.random.default_rng(seed))
-    groups = np.arange(pairs)
-    folds = st.assign_divisions(groups % 5 if pairs >= 25 else np.zeros(pairs), seed)
-    layer = st.pair_vectors(natural, artifact)
+    groups = groups_of(noise, pairs)
+    strata = groups % 5 if pairs >= 25 and noise not in GROUPED else np.zeros(pairs)
+    folds = st.assign_divisions(strata, seed, groups)
+    layer = st.pair_vectors(natural, artifact, groups)
     held_out = st.held_out_projections(layer, folds)
     null = st.sign_flip_d(layer, folds, st.sign_flips(groups, FLIPS, seed))
     intervals = Uncertainty(groups).intervals(held_out, robust_sd(null[1:]))
@@ -125,11 +138,12 @@ def cell(noise: str, pairs: int, d: float, runs: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, nargs="+", default=PAIRS)
-    parser.add_argument("--noise", nargs="+", choices=NOISE, default=NOISE)
+    parser.add_argument("--noise", nargs="+", choices=[*NOISE, *GROUPED], default=[*NOISE, *GROUPED])
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     arguments = parse(parser)
     cells = itertools.product(arguments.noise, arguments.pairs, arguments.sizes)
-    write_table("simulated_coverage", __doc__, (cell(*c, arguments.runs) for c in cells), arguments)
+    rows = (cell(*c, arguments.runs) for c in cells if c[0] not in GROUPED or c[1] >= FEWEST)
+    write_table("simulated_coverage", __doc__, rows, arguments)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import numpy as np
 from alignment_artifacts import baselines
 from alignment_artifacts import separation as st
 from alignment_artifacts.blocks import independent_groups, undeclared_dependence
-from alignment_artifacts.intervals import robust_sd
 from alignment_artifacts.pairs import Pair
-from alignment_artifacts.scores import Settings, score_layers
+from alignment_artifacts.scores import Settings, held_out_scores, score_layers
 from benchmarks.tables import parse, write_table
 
 HIDDEN, LAYERS, FLIPS = 32, 4, 199
@@ -91,6 +90,32 @@ def headline(pairs: int) -> Callable:
     return run
 
 
+def regressed(d: float) -> Callable:
+    """26 layers that separate equally and lengths that say nothing: both controls at the layers of the folds."""
+
+    def run(rng: np.random.Generator, seed: int) -> dict:
+        pairs = np.arange(50)
+        vectors, lengths = noise(rng, 50, 26), rng.integers(8, 20, (50, 2)).astype(float)
+        vectors[:, 1, :, 0] += d
+        settings = Settings(FLIPS, 2, seed)
+        scores, signs = score_layers(vectors, pairs % 5, settings), st.sign_flips(pairs, FLIPS, seed)
+        chosen = scores.best_layer["layer_chosen_in_each_fold"]
+        covered, biases = [], []
+        for prepare in (baselines.without(lengths), baselines.discriminant):
+            truth = []
+            for (_, _, training, _), layer in zip(st.each_fold(scores.folds), chosen, strict=True):
+                prepared = prepare(st.pair_vectors(vectors[:, 0, layer], vectors[:, 1, layer]), training)
+                direction = prepared.sources[training].mean(axis=0)
+                truth.append(d * direction[0] / np.linalg.norm(direction))
+            measured = baselines.held_out_by_fold(vectors, scores.folds, chosen, pairs, signs, prepare)
+            record = held_out_scores(measured[0], scores.uncertainty, measured[1])
+            covered.append(record["cohens_d_ci"][0] <= np.mean(truth) <= record["cohens_d_ci"][1])
+            biases.append(record["cohens_d"] - np.mean(truth))
+        return {"covers": np.mean(covered), "bias nested": np.mean(biases)}
+
+    return run
+
+
 def words(beyond: float) -> Callable:
     """26 layers and the words separate with d = 2; the layers with `beyond` more."""
 
@@ -100,9 +125,8 @@ def words(beyond: float) -> Callable:
         embeddings[:, 1, :, 0] += 2
         settings = Settings(FLIPS, 300, seed)
         scores, own = (score_layers(v, np.arange(50) % 5, settings) for v in (vectors, embeddings))
-        by_words = baselines.held_out_along(embeddings[:, :, 0], scores.folds, baselines.mean_difference)
-        spreads = robust_sd(own.null[1:]), scores.nested[1]
-        low, _ = scores.uncertainty.difference_interval(by_words, scores.nested[0], spreads)
+        by_words, spread = own.held_out[0]
+        low, _ = scores.uncertainty.difference_interval(by_words, scores.nested[0], (spread, scores.nested[1]))
         return {"found": low > 0}
 
     return run
@@ -118,6 +142,8 @@ CASES = {
     "shared objects, not declared": shared_object(False),
     "26 equal layers, 10 pairs": headline(10),
     "26 equal layers, 50 pairs": headline(50),
+    "length and LDA, 26 equal layers, d = 0": regressed(0.0),
+    "length and LDA, 26 equal layers, d = 2": regressed(2.0),
     "words as good as 26 layers": words(0.0),
     "26 layers better than words by 2": words(2.0),
 }

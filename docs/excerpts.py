@@ -26,6 +26,8 @@ def excerpt_analysis(result: dict) -> dict:
         "words": result["lexical_baseline"],
         "beyond_words": result["controls"]["prompt_end"]["beyond_words"],
         "length": result["length_baseline"],
+        "length_regressed": result["controls"]["prompt_end"]["length_regressed"],
+        "independence": result["independence"],
     }
 
 

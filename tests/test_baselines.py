@@ -6,8 +6,10 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from alignment_artifacts import separation as st
 from alignment_artifacts.analysis import analyse
-from alignment_artifacts.baselines import held_out_along, held_out_texts, lda_direction, mean_difference
+from alignment_artifacts.baselines import discriminant, held_out_by_fold, held_out_texts
+from alignment_artifacts.intervals import robust_sd
 from alignment_artifacts.pairs import Pair
+from benchmarks.simulated_errors import CASES
 
 from .test_analysis import SETTINGS, simulate
 
@@ -24,25 +26,52 @@ def test_lda_is_scikit_learns_with_fewer_and_with_more_vectors_than_dimensions(n
     centred = both - np.concatenate([np.tile(side.mean(axis=0), (n, 1)) for side in (natural, artifact)])
     both = both / centred.std(axis=0)
     expected = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(both, labels).coef_[0]
-    direction = lda_direction(both[:n], both[n:])
+    layer = st.pair_vectors(both[:n], both[n:])
+    direction = discriminant(layer, np.ones(n, bool)).sources.mean(axis=0)
     cosine = direction @ expected / np.linalg.norm(direction) / np.linalg.norm(expected)
     assert cosine > 0.999
 
 
-def test_the_mean_difference_is_what_layers_are_scored_with():
-    vectors = np.random.default_rng(0).normal(size=(30, 2, 8))
-    folds = st.assign_divisions(np.arange(30) % 5)
-    expected = st.held_out_projections(st.pair_vectors(vectors[:, 0], vectors[:, 1]), folds)
-    along = held_out_along(vectors, folds, mean_difference)
-    assert along.d() == pytest.approx(expected.d()) and along.accuracy() == pytest.approx(expected.accuracy())
+def test_controls_at_the_layers_of_the_folds_cover_the_truth_and_one_layer_that_saw_all_pairs_would_not():
+    """26 equal layers; lengths that say nothing: with and without them d is that of the directions learnt."""
+    cases = [CASES["length and LDA, 26 equal layers, d = 2"](np.random.default_rng(i), i) for i in range(12)]
+    assert np.mean([case["covers"] for case in cases]) >= 0.75  # at a rate of 93% less comes about once in 100
+    assert abs(np.mean([case["bias nested"] for case in cases])) < 0.25  # it was 0.5
+
+
+def test_without_anything_else_learnt_a_fold_is_scored_as_a_layer_is():
+    vectors, groups = np.random.default_rng(0).normal(size=(30, 2, 3, 8)), np.arange(30)
+    folds, signs = st.assign_divisions(np.arange(30) % 5), st.sign_flips(groups, 150)
+    layer = st.pair_vectors(vectors[:, 0, 1], vectors[:, 1, 1])
+    expected = st.held_out_projections(layer, folds)
+    ones = [1] * len(st.each_fold(folds))
+    held_out, spread = held_out_by_fold(vectors, folds, ones, groups, signs, lambda layer, training: layer)
+    assert held_out.d() == pytest.approx(expected.d()) and held_out.accuracy() == pytest.approx(expected.accuracy())
+    assert spread == pytest.approx(robust_sd(st.sign_flip_d(layer, folds, signs)[1:]))
 
 
 def test_texts_that_differ_in_a_word_are_told_apart_and_equal_ones_are_not():
-    folds = st.assign_divisions(np.zeros(20))
-    assert held_out_texts([(f"grow plant{i}", f"break plant{i}") for i in range(20)], folds).accuracy() == 1
-    same = held_out_texts([(f"grow plant{i}", f"grow plant{i}") for i in range(20)], folds)
+    groups = np.arange(20)
+    folds, signs = st.assign_divisions(np.zeros(20)), st.sign_flips(groups, 50)
+
+    def held_out(texts):
+        return held_out_texts(texts, folds, groups, signs)[0]
+
+    assert held_out([(f"grow plant{i}", f"break plant{i}") for i in range(20)]).accuracy() == 1
+    same = held_out([(f"grow plant{i}", f"grow plant{i}") for i in range(20)])
     assert np.isnan(same.d()) or abs(same.d()) < 1e-9
-    assert held_out_texts([("?", "!")] * 20, folds).auroc() == 0.5  # no words at all
+    assert held_out([("?", "!")] * 20).auroc() == 0.5  # no words at all
+
+
+def test_the_spread_of_texts_over_swaps_is_that_of_texts_that_are_learnt_anew():
+    rng, groups = np.random.default_rng(0), np.arange(40)
+    folds, signs = st.assign_divisions(np.zeros(40)), st.sign_flips(groups, 12)
+    texts = [tuple(" ".join(f"w{k}" for k in rng.integers(0, 30, 8)) for _ in range(2)) for _ in range(40)]
+    anew = []
+    for flip in signs[1:]:
+        swapped = [pair[::-1] if sign < 0 else pair for pair, sign in zip(texts, flip, strict=True)]
+        anew.append(held_out_texts(swapped, folds, groups, signs[:2])[0].d())
+    assert held_out_texts(texts, folds, groups, signs)[1] == pytest.approx(robust_sd(np.array(anew)))
 
 
 def test_length_that_separates_is_said_first_and_regressed_out():

@@ -9,7 +9,10 @@ from alignment_artifacts.rates import t_quantile
 from benchmarks import simulated_coverage
 
 
-@pytest.mark.parametrize("noise, pairs, d", [("isotropic", 50, 5.0), ("heavy", 25, 5.0), ("paired", 10, 2.0)])
+@pytest.mark.parametrize(
+    "noise, pairs, d",
+    [("isotropic", 50, 5.0), ("heavy", 25, 5.0), ("paired", 10, 2.0), ("fives", 50, 5.0), ("lopsided", 80, 0.0)],
+)
 def test_intervals_cover_the_truth(noise, pairs, d):
     runs, projected = 40, simulated_coverage.Projected(noise, 100_000)
     rows = np.array([simulated_coverage.run(noise, pairs, d, 900 + seed, projected) for seed in range(runs)])
@@ -17,6 +20,8 @@ def test_intervals_cover_the_truth(noise, pairs, d):
     covered = ((low <= truth) & (truth <= high)).mean(axis=0)
     assert (covered >= 0.92 - 3 * np.sqrt(0.92 * 0.08 / runs)).all()
     assert (low < high).all() and (low <= estimate).all() and (estimate <= high).all()
+    if noise == "fives":  # what the pairs of a group share makes no spread smaller
+        assert abs((estimate - truth)[:, 0].mean()) < 0.35
 
 
 def test_fewer_than_eight_groups_have_no_interval():

@@ -255,3 +255,18 @@ def test_the_leading_orthogonal_component_is_that_of_an_svd(pairs, hidden):
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-8)
     assert abs(found[:, 0].mean() - found[:, 1].mean()) < 1e-8  # nothing of the mean difference is left in it
     assert (st.leading_orthogonal_component(np.ones((3, 2)), np.ones((3, 2))) == 0).all()
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9])
+def test_the_variance_of_groups_is_not_too_small(correlation):
+    """Unequal groups whose members are alike: the plain variance is too small, this one and the share are right."""
+    rng, groups = np.random.default_rng(0), np.repeat([0, 1, 2, 3, 4, 5], [9, 5, 3, 1, 1, 1])
+    x = np.sqrt(correlation) * rng.normal(size=(4000, 6))[:, groups]
+    x += np.sqrt(1 - correlation) * rng.normal(size=(4000, 20))
+    x -= x.mean(axis=1, keepdims=True)
+    variance, freedom, share = st.variance([x], groups)
+    # Around a mean that large groups draw to themselves a sixth is missing at the most.
+    assert variance.mean() == pytest.approx(1, abs=0.17) and variance.mean() >= x.var(axis=1, ddof=1).mean() - 0.01
+    assert abs(np.median(share) - correlation) < 0.2 and freedom.min() >= 1 and freedom.max() <= 19.01
+    singles, plain, none = st.variance([x], np.arange(20))
+    assert singles == pytest.approx(x.var(axis=1, ddof=1)) and (plain, none) == (19, 0)

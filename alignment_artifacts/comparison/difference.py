@@ -43,7 +43,7 @@ def compare_layers(
     records, observed, nulls = [], [], []
     for layer in range(first.shape[2]):
         vectors = [model[:, :, layer].astype(np.float64) for model in (first, second)]
-        pairs = [st.pair_vectors(v[:, 0], v[:, 1]) for v in vectors]
+        pairs = [st.pair_vectors(v[:, 0], v[:, 1], groups) for v in vectors]
         held_out = [st.held_out_projections(p, folds) for p in pairs]
         means = [p.differences.mean(axis=0) for p in pairs]
         spreads = [robust_sd(st.sign_flip_d(p, folds, signs)[1:]) for p in pairs]
@@ -117,7 +117,7 @@ def _standardised(vectors: st.PairVectors) -> st.PairVectors:
     """Divided by the root mean square within-class deviation, over all pairs and dimensions."""
     within = [x - x.mean(axis=0) for x in (vectors.differences / 2, vectors.means)]
     scale = np.sqrt(sum((x * x).mean() for x in within)) or 1.0
-    return st.PairVectors(vectors.differences / scale, vectors.means / scale)
+    return st.PairVectors(vectors.differences / scale, vectors.means / scale, vectors.groups)
 
 
 def _held_out_d_of_rows(vectors: st.PairVectors, rows: np.ndarray, folds: np.ndarray) -> np.ndarray:
@@ -128,7 +128,7 @@ def _held_out_d_of_rows(vectors: st.PairVectors, rows: np.ndarray, folds: np.nda
         weights = np.zeros((len(rows), len(everything)))
         np.put_along_axis(weights, rows[:, training], 1 / training.sum(), axis=1)
         shift, centre = (np.take_along_axis(p, rows[:, held], axis=1) for p in vectors.along(weights, everything))
-        scores.append(st.matched_d(shift, centre))
+        scores.append(st.matched_d(shift, centre, vectors.groups[held]))
     return np.mean(scores, axis=0)
 
 
@@ -142,8 +142,8 @@ def _mirror(vectors: st.PairVectors, source: np.ndarray, target: np.ndarray) -> 
     if size < 1e-12:
         return vectors
     axis /= size
-    reflected = (x - 2 * np.outer(x @ axis, axis) for x in (vectors.differences, vectors.means))
-    return st.PairVectors(*reflected)
+    differences, means = (x - 2 * np.outer(x @ axis, axis) for x in (vectors.differences, vectors.means))
+    return st.PairVectors(differences, means, vectors.groups)
 
 
 def d_along(vectors: np.ndarray, teacher: st.PairVectors, folds: np.ndarray) -> float:
@@ -152,7 +152,7 @@ def d_along(vectors: np.ndarray, teacher: st.PairVectors, folds: np.ndarray) -> 
     for _, _, training, rows in st.each_fold(folds):
         direction = teacher.differences[training].mean(axis=0)
         natural, artifact = (vectors[rows] @ direction).T
-        scores.append(st.hedges_d(natural, artifact))
+        scores.append(st.matched_d(artifact - natural, (artifact + natural) / 2, teacher.groups[rows]))
     return float(np.mean(scores))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from alignment_artifacts import separation as st
-from alignment_artifacts.baselines import along, held_out, lda_direction, mean_difference, score_texts, strength
+from alignment_artifacts.baselines import Prepare, discriminant, score_texts, strength
 from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.intervals import Uncertainty
@@ -58,9 +58,9 @@ def cross_decoding(
     labels, groups = np.array([pair.category for pair in everything]), independent_groups(everything)
     prompts = np.array([(pair.natural, pair.artifact) for pair in everything], dtype=object)
     of_words: dict[str, Learn] = {
-        "mean difference": lambda known, asked: along(embeddings[known], embeddings[asked], mean_difference),
-        "lda": lambda known, asked: along(embeddings[known], embeddings[asked], lda_direction),
-        "tf-idf": lambda known, asked: score_texts(prompts[known], prompts[asked]),
+        "mean difference": lambda known, asked: along(embeddings, known, asked)[1:],
+        "lda": lambda known, asked: along(embeddings, known, asked, discriminant)[1:],
+        "tf-idf": lambda known, asked: (score_texts(prompts[known], prompts[asked], np.ones((1, len(known))))[0], 0.0),
     }
     by_source: dict[str, dict[str, dict]] = {source: {} for source in (*vectors, "words")}
     for cell, (learnt, tested) in _cells(as_pairs(pairs).sides, labels, groups, len(pairs)).items():
@@ -118,11 +118,26 @@ def _folds(learnt: np.ndarray, tested: np.ndarray, labels: np.ndarray, groups: n
 def decode(learn: Learn, learnt: np.ndarray, tested: np.ndarray, folds: np.ndarray, groups: np.ndarray) -> st.HeldOut:
     """Fold by fold of `tested` rows what `learn` makes of the `learnt` rows that are of no group in that fold."""
 
-    def project(_: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
+    def project(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
         asked = tested[rows]
-        return learn(learnt[~np.isin(groups[learnt], groups[asked])], asked)
+        values, threshold = learn(learnt[~np.isin(groups[learnt], groups[asked])], asked)
+        return values[:, 0], values[:, 1], threshold
 
-    return held_out(folds, project)
+    projections = (project(rows) for _, _, _, rows in st.each_fold(folds))
+    return st.collect_folds(folds, st.group_numbers(groups[tested], len(tested)), projections)
+
+
+def along(
+    vectors: np.ndarray, known: np.ndarray, asked: np.ndarray, prepare: Prepare = lambda layer, training: layer
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Vectors [.., 2, hidden] of known and of asked rows projected on the direction of the known ones: values
+    [known, 2] and [asked, 2], and the threshold."""
+    both = vectors[np.append(known, asked)]
+    training = np.arange(len(both)) < len(known)
+    layer = prepare(st.pair_vectors(both[:, 0], both[:, 1]), training)
+    natural, artifact, threshold = st.fold_projections(layer, training, np.arange(len(both)))
+    values = np.stack([natural, artifact], axis=1)
+    return values[: len(known)], values[len(known) :], threshold
 
 
 def _by_model(
@@ -145,10 +160,9 @@ def _by_model(
     def learn(known: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, float]:
         layer = int(np.argmax(st.layer_separation(values[known], list(labels[known]), groups[known])))
         layers.append(layer)
-        vectors = values[np.append(known, asked), :, layer].astype(np.float64)
-        projected, threshold = along(vectors[: len(known)], vectors, mean_difference)
-        spread = projected[: len(known)].std(axis=0).mean() or 1.0  # layers may differ in scale from fold to fold
-        return projected[len(known) :] / spread, threshold / spread
+        of_known, projected, threshold = along(values[:, :, layer], known, asked)
+        spread = of_known.std(axis=0).mean() or 1.0  # layers may differ in scale from fold to fold
+        return projected / spread, threshold / spread
 
     return decode(learn, learnt, tested, folds, groups), 0.0, layers
 

@@ -156,13 +156,13 @@ def comparison(result: dict) -> go.Figure:
     x = np.arange(len(layers))
     for name, colour, symbol in (("a", data.BLUE, "circle"), ("b", data.ORANGE, "square")):
         title, ends = result["names"][name], data.column(layers, f"d_{name}_ci")
-        figure.add_trace(_band(x, ends, colour, f"{title}, 95% interval"), 1, 1)
+        figure.add_trace(_band(x, ends, colour, f"{title}, pointwise 95% interval"), 1, 1)
         figure.add_trace(
             go.Scatter(x=x, y=data.column(layers, f"d_{name}"), name=title, line={"color": colour},
                        mode="lines+markers", marker={"symbol": symbol, "size": 8},
                        hovertemplate="layer %{x}: d = %{y:.2f}"), 1, 1
         )  # fmt: skip
-    figure.add_trace(_band(x, data.column(layers, "difference_ci"), data.GREEN, "95% interval"), 2, 1)
+    figure.add_trace(_band(x, data.column(layers, "difference_ci"), data.GREEN, "pointwise 95% interval"), 2, 1)
     dashes = ("solid", "dash", "dashdot", "dot", "solid")
     for (name, title), dash in zip(data.CONDITION_NAMES.items(), dashes, strict=True):
         records = result["conditions"][name]["layers"]
