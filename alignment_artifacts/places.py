@@ -80,6 +80,12 @@ def find_model(name: str | Path) -> str:
     return str(path) if str(name).strip() and os.path.exists(path) else str(name).rstrip("/")
 
 
+def resolved_model(name: str | Path) -> str:
+    """A model or adapter by what it is, however it is spelt: an absolute path without links, or a Hugging Face id."""
+    path = find_model(name)
+    return str(Path(path).resolve()) if os.path.exists(path) else path
+
+
 def told(label: str, path: Path) -> str:
     """Where something is, for a terminal of 80 columns; the path itself is never broken."""
     return textwrap.fill(f"{label}: {displayed(path)}", 80, break_long_words=False, break_on_hyphens=False)

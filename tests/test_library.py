@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -422,6 +423,23 @@ def test_an_adapter_belongs_to_the_model_that_it_was_given_for(library, organism
     assert len(folders) == 2 and planted_directions(organism) and not planted_directions(tuned.load())
     with pytest.raises(UserError, match=r"made on .*aligned \(model_revision"):
         fit_to(library.directions(), tuned.load())
+
+
+def test_an_adapter_stays_however_its_model_is_spelt(library, organism, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(organism.folder)
+    monkeypatch.chdir(ROOT)
+    adapter = write_adapter(tmp_path / "tuned", organism.folder)
+    tuned = AlignmentArtifacts("model_organism/aligned", library.pairs, adapter=str(adapter))
+    spelt = [None, "./model_organism/aligned/", "model_organism/../model_organism/aligned", organism.folder,
+             f"{organism.folder}/", tmp_path / "link"]  # fmt: skip
+    own = tuned.load()
+    assert own.adapter is not None and all(tuned.load(one) is own for one in spelt)
+    assert len({tuple(tuned.answer([REFUSED], model=one, max_tokens=3)) for one in spelt}) == 1
+    monkeypatch.chdir(tmp_path)
+    assert tuned.load(organism.folder) is own and tuned.load() is own
+    shutil.copytree(ROOT / "model_organism/base", tmp_path / "model_organism/aligned")  # of that name, and another
+    other = tuned.load("model_organism/aligned")
+    assert other.adapter is None and other.revision != own.base_revision
 
 
 def test_a_file_of_prompts_is_answered_as_each_alone(run, library, tmp_path):
