@@ -62,7 +62,7 @@ COLLECTED, COLLECTED_BY_DEFAULT = "collected_activations", "collected_activation
 TOXICITY, TOXICITY_RESULTS = "toxicity_results", ("experiment_results.json", "intermediate_experiment_output.json")
 DEFAULT_SITE = "mlp"  # what is collected where no site is named
 SHORT = 8  # digits of a hash behind a name
-LONGEST_NAME = 80
+LONGEST_NAME, MOST_BYTES = 80, 200  # of a name in characters and in UTF-8; file systems take 255 bytes
 
 
 # Paths and names that users type.
@@ -100,7 +100,8 @@ def recorded(path: str | Path) -> str:
 def safe_name(name: str) -> str:
     """The last part of a name, as the name of a file: letters, digits, dot, dash and underscore."""
     last = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
-    return re.sub(r"[^\w.-]+", "_", last).strip("._-")[:LONGEST_NAME] or "unnamed"
+    name = re.sub(r"[^\w.-]+", "_", last).strip("._-")[:LONGEST_NAME]
+    return name.encode()[:MOST_BYTES].decode(errors="ignore") or "unnamed"
 
 
 def short(revision: str) -> str:

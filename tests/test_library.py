@@ -18,6 +18,7 @@ from alignment_artifacts.default_model import note
 from alignment_artifacts.directions.estimate import Directions, fit_to, planted_directions
 from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.directions.measurements import subject_of
+from alignment_artifacts.edits.options import Setting
 from alignment_artifacts.pairs import PAIRS_JSON, PromptPairs, load_pairs
 from alignment_artifacts.suppression import library as library_module
 from alignment_artifacts.suppression.sweep import split_pairs
@@ -440,6 +441,22 @@ def test_an_adapter_stays_however_its_model_is_spelt(library, organism, tmp_path
     shutil.copytree(ROOT / "model_organism/base", tmp_path / "model_organism/aligned")  # of that name, and another
     other = tuned.load("model_organism/aligned")
     assert other.adapter is None and other.revision != own.base_revision
+
+
+def test_a_renamed_adapter_keeps_what_a_sweep_has_chosen_and_an_edited_one_does_not(library, organism, tmp_path):
+    adapter = write_adapter(tmp_path / "tuned", organism.folder)
+    renamed = shutil.copytree(adapter, tmp_path / ("renamed" * 30))
+    edited = write_adapter(tmp_path / "x" / "tuned", organism.folder, scale=2.0)
+
+    def chosen(adapter):
+        own = AlignmentArtifacts(organism.folder, library.pairs, tmp_path / "cache", adapter=adapter)
+        return own.choose(None, "auto", None, layers=(3,))
+
+    own = AlignmentArtifacts(organism.folder, library.pairs, tmp_path / "cache", adapter=adapter)
+    folder = subject_of(own.load(), own.pairs, own.cache).folder
+    swept = Setting("cap", 2.0, (3,), "residual")
+    write_json(folder / library_module.SWEEP, {"chosen": {"setting": swept.record()}})
+    assert chosen(adapter) == chosen(renamed) == (swept, "a sweep") and chosen(edited)[1] == "model size"
 
 
 def test_a_file_of_prompts_is_answered_as_each_alone(run, library, tmp_path):

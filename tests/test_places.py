@@ -40,10 +40,14 @@ def collect(folder, revision="sha256:1", finished="2026-01-01T00:00:00+0000", pa
     return folder
 
 
-@given(st.text() | st.sampled_from(["..", "~", "/", "a/b/", "a b", " ", "C:\\x", "a/..", "x" * 999, "\x00", "-rf"]))
+LONG = [letter * 99 for letter in "x\u6a21\U0001d400"]
+
+
+@given(st.text() | st.sampled_from(["..", "~", "/", "a/b/", "a b", " ", "C:\\x", "a/..", "\x00", "-rf", *LONG]))
 def test_any_name_is_safe_for_a_file(name):
     safe = places.safe_name(name)
     assert safe == Path(safe).name and safe not in ("", ".", "..") and safe[0] not in ".-~" and len(safe) <= 80
+    assert len(f"collected_activations_{places.hashed_name(name, '')}".encode()) <= 255
     assert not set(safe) & set("/\\ \x00\n:*?\"<>|'$`")
 
 
