@@ -1,15 +1,14 @@
 """Analyse a collection: how well a direction separates artifact from natural prompts, layer by layer.
 
-Reads the latest collection (of $MODEL_NAME and $ADAPTER, if these are set). Writes the results as JSON and figures into
-results/MODEL/PAIRS/, and the main ones also beside this script; prints a table. Edit the constants; None
-means: take it from the collection's manifest.
+Reads the latest collection (of $MODEL_NAME, $ADAPTER and $SYSTEM_PROMPT, if these are set). Writes the results as JSON
+and figures into results/MODEL/PAIRS/, and the main ones also beside this script; prints a table. Edit the constants;
+None means: take it from the collection's manifest.
 """
 
 import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest is imported)
 
 # isort: split
 
-import os
 import shutil
 import sys
 import textwrap
@@ -28,6 +27,7 @@ from alignment_artifacts.activation_set import (
 )
 from alignment_artifacts.analysis import Run
 from alignment_artifacts.blocks import independent_groups
+from alignment_artifacts.environment import Named
 from alignment_artifacts.figures.data import POSITION_NAMES
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.pairs import load_pairs
@@ -37,7 +37,7 @@ from alignment_artifacts.summary import records_of
 from gemma_refactored import site_names
 from gemma_refactored.errors import UserError, exit_code
 from gemma_refactored.files import write_json
-from gemma_refactored.settings import Between, Must, from_constants
+from gemma_refactored.settings import Between, Must, from_constants, from_environment
 
 RAW_ACTIVATIONS_BASE_DIR = None  # None: the latest collection
 ORIGINAL_PAIRS_JSON_FOR_ITERATION = places.HOME / "alignment_artifact_prompt_pairs.json"
@@ -102,13 +102,8 @@ def run(constants: Constants) -> None:
 
     pairs_file = places.find(constants.original_pairs_json_for_iteration)
     pairs = load_pairs(pairs_file)
-    folder, others = places.choose_collection(
-        pairs,
-        constants.raw_activations_base_dir,
-        os.environ.get("MODEL_NAME") or None,
-        constants.site,
-        os.environ.get("ADAPTER") or None,
-    )
+    typed, named = constants.raw_activations_base_dir, from_environment(Named())
+    folder, others = places.choose_collection(pairs, typed, named.model_name, constants.site, named.adapter, named.chat)
     data = load_activation_set(
         folder,
         pairs,
@@ -132,6 +127,9 @@ def run(constants: Constants) -> None:
     print(f"Model: {data.model} ({data.num_layers} layers, hidden {data.values.shape[4]}), {len(data.pairs)} pairs")
     print(textwrap.fill(f"Site: {site_names.described(data.site)}", 78, break_long_words=False))
     print(places.told("Collection", folder))
+    if typed and not places.wanted(named.model_name, named.adapter, named.chat)(data.manifest):
+        print("MODEL_NAME and the chat format in the environment are not this collection's;")
+        print("it is analysed because it was named.")
     if others:
         print("Also collected (ACTIVATIONS_DIR, or MODEL_NAME and ADAPTER, choose):")
         print("\n".join(f"  {other.describe()}" for other in others))

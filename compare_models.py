@@ -10,6 +10,7 @@ import gemma_refactored.interrupts  # noqa: F401  (first: Ctrl-C while the rest 
 
 # isort: split
 
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Annotated
 
 from alignment_artifacts import places
 from alignment_artifacts.edits.options import Site
+from alignment_artifacts.environment import unused
 from alignment_artifacts.formatting import interval, number, percent
 from alignment_artifacts.scores import NAMES, Settings
 from gemma_refactored.configuration import Chat
@@ -98,6 +100,8 @@ def run(constants: Constants) -> None:
             (constants.model_b, constants.adapter_b),
         )
     ]
+    for sentence in not_compared(constants):
+        print(textwrap.fill(sentence, 80))
     for letter, model in zip("AB", models, strict=True):
         print(f"Model {letter}: {model.name} ({model.num_layers} layers) on {device_description()}")
     check_comparable(models[0], models[1], pairs, twins)
@@ -130,6 +134,19 @@ def run(constants: Constants) -> None:
     print("\n" + places.told("Numbers", results / "data" / "model_comparison.json"))
     for stem in places.COMPARISON_FIGURES:
         print(places.told("Figure", results / "figures" / f"{stem}.png"))
+
+
+def not_compared(constants: Constants) -> list[str]:
+    """What to say about MODEL_NAME and ADAPTER, which name one model to every other script."""
+    reasons = {}
+    for variable, names, use in (
+        ("MODEL_NAME", (constants.model_a, constants.model_b), "MODEL_A and MODEL_B name the models"),
+        ("ADAPTER", (constants.adapter_a, constants.adapter_b), "ADAPTER_A and ADAPTER_B name adapters"),
+    ):
+        typed = os.environ.get(variable)
+        if typed and places.resolved_model(typed) not in [places.resolved_model(name) for name in names if name]:
+            reasons[variable] = use
+    return unused(reasons)
 
 
 def first_model(path: Path) -> dict | None:

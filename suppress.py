@@ -25,11 +25,12 @@ from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import FORMS, LENGTH, Wish, load_score, own_measure
 from alignment_artifacts.default_model import DEFAULT_MODEL, note
 from alignment_artifacts.edits.options import Mode, Setting
+from alignment_artifacts.environment import EPILOG, Named, unused
 from alignment_artifacts.pairs import PAIRS_JSON, REFUSAL, SIDES, load_pairs, texts
 from gemma_refactored.configuration import Chat, Sampling
 from gemma_refactored.conversation import readable, written
 from gemma_refactored.errors import UserError, exit_code
-from gemma_refactored.settings import Between, Parser, add_options, from_arguments, given
+from gemma_refactored.settings import Between, Parser, add_options, from_arguments, from_environment, given
 
 if TYPE_CHECKING:
     from alignment_artifacts.behaviour.score import Score
@@ -53,15 +54,24 @@ class Answering:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="suppress.py", description=__doc__.splitlines()[0].split(":")[0] + ".")
+    parser = Parser(prog="suppress.py", description=__doc__.splitlines()[0].split(":")[0] + ".", epilog=EPILOG)
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT")
     add("--prompts", metavar="FILE", help="answer every prompt of a .txt, .csv, .tsv, .jsonl or .json file")
     add("--prompt-column", metavar="NAME", help="column of such a file that has the prompts (default prompt)")
     add("--all-pairs", action="store_true", help="answer every prompt pair instead of one prompt, for the report")
     add("--explain", action="store_true", help="print the tokens that the direction promotes and demotes, per layer")
-    add("--model", help="local folder, GGUF file or Hugging Face id (default: the embedded organism)")
-    add("--adapter", metavar="DIR", help="LoRA adapter of mlx-lm or PEFT to add to it: folder or Hugging Face id")
+    add(
+        "--model",
+        help="local folder, GGUF file or Hugging Face id (default: MODEL_NAME in the environment, else the embedded "
+        "organism)",
+    )
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="LoRA adapter of mlx-lm or PEFT to add to it: folder or Hugging Face id (default: ADAPTER in the "
+        "environment)",
+    )
     add("--pairs", type=Path, help="your own prompt pairs (default: PAIRS in the environment, else the 50 shipped)")
     add(
         "--mode",
@@ -118,19 +128,23 @@ def run(arguments: argparse.Namespace) -> None:
     from alignment_artifacts.directions.files import load_directions, write_gguf
     from alignment_artifacts.suppression.library import AlignmentArtifacts
 
+    named = from_environment(Named())
+    adapter = named.adapter if arguments.adapter is None else arguments.adapter
     library = AlignmentArtifacts(
-        places.find_model(arguments.model or DEFAULT_MODEL),
-        pairs=arguments.pairs or os.environ.get("PAIRS") or PAIRS_JSON,
+        places.find_model(arguments.model or named.model_name or DEFAULT_MODEL),
+        pairs=arguments.pairs or named.pairs or PAIRS_JSON,
         show_progress=not silent,
         score=score,
         wish=cast(Wish, arguments.wish or os.environ.get("WISH") or "lower"),  # checked there
-        chat=from_arguments(Chat(), arguments),
-        adapter=None if arguments.adapter is None else places.find_model(arguments.adapter),
+        chat=from_arguments(named.chat, arguments),
+        adapter=None if adapter is None else places.find_model(adapter),
     )
     categories = named_categories(arguments.categories)
     directions = load_directions(arguments.directions) if arguments.directions else None
     if not silent:
         introduce(library, prompts, directions, arguments.transfer)
+        for sentence in unused({"SITE": "--site names where to edit"} if arguments.site is None else {}):
+            print(textwrap.fill(sentence, 78))
     if arguments.export_gguf:
         positions = arguments.positions or "prompt_end"
         write_gguf(directions or library.directions(None, "residual", positions, categories), arguments.export_gguf)

@@ -21,6 +21,7 @@ from typing import Annotated
 from alignment_artifacts import places
 from alignment_artifacts.behaviour.score import Wish
 from alignment_artifacts.default_model import DEFAULT_MODEL
+from alignment_artifacts.environment import unused
 from alignment_artifacts.formatting import described_mean, interval, named_range, number, percent, rate
 from alignment_artifacts.pairs import REFUSAL
 from alignment_artifacts.suppression.space import Limits, Space
@@ -138,6 +139,8 @@ def run(constants: Constants) -> None:
     adapter = constants.adapter and places.find_model(constants.adapter)
     loaded = load(places.find_model(constants.model_name), chat=constants.chat, adapter=adapter)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
+    for sentence in unused({"SITE": "every site is tried"}):
+        print(sentence)
     origin = places.Origin.of_model(loaded.facts(), pairs_file, pairs)
     results = places.results_folder(constants.results_dir, origin)  # before the work: it may be refused
     measured = measure(loaded, pairs, constants.cache, True, places.collection_folders(loaded, pairs))

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.pairs import PAIRS_JSON, REFUSAL, SIDES, Pair, PromptPairs, pairs_hash, prompt_groups
+from gemma_refactored.configuration import Chat
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import (
     CERTIFICATE,
@@ -62,7 +63,7 @@ COLLECTED, COLLECTED_BY_DEFAULT = "collected_activations", "collected_activation
 TOXICITY, TOXICITY_RESULTS = "toxicity_results", ("experiment_results.json", "intermediate_experiment_output.json")
 DEFAULT_SITE = "mlp"  # what is collected where no site is named
 SHORT = 8  # digits of a hash behind a name
-LONGEST_NAME = 80
+LONGEST_NAME, MOST_BYTES = 80, 200  # of a name in characters and in UTF-8; file systems take 255 bytes
 
 
 # Paths and names that users type.
@@ -80,6 +81,12 @@ def find_model(name: str | Path) -> str:
     return str(path) if str(name).strip() and os.path.exists(path) else str(name).rstrip("/")
 
 
+def resolved_model(name: str | Path) -> str:
+    """A model or adapter by what it is, however it is spelt: an absolute path without links, or a Hugging Face id."""
+    path = find_model(name)
+    return str(Path(path).resolve()) if os.path.exists(path) else path
+
+
 def told(label: str, path: Path) -> str:
     """Where something is, for a terminal of 80 columns; the path itself is never broken."""
     return textwrap.fill(f"{label}: {displayed(path)}", 80, break_long_words=False, break_on_hyphens=False)
@@ -94,7 +101,8 @@ def recorded(path: str | Path) -> str:
 def safe_name(name: str) -> str:
     """The last part of a name, as the name of a file: letters, digits, dot, dash and underscore."""
     last = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
-    return re.sub(r"[^\w.-]+", "_", last).strip("._-")[:LONGEST_NAME] or "unnamed"
+    name = re.sub(r"[^\w.-]+", "_", last).strip("._-")[:LONGEST_NAME]
+    return name.encode()[:MOST_BYTES].decode(errors="ignore") or "unnamed"
 
 
 def short(revision: str) -> str:
@@ -263,29 +271,40 @@ def choose_collection(
     model: str | None,
     site: str | None = None,
     adapter: str | None = None,
+    chat: Chat = Chat(),
 ) -> tuple[Path, list[Collected]]:
     """The collection to analyse, and the others there are.
 
     Args:
         typed: the folder that the user has named; None: the latest collection.
-        model: only collections of this model, by the name that it was loaded with; None: of any model.
+        model: only collections of this model: of these weights where it is on this machine, else of this name on
+            Hugging Face; None: of any model.
         site: collections that hold this kind of site come first; None: whatever they hold.
-        adapter: only collections made with this LoRA adapter; None: where a model is named, without any.
+        adapter: only collections made with this LoRA adapter, likewise; None: where a model is named, without any.
+        chat: only collections with this around their prompts; the default: likewise.
     Raises:
-        UserError: there is none.
+        UserError: there is none; or the folder that the user has named was made with another adapter.
     """
     found = collections(pairs)
     if typed is not None:
         folder = find(typed)
+        one = Collected(folder, _facts(folder / MANIFEST))
+        if adapter and not wanted(None, adapter)(one.manifest):
+            raise UserError(
+                f"{one.describe()} was not made with the adapter {adapter} as it is now; unset ADAPTER, or "
+                "ACTIVATIONS_DIR."
+            )
         return folder, [one for one in found if one.folder != Path(os.path.abspath(folder))]
-    wanted = [one for one in found if _is_of(one.manifest, model, adapter)]
-    if wanted:
-        chosen = ([one for one in wanted if one.holds(site)] or wanted)[-1]
+    is_wanted = wanted(model, adapter, chat)
+    fitting = [one for one in found if is_wanted(one.manifest)]
+    if fitting:
+        chosen = ([one for one in fitting if one.holds(site)] or fitting)[-1]
         return chosen.folder, [one for one in found if one is not chosen]
     if found:
         raise UserError(
-            f"There is no collection of {model or 'a model'}{f' with the adapter {adapter}' if adapter else ''}; run "
-            "`bash collect_activations.sh` with these MODEL_NAME and ADAPTER first. "
+            f"There is no collection of {model or 'a model'}{f' with the adapter {adapter}' if adapter else ''}"
+            f"{'' if chat.is_default else ' in this chat format'}; run `bash collect_activations.sh` with these "
+            "MODEL_NAME and ADAPTER first (one that has been edited since is another). "
             f"There are: {'; '.join(one.describe() for one in found)}."
         )
     raise UserError(
@@ -294,21 +313,36 @@ def choose_collection(
     )
 
 
-def _is_of(manifest: dict, model: str | None, adapter: str | None) -> bool:
-    """Was a collection made with what was typed? Without an adapter, if only a model was; with any, if nothing was."""
-    pairs = {"model_path": model, "adapter_path": adapter}
-    return all(
-        manifest.get(name) in _names(typed)
-        for name, typed in pairs.items()
-        if typed is not None or (name == "adapter_path" and model is not None)
-    )
+def wanted(model: str | None, adapter: str | None = None, chat: Chat = Chat()) -> Callable[[dict], bool]:
+    """A function of manifests: was it made with what was typed? If only a model was: without an adapter, in the
+    checkpoint's own chat format; if nothing was: with any.
 
+    Models and adapters on this machine count by their content: one that is edited is another, one that is renamed is
+    not. Those of Hugging Face count by name.
+    """
+    from gemma_refactored.adapter_files import adapter_hash
+    from gemma_refactored.checkpoint_files import local_revision
 
-def _names(typed: str | None) -> tuple[str | None, ...]:
-    if typed is None:
-        return (None,)
-    path = find_model(typed)
-    return (path, str(Path(path).resolve())) if os.path.exists(path) else (path,)
+    def mark(name: str, content: Callable[[Path], str]) -> str:
+        path = find_model(name)
+        return content(Path(path)) if os.path.exists(path) else path
+
+    of_model, of_adapter = model and mark(model, local_revision), adapter and mark(adapter, adapter_hash)
+
+    def is_wanted(manifest: dict) -> bool:
+        facts = manifest.get("adapter")
+        added = facts if isinstance(facts, dict) else {}
+        base = added.get("base_revision", manifest.get("model_revision"))
+        if of_model and of_model not in (base, manifest.get("model_path")):
+            return False
+        if of_adapter and of_adapter not in (added.get("sha256"), manifest.get("adapter_path")):
+            return False
+        if of_model and not of_adapter and manifest.get("adapter_path") is not None:
+            return False
+        said = {name: manifest.get(name) for name in asdict(chat)}
+        return said == asdict(chat) or (chat.is_default and not of_model)
+
+    return is_wanted
 
 
 # Results.

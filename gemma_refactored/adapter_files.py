@@ -136,6 +136,28 @@ def read_adapter(name: str | Path) -> Adapter:
             here.
     """
     folder = locate_adapter(name)
+    config, path = _config_and_file(folder)
+    tensors = _read_tensors(path)
+    read = _read_mlx_lm if path.name == OF_MLX_LM else _read_peft
+    is_local = is_folder(name, "adapter")
+    label = folder.resolve().name if is_local else str(name).rpartition("/")[2]
+    return replace(read(folder, config, tensors), digest=_digest(config, path), label=label)
+
+
+def adapter_hash(name: str | Path) -> str:
+    """`Adapter.digest`, without reading the tensors."""
+    return _digest(*_config_and_file(locate_adapter(name)))
+
+
+def _digest(config: dict, path: Path) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    with path.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _config_and_file(folder: Path) -> tuple[dict, Path]:
+    """An adapter's config, and the file that its tensors are in."""
     if not is_file(folder / CONFIG, "adapter's config"):
         raise UserError(f"{folder} has no {CONFIG}, so it is not an adapter of mlx-lm or PEFT.")
     config = read_checkpoint_json(folder / CONFIG)
@@ -143,18 +165,6 @@ def read_adapter(name: str | Path) -> Adapter:
     if not is_peft and not {"fine_tune_type", "lora_parameters"} & set(config):
         raise UserError(f"{folder / CONFIG} has neither PEFT's peft_type nor mlx-lm's fine_tune_type.")
     path = folder / (OF_PEFT if is_peft else OF_MLX_LM)
-    tensors = _read_tensors(path)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    with path.open("rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
-    read = _read_peft if is_peft else _read_mlx_lm
-    is_local = is_folder(name, "adapter")
-    label = folder.resolve().name if is_local else str(name).rpartition("/")[2]
-    return replace(read(folder, config, tensors), digest=digest.hexdigest(), label=label)
-
-
-def _read_tensors(path: Path) -> dict[str, mx.array]:
-    """All tensors of a file, float32."""
     if not is_file(path, "adapter"):
         if pickled := sorted(file.name for file in path.parent.glob("*.bin")):
             raise UserError(
@@ -162,6 +172,11 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
                 "run code. Save the adapter again with PEFT's save_pretrained(.., safe_serialization=True)."
             )
         raise UserError(f"{path.parent} has no {path.name}.")
+    return config, path
+
+
+def _read_tensors(path: Path) -> dict[str, mx.array]:
+    """All tensors of a file, float32."""
     if not tensor_names(path):
         raise UserError(f"{path} holds no tensors; train the adapter again, or download it again.")
     tensors = dict(mx.load(str(path)).items())  # type: ignore[union-attr]

@@ -217,6 +217,11 @@ def weights_revision(folder: Path, files: list[Path]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def local_revision(path: Path) -> str:
+    """`weights_revision` of a model folder, or of a GGUF file, which is not translated to find out."""
+    return weights_revision(path, weight_files(path)) if path.is_dir() else weights_revision(Path(), [path])
+
+
 def content_hashes(folder: Path, chat_template: str | dict | None) -> dict[str, str]:
     """Short hashes of config.json, generation_config.json, the tokenizer's files and the chat template.
 

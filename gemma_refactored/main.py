@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .configuration import NAMES, Generation, Saving
+from .configuration import NAMES, Chat, Generation, Saving
 from .errors import UserError, exit_code, shown
 from .files import displayed
 from .settings import Parser, add_options, from_arguments, record
@@ -44,6 +44,9 @@ class Defaults:
         output_dir: for the texts.
         activations_dir: folder for a model's activations unless --activations-dir names one.
         note: what to know about a model that is asked these prompts, if anything.
+        adapter: folder or Hugging Face id of the LoRA adapter that is added unless --adapter names one.
+        chat: what is written around prompts unless options say so.
+        epilog: the end of the help.
     """
 
     model: str | None = None
@@ -55,6 +58,9 @@ class Defaults:
     output_dir: Path = Path("answers")
     activations_dir: Callable[[LoadedModel], Path] = lambda loaded: Path("activations")
     note: Callable[[LoadedModel, list[str]], str | None] = lambda loaded, prompts: None
+    adapter: str | None = None
+    chat: Chat = Chat()
+    epilog: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ def build_parser(defaults: Defaults) -> argparse.ArgumentParser:
     parser = Parser(
         prog="run_model.py",
         description="Generate answers with a model that has hooks on every activation, and save the activations.",
+        epilog=defaults.epilog,
     )
     add = parser.add_argument
     add("--model", help=f"local folder, GGUF file or Hugging Face id (default: {defaults.model_is})")
@@ -172,7 +179,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
     """
     from .prompt_processing import load_prompts, parse_prompts, prompts_from_arguments
 
-    generation = from_arguments(Generation(), arguments, NAMES)
+    generation = from_arguments(Generation(chat=defaults.chat), arguments, NAMES)
     saving = from_arguments(Saving(), arguments)
     check_combinations(arguments, saving)
     read_part(arguments.part)
@@ -186,7 +193,7 @@ def read_request(arguments: argparse.Namespace, defaults: Defaults) -> Request:
         prompts, generation = repeated.prompts, repeated.generation
         saving = replace(saving, **repeated.saved)
     else:
-        repeated = None
+        repeated, adapter = None, adapter or defaults.adapter
         if arguments.prompts_file is not None:
             prompts = load_prompts(arguments.prompts_file, arguments.prompt_column)
         elif arguments.prompts is None and saving.save_activations:

@@ -415,6 +415,19 @@ def _build(cls: Any, values: Mapping[tuple[str, ...], Any], path: tuple[str, ...
     return cls(**arguments)
 
 
+def from_environment(described: T) -> T:
+    """The instance, with variables of the environment in place of its values where they are set: FIELD for `field`.
+
+    Raises:
+        UserError: an invalid value, naming the variable.
+    """
+    values = {}
+    for setting in settings_of(described):
+        text = os.environ.get(setting.constant)
+        values[setting.path] = parsed(text, setting.kind, setting.constant) if text else setting.default
+    return _build(type(described), values)
+
+
 # Constants on top of a script
 
 

@@ -111,6 +111,16 @@ def numbers(folder: Path) -> dict:
     return read_json(folder / NUMBERS, "results")
 
 
+def test_a_collection_that_is_named_and_not_of_the_model_in_the_environment(script, stranger, capsys, monkeypatch):
+    sentence = "the chat format in the environment are not this collection's"
+    for model, said in ((str(stranger / "model"), False), ("who/other", True)):
+        monkeypatch.setenv("MODEL_NAME", model)
+        assert script("grouped") == 0 and (sentence in capsys.readouterr().out) == said
+    monkeypatch.setenv("ADAPTER", "who/adapter")
+    assert script("grouped") == 2
+    assert "was not made with the adapter who/adapter as it is now; unset ADAPTER" in capsys.readouterr().err
+
+
 def test_pairs_edited_after_the_collection_are_left_out_by_name(script, stranger, capsys):
     assert script("grouped", ORIGINAL_PAIRS_JSON_FOR_ITERATION=stranger / "swapped.json") == 2
     assert "can be used" in capsys.readouterr().err

@@ -23,7 +23,7 @@ ROOMS = (
     {"baselines", "categories", "summary"},
     {"activation_set", "places", "scores"},
     {"collected_files", "blocks", "intervals"},
-    {"pairs"},
+    {"pairs", "environment"},
     {"separation", "rates", "formatting", "stop_words", "figures", "default_model"},
 )
 FREE_OF_MLX = (

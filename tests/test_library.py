@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,7 @@ from alignment_artifacts.default_model import note
 from alignment_artifacts.directions.estimate import Directions, fit_to, planted_directions
 from alignment_artifacts.directions.files import load_directions, save_directions
 from alignment_artifacts.directions.measurements import subject_of
+from alignment_artifacts.edits.options import Setting
 from alignment_artifacts.pairs import PAIRS_JSON, PromptPairs, load_pairs
 from alignment_artifacts.suppression import library as library_module
 from alignment_artifacts.suppression.sweep import split_pairs
@@ -422,6 +424,39 @@ def test_an_adapter_belongs_to_the_model_that_it_was_given_for(library, organism
     assert len(folders) == 2 and planted_directions(organism) and not planted_directions(tuned.load())
     with pytest.raises(UserError, match=r"made on .*aligned \(model_revision"):
         fit_to(library.directions(), tuned.load())
+
+
+def test_an_adapter_stays_however_its_model_is_spelt(library, organism, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(organism.folder)
+    monkeypatch.chdir(ROOT)
+    adapter = write_adapter(tmp_path / "tuned", organism.folder)
+    tuned = AlignmentArtifacts("model_organism/aligned", library.pairs, adapter=str(adapter))
+    spelt = [None, "./model_organism/aligned/", "model_organism/../model_organism/aligned", organism.folder,
+             f"{organism.folder}/", tmp_path / "link"]  # fmt: skip
+    own = tuned.load()
+    assert own.adapter is not None and all(tuned.load(one) is own for one in spelt)
+    assert len({tuple(tuned.answer([REFUSED], model=one, max_tokens=3)) for one in spelt}) == 1
+    monkeypatch.chdir(tmp_path)
+    assert tuned.load(organism.folder) is own and tuned.load() is own
+    shutil.copytree(ROOT / "model_organism/base", tmp_path / "model_organism/aligned")  # of that name, and another
+    other = tuned.load("model_organism/aligned")
+    assert other.adapter is None and other.revision != own.base_revision
+
+
+def test_a_renamed_adapter_keeps_what_a_sweep_has_chosen_and_an_edited_one_does_not(library, organism, tmp_path):
+    adapter = write_adapter(tmp_path / "tuned", organism.folder)
+    renamed = shutil.copytree(adapter, tmp_path / ("renamed" * 30))
+    edited = write_adapter(tmp_path / "x" / "tuned", organism.folder, scale=2.0)
+
+    def chosen(adapter):
+        own = AlignmentArtifacts(organism.folder, library.pairs, tmp_path / "cache", adapter=adapter)
+        return own.choose(None, "auto", None, layers=(3,))
+
+    own = AlignmentArtifacts(organism.folder, library.pairs, tmp_path / "cache", adapter=adapter)
+    folder = subject_of(own.load(), own.pairs, own.cache).folder
+    swept = Setting("cap", 2.0, (3,), "residual")
+    write_json(folder / library_module.SWEEP, {"chosen": {"setting": swept.record()}})
+    assert chosen(adapter) == chosen(renamed) == (swept, "a sweep") and chosen(edited)[1] == "model size"
 
 
 def test_a_file_of_prompts_is_answered_as_each_alone(run, library, tmp_path):

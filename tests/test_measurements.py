@@ -144,6 +144,17 @@ def test_other_prompts_and_other_weights_have_a_folder_of_their_own(loaded, meas
     assert ms.measure(loaded_other, PAIRS, tmp_path / "cache").folder != measured.folder
 
 
+def test_content_alone_decides_about_the_folder_whatever_a_model_is_called(loaded, measured, tmp_path):
+    cache = tmp_path / "cache"
+    renamed = replace(loaded, name=f"elsewhere/{'another ' * 99}")
+    assert ms.subject_of(renamed, PAIRS, cache).folder == measured.folder
+    of_earlier_versions = measured.folder.rename(cache / f"a_b_c_{measured.folder.name[-12:]}")
+    (cache / f"a_{measured.folder.name[-12:]}").mkdir()  # made under another name, with less in it
+    assert ms.subject_of(loaded, PAIRS, cache).folder == of_earlier_versions
+    assert not ms.subject_of(replace(loaded, revision="sha256:0"), PAIRS, cache).folder.exists()
+    assert ms.measure(renamed, PAIRS, tmp_path / "new").folder.is_dir()  # a name that no file can have is shortened
+
+
 def test_an_interrupted_measurement_is_continued(loaded, measured, tmp_path, monkeypatch):
     batches, generated = [], ms.generate
 

@@ -35,8 +35,8 @@ RESULTS = "results/aligned/alignment_artifact_prompt_pairs"
 def shell(command, folder, **environment):
     """Run a command with none of the variables set that the scripts read, except for these."""
     ours = (
-        "MODEL_NAME", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS", "PAIRS", "SITE",
-        "SCORE", "WISH",
+        "MODEL_NAME", "ADAPTER", "ACTIVATIONS_DIR", "ALIGNMENT_ARTIFACTS_CACHE", "MODEL_A", "MODEL_B", "TWINS", "PAIRS",
+        "SITE", "SCORE", "WISH",
     )  # fmt: skip
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(

@@ -1,10 +1,12 @@
 """Where files are: nothing of one model or pairs file is ever where another's is."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,8 @@ from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.pairs import PAIRS_JSON, Pair, PromptPairs, pairs_hash, prompt_groups
 from alignment_artifacts.places import Origin
+from gemma_refactored import adapter_files, checkpoint_files
+from gemma_refactored.configuration import Chat
 from gemma_refactored.errors import UserError
 from gemma_refactored.files import write_json
 
@@ -40,10 +44,14 @@ def collect(folder, revision="sha256:1", finished="2026-01-01T00:00:00+0000", pa
     return folder
 
 
-@given(st.text() | st.sampled_from(["..", "~", "/", "a/b/", "a b", " ", "C:\\x", "a/..", "x" * 999, "\x00", "-rf"]))
+LONG = [letter * 99 for letter in "x\u6a21\U0001d400"]
+
+
+@given(st.text() | st.sampled_from(["..", "~", "/", "a/b/", "a b", " ", "C:\\x", "a/..", "\x00", "-rf", *LONG]))
 def test_any_name_is_safe_for_a_file(name):
     safe = places.safe_name(name)
     assert safe == Path(safe).name and safe not in ("", ".", "..") and safe[0] not in ".-~" and len(safe) <= 80
+    assert len(f"collected_activations_{places.hashed_name(name, '')}".encode()) <= 255
     assert not set(safe) & set("/\\ \x00\n:*?\"<>|'$`")
 
 
@@ -167,16 +175,37 @@ def test_what_was_collected_last_is_analysed_and_the_others_are_named(home):
     assert places.choose_collection(PAIRS, None, None)[0] == old
 
 
+def write_weights(path, value):
+    """A file that is one as far as its hash goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(path), {"layers.0.lora_a": mx.array([value])})
+    return path
+
+
+def write_tuned(folder, scale):
+    """Files of an adapter."""
+    write_weights(folder / "adapters.safetensors", 1.0)
+    write_json(folder / "adapter_config.json", {"fine_tune_type": "lora", "lora_parameters": {"scale": scale}})
+
+
 def test_a_model_that_is_named_chooses_among_collections(home, tmp_path):
-    (tmp_path / "local").mkdir()
+    weights = write_weights(tmp_path / "local/model.safetensors", 1.0)
     hub = collect(home / "collected_activations_a", model_path="who/a")
-    local = collect(home / "collected_activations_b", model_path=str(tmp_path / "local"))
+    revision = checkpoint_files.weights_revision(tmp_path / "local", [weights])
+    local = collect(home / "collected_activations_b", revision, model_path=str(tmp_path / "local"))
     assert places.choose_collection(PAIRS, None, "who/a")[0] == hub
     assert places.choose_collection(PAIRS, None, "local/")[0] == local
-    (tmp_path / "weights.gguf").touch()
-    (tmp_path / "link.gguf").symlink_to("weights.gguf")
-    file = collect(home / "collected_activations_c", model_path=str(tmp_path / "weights.gguf"))
+    (tmp_path / "link.gguf").symlink_to(write_weights(tmp_path / "other.safetensors", 2.0))
+    with pytest.raises(UserError, match="no collection of link.gguf"):
+        places.choose_collection(PAIRS, None, "link.gguf")
+    revision = checkpoint_files.local_revision(tmp_path / "other.safetensors")
+    file = collect(home / "collected_activations_c", revision, model_path=str(tmp_path / "weights.gguf"))
     assert places.choose_collection(PAIRS, None, "link.gguf")[0] == file
+    shutil.copytree(tmp_path / "local", tmp_path / "renamed")
+    assert places.choose_collection(PAIRS, None, "renamed")[0] == local
+    write_weights(weights, 3.0)  # trained on, in the same folder
+    with pytest.raises(UserError, match="no collection of local;.*edited since is another"):
+        places.choose_collection(PAIRS, None, "local")
     with pytest.raises(UserError, match="no collection of who/c.*collected_activations_a"):
         places.choose_collection(PAIRS, None, "who/c")
     with pytest.raises(UserError, match="no collection of these pairs"):
@@ -184,17 +213,42 @@ def test_a_model_that_is_named_chooses_among_collections(home, tmp_path):
 
 
 def test_an_adapter_that_is_named_chooses_among_collections_too(home, tmp_path):
-    for name in ("refusal", "other"):
-        (tmp_path / name).mkdir()
+    for scale, name in enumerate(("refusal", "other"), 1):
+        write_tuned(tmp_path / name, scale)
     plain = collect(home / "collected_activations_a", model_path="who/a")
-    tuned = collect(home / "collected_activations_b", model_path="who/a", adapter_path=str(tmp_path / "refusal"),
-                    finished="2027-01-01T00:00:00+0000")  # fmt: skip
+    digest = adapter_files.adapter_hash(tmp_path / "refusal")
+    added = {"adapter_path": str(tmp_path / "refusal"), "adapter": {"sha256": digest, "base_revision": "sha256:1"}}
+    tuned = collect(home / "collected_activations_b", "sha256:2", "2027-01-01T00:00:00+0000", model_path="who/a",
+                    **added)  # fmt: skip
     assert places.choose_collection(PAIRS, None, None)[0] == tuned  # the latest of any kind
     assert places.choose_collection(PAIRS, None, "who/a")[0] == plain
     for model in ("who/a", None):
         assert places.choose_collection(PAIRS, None, model, adapter="refusal")[0] == tuned
     with pytest.raises(UserError, match="no collection of who/a with the adapter other"):
         places.choose_collection(PAIRS, None, "who/a", adapter="other")
+    with pytest.raises(UserError, match="collected_activations_b .* was not made with the adapter other as it is now"):
+        places.choose_collection(PAIRS, tuned, None, adapter="other")
+    shutil.copytree(tmp_path / "refusal", tmp_path / "renamed")
+    for typed in (None, tuned):
+        assert places.choose_collection(PAIRS, typed, "who/a", adapter="renamed")[0] == tuned
+    write_tuned(tmp_path / "refusal", 3)  # edited, under the same name
+    for typed in (None, tuned):
+        with pytest.raises(UserError, match="adapter refusal"):
+            places.choose_collection(PAIRS, typed, "who/a", adapter="refusal")
+    assert places.choose_collection(PAIRS, tuned, None)[0] == tuned
+
+
+def test_what_is_written_around_prompts_chooses_among_collections_too(home):
+    plain = collect(home / "collected_activations_a", model_path="who/a")
+    brief = collect(home / "collected_activations_b", model_path="who/a", system_prompt="Be brief.",
+                    finished="2027-01-01T00:00:00+0000")  # fmt: skip
+    for model, chat, folder in (
+        (None, Chat(), brief), ("who/a", Chat(), plain), (None, Chat(system_prompt="Be brief."), brief),
+        ("who/a", Chat(system_prompt="Be brief."), brief),
+    ):  # fmt: skip
+        assert places.choose_collection(PAIRS, None, model, chat=chat)[0] == folder
+    with pytest.raises(UserError, match="no collection of a model in this chat format"):
+        places.choose_collection(PAIRS, None, None, chat=Chat(system_prompt="Be verbose."))
 
 
 def test_results_of_two_models_or_pairs_files_never_meet(home):

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignment_artifacts import places
+from alignment_artifacts.pairs import PAIRS_JSON
 from alignment_artifacts.report import SOURCES, TOXICITY_COMMAND, build, contents, write_report
-from alignment_artifacts.report.__main__ import main
+from alignment_artifacts.report.__main__ import is_about_something_else, main
 from gemma_refactored.errors import UserError
 
 from .conftest import tries
@@ -342,6 +343,22 @@ def test_without_a_folder_it_is_the_last_analysis_that_is_shown(results, tmp_pat
     assert main([]) == 0 and "results/second/pairs/report.html" in capsys.readouterr().out
     write(tmp_path / places.ANALYSIS, {"results": "results/gone"})
     assert main([]) == 2 and "analyze_collected_activations.py` again" in capsys.readouterr().err
+
+
+def test_whether_a_page_is_about_what_the_environment_names(tmp_path, monkeypatch):
+    collection = {"model_path": "who/model", "system_prompt": "Be brief."}
+    write(tmp_path / "data" / places.ANALYSIS, {"collection": collection, "origin": {**ORIGIN, "site": "mlp"}})
+    brief = {"MODEL_NAME": "who/model", "SYSTEM_PROMPT": "Be brief."}
+    for variables, other in (
+        ({}, False), (brief, False), ({**brief, "SITE": "mlp"}, False), ({**brief, "SITE": "residual"}, True),
+        ({"MODEL_NAME": "who/model"}, True), ({**brief, "MODEL_NAME": "who/other"}, True),
+        ({**brief, "ADAPTER": "who/adapter"}, True), ({"PAIRS": str(PAIRS_JSON)}, True),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert is_about_something_else(tmp_path) == other
+    assert not is_about_something_else(tmp_path / "nothing")
 
 
 def test_a_thousand_pairs_stay_below_20_mb(tmp_path):

@@ -25,6 +25,17 @@ v2-426,Real,contrast_privacy,unsafe,,
 """
 
 
+def of_pairs(*rows):
+    """A file of one category."""
+    pairs = [{"id": name, "twin": twin, "artifact": artifact} for name, twin, artifact in rows]
+    return {"benign_twins": {"categories": {"c": {"pairs": pairs}}}}
+
+
+def test_twins_that_share_one_of_two_prompts_are_two(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(of_pairs(("1", "a", "b"), ("2", "a", "c"), ("3", "d", "b"))))
+    assert [twin.id for twin in load_twins(tmp_path / "x.json")] == ["1", "2", "3"]
+
+
 def test_the_organisms_twins():
     twins = load_twins(ROOT / "model_organism" / "benign_twins.json")
     assert len(twins) == 25 and twins[0].id == "tech_twin_1" and twins[0].category == "technical_dangerous"
@@ -76,6 +87,18 @@ def test_what_spreadsheets_make_of_it_and_earlier_columns_are_read(tmp_path):
         (XSTEST.replace("Second contrast?,contrast_homonyms,unsafe", "x,contrast_homonyms,safe"), "must be unsafe"),
         (XSTEST.replace("v2-27,Second contrast?,contrast_homonyms,unsafe,shoot,\n", ""), "but 1 contrasts"),
         ("id,prompt,type,label\n1,x,homonyms,safe\n", "holds no twins"),
+        (XSTEST + XSTEST.splitlines()[1] + "\n", "the id 'v2-1' occurs twice"),
+        (XSTEST + XSTEST.partition("\n")[2], "the id 'v2-1' occurs twice"),
+        (XSTEST.replace("v2-27", "v2-26"), "the id 'v2-26' occurs twice"),
+        (XSTEST.replace("Second contrast?", "how can I  paint a process?"), "twin 'v2-1' is also an artifact prompt"),
+        (XSTEST.replace("Fictional", "Real"), "twin 'v2-401' is also an artifact prompt"),
+        (XSTEST + "v2-500,No,homonyms,safe,,\nv2-501,No,contrast_homonyms,unsafe,,\n", "'v2-500' is also an artifact"),
+        (
+            XSTEST.replace('"Where can I shoot, say, a photo?"', "How can I paint a process?").replace(
+                "Second contrast?", "Paint first contrast?"
+            ),
+            "twin 'v2-2' repeats 'v2-1'",
+        ),
         ("id,prompt,type,label\n1,x\n", "must be safe"),
         (b"\xff\xfe\x00", "is not text in UTF-8"),
         ('id,prompt,type,label\n1,"x,homonyms,safe\n', "cannot be read as CSV"),
@@ -95,6 +118,11 @@ def test_a_bad_csv_is_refused(tmp_path, content, message):
         ({"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "x"}]}}}}, "does not have the layout"),
         ({"benign_twins": {"categories": {"a": {"pairs": [{"id": "1", "twin": "", "artifact": "x"}]}}}}, "needs text"),
         ({"benign_twins": {"categories": {}}}, "holds no twins"),
+        (of_pairs(("1", "x", "x")), "twin '1' is also an artifact prompt"),
+        (of_pairs(("1", "a", "b"), ("2", "b", "c")), "twin '2' is also an artifact prompt"),
+        (of_pairs(("1", "a", "b"), ("1", "a", "b")), "the id '1' occurs twice in 'c'"),
+        (of_pairs(("1", "a", "b"), ("1", "c", "d")), "the id '1' occurs twice in 'c'"),
+        (of_pairs(("1", "a", "b"), ("2", "a", "b")), "twin '2' repeats '1'"),
     ],
 )
 def test_a_bad_json_is_refused(tmp_path, content, message):

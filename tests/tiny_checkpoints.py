@@ -147,7 +147,7 @@ def write_adapter(folder, base, num_layers=2, kind="lora", keys=None, rank=3, sc
     mx.random.seed(seed)
     tensors = dict(tree_flatten(model.trainable_parameters()))
     tensors = {name: value + 0.1 * mx.random.normal(value.shape) for name, value in tensors.items()}
-    folder.mkdir()
+    folder.mkdir(parents=True)
     mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
     content = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": about, "model": "some/model"}
     (folder / "adapter_config.json").write_text(json.dumps(content))

@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 
 from alignment_artifacts import places
 from alignment_artifacts.default_model import DEFAULT_MODEL
+from alignment_artifacts.environment import unused
 from alignment_artifacts.formatting import interval, number
 from gemma_refactored.configuration import Chat
 from gemma_refactored.errors import UserError, exit_code
@@ -74,7 +75,8 @@ class Constants:
 
 def main(argv: Sequence[str] = ()) -> int:
     return exit_code(
-        lambda: run(from_constants(Constants, globals(), argv)), "Interrupted; run the same command again to continue."
+        lambda: run(from_constants(Constants, globals(), argv, also={"MODEL": "MODEL_NAME"})),
+        "Interrupted; run the same command again to continue.",
     )
 
 
@@ -101,6 +103,8 @@ def run(constants: Constants) -> None:
     output = constants.output_dir or places.toxicity_folder(loaded)
     print(f"Model: {loaded.name} ({loaded.num_layers} layers) on {device_description()}")
     print(f"Data: {data.name}, {count} + {count} prompts. Scorer: {scorer.name}.")
+    for sentence in unused({"PAIRS": "this experiment has its own prompts", "SITE": "the residual stream is steered"}):
+        print(sentence)
 
     results = run_experiment(loaded, data, scorer, output, config, quiet=False)
     with places.written_together(output) as folder:

@@ -35,13 +35,29 @@ def load_twins(path: str | Path) -> list[Pair]:
     """Twins with their artifact prompts, in file order.
 
     Raises:
-        UserError: there is no such file, or it has neither layout.
+        UserError: there is no such file, it has neither layout, an id or a twin with its artifact prompt occurs twice,
+            or a twin is one of the artifact prompts.
     """
     path = Path(path)
     twins = _from_xstest(path) if ending(path) in TABLES else _from_json(path)
     if not twins:
         raise UserError(f"{path} holds no twins.")
+    artifacts = {_words(twin.artifact) for twin in twins}
+    used: dict[tuple, str] = {}
+    for twin in twins:
+        if _words(twin.natural) in artifacts:
+            raise UserError(f"{path}: twin {shown(twin.id)} is also an artifact prompt, so it is no harmless twin.")
+        if (twin.category, twin.id) in used:
+            raise UserError(f"{path}: the id {shown(twin.id)} occurs twice in {shown(twin.category)}; ids must differ.")
+        if first := used.get((_words(twin.natural), _words(twin.artifact))):
+            raise UserError(f"{path}: twin {shown(twin.id)} repeats {shown(first)}; each counts once.")
+        used |= {(twin.category, twin.id): twin.id, (_words(twin.natural), _words(twin.artifact)): twin.id}
     return twins
+
+
+def _words(text: str) -> str:
+    """A prompt, whatever its capitals and spaces."""
+    return " ".join(text.lower().split())
 
 
 def _from_json(path: Path) -> list[Pair]:
@@ -73,6 +89,9 @@ def _from_xstest(path: Path) -> list[Pair]:
     if missing := [name for name in COLUMNS if name not in rows[0]]:
         raise UserError(f"{path} has no column {missing[0]!r}; XSTest's columns are {', '.join(COLUMNS)}.")
     by_type: dict[str, list[dict]] = {}
+    ids = [row["id"] for row in rows]
+    if twice := next((row_id for i, row_id in enumerate(ids) if row_id in ids[:i]), None):
+        raise UserError(f"{path}: the id {shown(twice)} occurs twice; each row needs its own.")
     for row in rows:
         expected = _label(row["type"])
         if row["label"] != expected or not row["prompt"].strip():

@@ -3,8 +3,9 @@
 A folder <model>_<hash> of the cache (`places.cache_folder`) holds what every direction, of any category and position,
 can be computed from: one vector per prompt, layer, site and kind of position, summed up while the model answers. The
 hash covers the weights, their precision, the tokenised prompts and the settings, so whatever changes is measured
-afresh. A collection that run_model.py has made of the same prompts with the same model is read instead of running the
-model again. An interrupted measurement is continued; a second process waits.
+afresh; it alone decides, and a model or an adapter that is renamed finds its folder, with the sweep in it. A collection
+that run_model.py has made of the same prompts with the same model is read instead of running the model again. An
+interrupted measurement is continued; a second process waits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +34,7 @@ from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions import Site
 from alignment_artifacts.directions.estimate import Directions, estimate
 from alignment_artifacts.pairs import MAX_EXCLUDED, SIDES, SUBCATEGORY, Pair, PromptPairs, as_pairs
+from alignment_artifacts.places import safe_name
 from gemma_refactored.activation_capture import layer_sites, read
 from gemma_refactored.attention_sinks import FACTOR
 from gemma_refactored.chat_template import token_ids_hash
@@ -211,7 +212,10 @@ def subject_of(loaded: LoadedModel, pairs: Sequence[Pair], cache: Path) -> Subje
     # Not the model's name: the same weights under another path are the same model.
     covered = [{**facts, "model": None}, token_ids, list(loaded.end_tokens)]
     digest = hashlib.sha256(json.dumps(covered).encode()).hexdigest()[:12]
-    return Subject(cache / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', loaded.name)}_{digest}", facts, prompts, token_ids)
+    # It is called after the model for people. Where earlier versions made one for each name, the fullest has the sweep.
+    found = sorted(cache.glob(f"*_{digest}"), key=lambda folder: (-len(list(folder.iterdir())), folder.name))
+    folder = found[0] if found else cache / f"{safe_name(loaded.name)}_{digest}"
+    return Subject(folder, facts, prompts, token_ids)
 
 
 def measure(

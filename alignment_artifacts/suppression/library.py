@@ -37,7 +37,7 @@ from alignment_artifacts.edits.options import ELSEWHERE, MEASURED_AT, PROMPT_END
 from alignment_artifacts.edits.proof import Sequences, prove, prove_each
 from alignment_artifacts.edits.setting import AUTO, NOTHING, Intervention, auto_mode, intervene
 from alignment_artifacts.pairs import PAIRS_JSON, Pair, as_pairs
-from alignment_artifacts.places import cache_folder, collection_folders, find
+from alignment_artifacts.places import cache_folder, collection_folders, find, resolved_model
 from alignment_artifacts.scores import Settings
 from alignment_artifacts.suppression.result import SuppressionResult, results_of
 from gemma_refactored.configuration import Chat, Generation, Sampling
@@ -100,7 +100,7 @@ class AlignmentArtifacts:
         adapter: str | Path | None = None,
     ):
         self.model, self.cache, self.show_progress = model, Path(cache or cache_folder()), show_progress
-        self.chat, self.adapter = chat, adapter
+        self.chat, self.adapter, self._own = chat, adapter, resolved_model(model)
         self.pairs, self.collections = as_pairs(find(pairs) if isinstance(pairs, str | Path) else pairs), collections
         self.pairs_file = self.pairs.file or Path(f"{self.pairs.behaviour}.json")  # whose name results are kept under
         self.wish: Wish = wish
@@ -111,21 +111,25 @@ class AlignmentArtifacts:
 
     @in_turn
     def load(self, model: str | Path | None = None) -> LoadedModel:
-        name = str(model or self.model)
-        if name not in self._loaded:
-            adapter = self.adapter if name == str(self.model) else None
-            self._loaded[name] = load(name, chat=self.chat, adapter=adapter)
-        return self._loaded[name]
+        key = self._key(model)
+        if key not in self._loaded:
+            adapter = self.adapter if key == self._own else None
+            self._loaded[key] = load(model or self.model, chat=self.chat, adapter=adapter)
+        return self._loaded[key]
 
     @in_turn
     def measurements(self, model: str | Path | None = None) -> Measurements:
         """What the model does on the pairs; measured on first use, then from the cache."""
-        name = str(model or self.model)
-        if name not in self._measured:
-            loaded = self.load(name)
+        key = self._key(model)
+        if key not in self._measured:
+            loaded = self.load(model)
             collections = collection_folders(loaded, self.pairs) if self.collections is None else self.collections
-            self._measured[name] = measure(loaded, self.pairs, self.cache, self.show_progress, collections)
-        return self._measured[name]
+            self._measured[key] = measure(loaded, self.pairs, self.cache, self.show_progress, collections)
+        return self._measured[key]
+
+    def _key(self, model: str | Path | None) -> str:
+        """One for each model, however it is spelt: the adapter belongs to a model, not to a spelling."""
+        return resolved_model(model) if model else self._own
 
     @in_turn
     def analyze_artifacts(self, model: str | Path | None = None) -> dict:
