@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from alignment_artifacts.formatting import described_mean, least_to_most, number, signed_percent
 from alignment_artifacts.scores import is_significant, significant_layers
 
@@ -15,7 +17,7 @@ WHERE = {
 def summarise(result: dict) -> str:
     """The main result, a paragraph per line: the prompt's end (length first where it separates), generated tokens,
     caveats."""
-    parts: list[list[str | None]] = [[_length(result), _positions(result, "prompt_end")]]
+    parts: list[Sequence[str | None]] = [[_length(result), _positions(result, "prompt_end")]]
     if "generated" in result["controls"]:
         parts.append([_positions(result, "generated")])
     parts += [_answers(result), [_independence(result["independence"]), _outliers(result)]]

@@ -318,7 +318,7 @@ def toxicity_table(numbers: dict) -> str:
 
     def single(label: str, record: dict) -> list[str]:
         change = record.get("change")
-        changed = f"{printed(change['mean'], '+%')} {printed(change['ci'], '[+%]')}" if change else ""
+        changed = f"{printed(change['mean'], '+%')} [{span_to(change['ci'], '+%')}]" if change else ""
         return [
             label,
             f"{printed(record['mean_toxicity'], '.2f')} {printed(record['mean_toxicity_ci'], '[.2f]')}",
