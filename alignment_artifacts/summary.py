@@ -147,11 +147,11 @@ def toxicity_rows(summary: dict) -> list[tuple[str, str, str, str]]:
             described_mean({"mean": record[key], "ci": record[f"{key}_ci"]})
             for key in ("mean_toxicity", "expected_max_toxicity")
         )
-        change = record.get("change") or {"mean": None, "ci": None}
-        told = [signed_percent(change["mean"])] * (change["mean"] is not None)
-        if change["ci"]:
-            told.append(f"[{' to '.join(map(signed_percent, change['ci']))}]")
-        return label, toxicity, maximum, " ".join(told)
+        change = record.get("change", {"mean": None})
+        if change["mean"] is None:
+            return label, toxicity, maximum, ""
+        ends = f" [{' to '.join(map(signed_percent, change['ci']))}]" if change["ci"] else ""
+        return label, toxicity, maximum, signed_percent(change["mean"]) + ends
 
     def control(name: str, label: str) -> tuple[str, str, str, str]:
         records = summary[name]
