@@ -285,8 +285,8 @@ def print_tables(result: dict) -> None:
     _print_test(f"amplified (add), {first}", louder["natural"], louder["damage"])
     unedited, suppressed = (named_range(of["artifact"]["refused_corrected"]) for of in (test["unedited"], test))
     text = (
-        f"Corrected for the judge's errors, which differ by family of models, {unedited} were refused unedited and "
-        f"{suppressed} suppressed (docs/suppression.md)."
+        f"Corrected for the judge's errors, which differ by family of models and kind of answer, {unedited} were "
+        f"refused unedited and {suppressed} suppressed (docs/suppression.md)."
     )
     print(textwrap.fill(text, 80))
     for site, monitor in result["monitor"].items():

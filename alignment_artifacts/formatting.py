@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 UNDEFINED = "-"
 
@@ -29,6 +29,16 @@ def percents(ends: Sequence[float]) -> str:
     """The interval of a share: [0.7, 0.92] -> "[70-92]"."""
     low, high = (f"{100 * end:z.0f}" for end in ends)
     return f"[{low}-{high}]"
+
+
+def signed_percent(change: float) -> str:
+    """-0.9 -> "-90%", 0.04 -> "+4%"."""
+    return f"{change:+.0%}"
+
+
+def least_to_most(values: Sequence[float], told: Callable[[float], str]) -> str:
+    """ "0.53 to 0.69"; one value where both are told the same, nothing of none."""
+    return " to ".join(dict.fromkeys(told(least(values)) for least in (min, max))) if values else ""
 
 
 def rate(record: dict) -> str:

@@ -123,6 +123,43 @@ def _exchange_p(change: np.ndarray, labels: Sequence[int]) -> float:
     return float(min(1.0, chances[np.abs(np.arange(-reach, reach + 1)) >= abs(sums.sum())].sum()))
 
 
+def bounded_mean(values: np.ndarray, groups: Sequence[int] | np.ndarray) -> dict:
+    """A mean of scores in [0, 1] with its 95% interval over groups that vary as wholes, within these bounds.
+
+    Wilson's for as many independent flags as would give the mean its variance, by t for so few groups. Of 6 to 20
+    groups of toxicity scores it covered the truth in 87 to 96% of simulations, the interval of `mean` in 78 to 95%, and
+    reached below 0. "ci" is None of a single group, and where all have the same mean.
+    """
+    centre, n = float(values.mean()), len(np.unique(groups))
+    sums = np.bincount(np.unique(groups, return_inverse=True)[1], values - centre)
+    variance = n / max(n - 1, 1) * float((sums**2).sum()) / len(values) ** 2
+    known = n > 1 and variance > 1e-12
+    effective = centre * (1 - centre) / variance if known else 0.0
+    return {"mean": centre, "ci": wilson(centre, effective, t_quantile(n - 1)) if known else None}
+
+
+def relative_change(before: np.ndarray, after: np.ndarray, groups: Sequence[int] | np.ndarray) -> dict:
+    """By what share of itself a mean of non-negative numbers changes, on the same prompts: "mean", and its 95% interval
+    "ci" over groups that vary as wholes.
+
+    The delta method on the logarithm of the ratio, by t for so few groups. Of 6 to 20 groups of toxicity scores it
+    covered the truth in 90 to 96% of simulations, the bootstrap of the groups in 77 to 92%. None of what is undefined:
+    everything without a mean before, the interval of a mean that fell to zero, or of a single group.
+
+    Args:
+        before, after, groups: [values].
+    """
+    if not before.sum() > 0:
+        return {"mean": None, "ci": None}
+    first, second = (np.bincount(np.unique(groups, return_inverse=True)[1], x) for x in (before, after))
+    ratio, n = float(second.sum() / first.sum()), len(first)
+    if n < 2 or ratio == 0:
+        return {"mean": ratio - 1, "ci": None}
+    error = np.sqrt(n / (n - 1) * ((second - ratio * first) ** 2).sum()) / second.sum()
+    half = t_quantile(n - 1) * error
+    return {"mean": ratio - 1, "ci": [float(ratio * np.exp(side * half) - 1) for side in (-1, 1)]}
+
+
 def log_mean(groups: Sequence[np.ndarray], wider: float = 1.25) -> list[float] | None:
     """95% interval of a mean KL over all members of groups that vary as wholes, such as prompts.
 

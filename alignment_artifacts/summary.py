@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from alignment_artifacts.formatting import described_mean, least_to_most, number, signed_percent
 from alignment_artifacts.scores import is_significant, significant_layers
 
 WHERE = {
@@ -131,3 +132,36 @@ def _d(record: dict) -> str:
     low, high = record["cohens_d_ci"]
     interval = "" if low is None else f" [{low:.1f}, {high:.1f}]"
     return f"{record['cohens_d']:.1f}{interval}"
+
+
+def toxicity_rows(summary: dict) -> list[tuple[str, str, str, str]]:
+    """Of the toxicity experiment: label, mean toxicity, expected maximum, and change of the mean against the unsteered
+    model, each with its interval; of a control the least and the most of its seeds."""
+
+    def single(name: str, label: str) -> tuple[str, str, str, str]:
+        record = summary[name]
+        toxicity, maximum = (
+            described_mean({"mean": record[key], "ci": record[f"{key}_ci"]})
+            for key in ("mean_toxicity", "expected_max_toxicity")
+        )
+        change = record.get("change", {"mean": None})
+        if change["mean"] is None:
+            return label, toxicity, maximum, ""
+        ends = f" [{' to '.join(map(signed_percent, change['ci']))}]" if change["ci"] else ""
+        return label, toxicity, maximum, signed_percent(change["mean"]) + ends
+
+    def control(name: str, label: str) -> tuple[str, str, str, str]:
+        records = summary[name]
+        changes = [r["change"]["mean"] for r in records if r["change"]["mean"] is not None]
+        toxicity, maximum = (
+            least_to_most([r[key] for r in records], number) for key in ("mean_toxicity", "expected_max_toxicity")
+        )
+        return f"{len(records)} {label}", toxicity, maximum, least_to_most(changes, signed_percent)
+
+    return [
+        single("baseline", "unsteered"),
+        single("steered", "steered"),
+        single("negative_alpha", "the other way (negative alpha)"),
+        control("random_direction", "random directions of the same norm"),
+        control("same_change_elsewhere", "random changes of equal size"),
+    ]

@@ -95,7 +95,6 @@ def agreement(answers: Sequence[Answer], verdicts: Sequence[str]) -> dict:
     return {
         "refusals": len(refusals), "found": found, "recall": found / len(refusals) if refusals else None,
         "compliant": len(complied), "false_alarms": alarms,
-        "precision": found / (found + alarms) if found + alarms and refusals else None,
     }  # fmt: skip
 
 
@@ -118,22 +117,20 @@ def measure(answers: Sequence[Answer], styles: bool = True) -> list[dict]:
 
 
 def write_weights(judge: Judge, rows: list[dict], answers: int) -> None:
-    """The weights, and the error rates by family of models that rates of refusal are corrected with."""
+    """The weights, and the error rates by family of models and by set that rates of refusal are corrected with."""
     order = [list(judge.model.classes_).index(name) for name in VERDICTS]
     names, weights = judge.signs.get_feature_names_out(), judge.model.coef_[order].T
-    compliant, five, inventive, alarming = (
-        next(row for row in rows if row["answers"] == f"blind: {name}") for name in BLIND
-    )
+    sets = {row["answers"]: row for row in rows if "family" not in row}
     record = {
         "made_by": "benchmarks/train_refusal_judge.py",
         "versions": {name: version(name) for name in ("numpy", "scikit-learn")},
         "answers": answers,
-        "precision": round(five["precision"], 3),
-        "recall_of_all": round(five["recall"], 3),
+        "recall_of_all": round(sets["blind: five models"]["recall"], 3),
         "recall": {row["family"]: round(row["recall"], 3) for row in rows if "family" in row},
-        "recall_of_inventive": round(inventive["recall"], 3),
-        "false_alarms": round(compliant["false_alarms"] / compliant["compliant"], 4),
-        "false_alarms_of_alarming": round(alarming["false_alarms"] / alarming["compliant"], 4),
+        "recall_of_inventive": round(sets["blind: inventive"]["recall"], 3),
+        "false_alarms": {
+            name: round(row["false_alarms"] / row["compliant"], 4) for name, row in sets.items() if row["compliant"]
+        },
         "verdicts": list(VERDICTS),
         "intercepts": [round(float(value), 3) for value in judge.model.intercept_[order]],
     }
@@ -153,17 +150,16 @@ def write_rows(rows: list[dict], answers: int) -> None:
         "Written by `python -m benchmarks.train_refusal_judge`; intervals are Wilson's, 95%.", "",
         f"{answers} answers, see [labelled_answers.json](../tests/labelled_answers.json). Models wrote and labelled "
         "them; no answer was labelled by a person.", "",
-        "| answers | refusals found | false alarms | precision |", "| --- | --- | --- | --- |",
+        "| answers | refusals found | false alarms |", "| --- | --- | --- |",
     ]  # fmt: skip
     for row in rows:
         found = share(row["found"], row["refusals"]) if row["refusals"] else "–"
         alarms = share(row["false_alarms"], row["compliant"]) if row["compliant"] else "–"
-        precision = "–" if row["precision"] is None or not row["compliant"] else f"{row['precision']:.3f}"
-        lines.append(f"| {row['answers']} | {found} | {alarms} | {precision} |")
+        lines.append(f"| {row['answers']} | {found} | {alarms} |")
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_sample(answers: Sequence[Answer], each: int = 20) -> None:
+def write_sample(answers: Sequence[Answer], each: int = 60) -> None:
     """Short answers of each verdict, for models as judges to be tried on."""
     rng = np.random.default_rng(0)
     sample = []

@@ -164,8 +164,7 @@ def excerpt_sweep(result: dict) -> dict:
 def excerpt_toxicity(result: dict) -> dict:
     config = result["experiment"]["config"]
     settings = {name: config[name] for name in ("num_pairs", "samples", "max_kl")}
-    prompts = len(result["experiment"]["data"]["challenging"])
-    return {**result["summary"], "config": settings, "prompts": prompts}
+    return {**result["summary"], "config": settings, "parts": result["parts"]}
 
 
 def excerpt_second_organism(result: dict) -> dict:
@@ -176,10 +175,17 @@ def excerpt_second_organism(result: dict) -> dict:
 
 def excerpt_judge(weights: dict) -> dict:
     """Of the weights of the refusal judge: what it does on answers that it has not seen."""
-    names = ("answers", "precision", "false_alarms", "recall_of_inventive", "false_alarms_of_alarming")
+    names = ("answers", "recall_of_inventive")
     return {name: weights[name] for name in names} | {
         "recall": weights["recall_of_all"],
         "least_recall": min(weights["recall"].values()), "largest_recall": max(weights["recall"].values()),
+        "false_alarms": {
+            name: weights["false_alarms"][of]
+            for name, of in (
+                ("folds", "all, ten folds"), ("good", "blind: compliant"), ("five", "blind: five models"),
+                ("alarming", "blind: alarming words"),
+            )
+        },
     }  # fmt: skip
 
 

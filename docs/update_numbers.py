@@ -282,6 +282,11 @@ def share_span(shares: list[float]) -> str:
     return low if low == high else f"{low.removesuffix('%')} to {high}"
 
 
+def span_to(values: list[float], spec: str) -> str:
+    """One number, or the range of several that may be negative."""
+    return " to ".join(dict.fromkeys(printed(least(values), spec) for least in (min, max)))
+
+
 @computed
 def coverage_of_d(numbers: dict) -> str:
     return share_span([row["d covers"] for row in numbers["simulated_coverage"]["rows"]])
@@ -314,18 +319,50 @@ def _medians(numbers: dict, prefix: str) -> float:
 
 @computed
 def toxicity_table(numbers: dict) -> str:
-    names = {"baseline": "unsteered", "steered": "steered", "random_direction": "random direction of the same norm"}
-    records = {label: numbers["toxicity"][name] for name, label in names.items()}
-    rows = [
-        [label, f"{printed(r['mean_toxicity'], '.2f')} {printed(r['mean_toxicity_ci'], '[.2f]')}"]
-        for label, r in records.items()
-    ]
-    return table(["on the other half of the prompts", "mean toxicity"], rows)
+    result = numbers["toxicity"]
+
+    def single(label: str, record: dict) -> list[str]:
+        change = record.get("change")
+        changed = f"{printed(change['mean'], '+%')} [{span_to(change['ci'], '+%')}]" if change else ""
+        return [
+            label,
+            f"{printed(record['mean_toxicity'], '.2f')} {printed(record['mean_toxicity_ci'], '[.2f]')}",
+            changed,
+        ]
+
+    def control(label: str, records: list[dict]) -> list[str]:
+        means, changes = (
+            [of(r) for r in records] for of in (lambda r: r["mean_toxicity"], lambda r: r["change"]["mean"])
+        )
+        return [f"{len(records)} {label}", span_to(means, ".2f"), span_to(changes, "+%")]
+
+    return table(
+        [f"{result['parts']['test']['prompts']} test prompts", "mean toxicity", "change"],
+        [
+            single("unsteered", result["baseline"]),
+            single("steered", result["steered"]),
+            single("the other way (negative alpha)", result["negative_alpha"]),
+            control("random directions of the same norm", result["random_direction"]),
+            control("random changes of equal size", result["same_change_elsewhere"]),
+        ],
+    )
 
 
 @computed
 def toxicity_reduction(numbers: dict) -> float:
-    return -numbers["toxicity"]["toxicity_change"]
+    return -numbers["toxicity"]["steered"]["change"]["mean"]
+
+
+@computed
+def toxicity_reduction_ci(numbers: dict) -> list[float]:
+    return [-end for end in reversed(numbers["toxicity"]["steered"]["change"]["ci"])]
+
+
+@computed
+def toxicity_of_controls(numbers: dict) -> str:
+    """Change of mean toxicity under every control."""
+    controls = (numbers["toxicity"][name] for name in ("random_direction", "same_change_elsewhere"))
+    return span_to([record["change"]["mean"] for records in controls for record in records], "+%")
 
 
 @computed

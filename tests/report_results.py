@@ -163,6 +163,7 @@ def write_toxicity(folder, model=MODEL):
     def metrics(value):
         return {"mean_toxicity": value, "mean_toxicity_ci": [value - 0.1, value + 0.1],
                 "expected_max_toxicity": value + 0.1, "expected_max_toxicity_ci": [value, value + 0.2],
+                "change": {"mean": value / 0.7 - 1, "ci": [value / 0.7 - 1.2, value / 0.7 - 0.8]},
                 "kl_mean": 0.05}  # fmt: skip
 
     alphas = [-1.0, 0.5, 1.0]
@@ -179,7 +180,10 @@ def write_toxicity(folder, model=MODEL):
             for s in settings
         },
         "summary": {"layer": 1, "alpha": 1.0, "kl_mean": 0.05, "baseline": metrics(0.7), "steered": metrics(0.5),
-                    "random_direction": metrics(0.69) | {"mean_toxicity_ci": None}},
+                    "negative_alpha": metrics(0.8),
+                    "random_direction": [metrics(0.69) | {"mean_toxicity_ci": None}, metrics(0.6)],
+                    "same_change_elsewhere": [metrics(0.75)]},
+        "parts": {part: {"prompts": 30, "groups": 8} for part in ("training", "development", "test")},
     }  # fmt: skip
     write(folder / "toxicity_results/experiment_results.json", result)
     return result

@@ -12,13 +12,14 @@ from alignment_artifacts.behaviour.model_judge import (
     ModelJudge,
     agreement,
     check_agreement,
+    kappa,
     on_labelled_answers,
 )
 from alignment_artifacts.behaviour.refusal import VERDICTS
 from alignment_artifacts.behaviour.score import load_score
 from gemma_refactored.errors import UserError
 
-PERFECT = {"labels": {"kappa": 1.0, "recall": 1.0, "specificity": 1.0, "answers": 60}}
+LABELS = np.repeat([True, False], (60, 120))
 
 
 def test_verdicts_are_those_of_the_likeliest_words(organism):
@@ -44,19 +45,56 @@ def test_agreement_is_that_of_scikit_learn():
     found = agreement(said, labels)
     assert found["kappa"] == pytest.approx(cohen_kappa_score(labels, said))
     assert found["recall"] == pytest.approx(said[labels].mean()) and found["answers"] == 50
-    assert agreement(labels, labels) == {"kappa": 1, "recall": 1, "specificity": 1, "answers": 50}
+    assert found["specificity"] == pytest.approx(1 - said[~labels].mean())
+    perfect = agreement(labels, labels)
+    assert perfect["kappa"] == perfect["recall"] == perfect["specificity"] == 1
+    assert 0.8 < perfect["kappa_ci"][0] < 1  # 50 answers are no certainty
 
 
 def test_the_sample_has_all_verdicts():
     sample = json.loads(SAMPLE.read_text())
-    assert {v: sum(a["verdict"] == v for a in sample) for v in VERDICTS} == dict.fromkeys(VERDICTS, 20)
+    assert {v: sum(a["verdict"] == v for a in sample) for v in VERDICTS} == dict.fromkeys(VERDICTS, 60)
 
 
-@pytest.mark.parametrize("change", [{"kappa": 0.59}, {"recall": 0.4}, {"specificity": 0.4}])
-def test_a_judge_that_agrees_too_little_may_not_choose(change):
-    check_agreement("m", PERFECT)
-    with pytest.raises(UserError, match="m agrees too little .* Name another judge"):
-        check_agreement("m", {"labels": PERFECT["labels"] | change})
+def judged(rng, recall, specificity):
+    """What a judge with these error rates says of the labelled answers."""
+    return np.where(LABELS, rng.random(180) < recall, rng.random(180) >= specificity)
+
+
+def passes(rng, recall, specificity):
+    try:
+        check_agreement("m", {"labels": agreement(judged(rng, recall, specificity), LABELS)})
+    except UserError as error:
+        assert "m agrees too little" in str(error) and "Name another judge" in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("true", "recall", "specificity", "least", "most"),
+    [(0.8, 0.91, 0.91, 0.93, 1), (0.8, 0.8, 0.97, 0.93, 1), (0.6, 0.81, 0.81, 0, 0.1), (0.49, 0.76, 0.76, 0, 0.02)],
+)
+def test_a_good_judge_may_choose_and_a_doubtful_one_hardly_ever(true, recall, specificity, least, most):
+    rng = np.random.default_rng(0)
+    assert kappa(recall, specificity, 1 / 3) == pytest.approx(true, abs=0.02)
+    assert least <= np.mean([passes(rng, recall, specificity) for _ in range(400)]) <= most
+
+
+def test_the_interval_of_kappa_covers_it():
+    rng, true = np.random.default_rng(0), kappa(0.8, 0.95, 1 / 3)
+    ends = np.array([agreement(judged(rng, 0.8, 0.95), LABELS)["kappa_ci"] for _ in range(400)])
+    below, above = np.mean(ends[:, 0] > true), np.mean(ends[:, 1] < true)
+    assert below <= 0.05 + 0.03 and above <= 0.05 + 0.03 and below + above > 0.02
+
+
+@pytest.mark.parametrize("said", [LABELS, np.ones(180, bool), np.zeros(180, bool)])
+def test_only_agreement_passes(said):
+    found = {"labels": agreement(said, LABELS)}
+    if (said == LABELS).all():
+        check_agreement("m", found)
+    else:
+        with pytest.raises(UserError, match=r"kappa 0\.00 \[.*\] .* 90% interval"):
+            check_agreement("m", found)
 
 
 def test_a_model_is_a_score(organism, monkeypatch, caplog):
@@ -70,4 +108,4 @@ def test_a_model_is_a_score(organism, monkeypatch, caplog):
     assert record["name"] == f"judge {organism.name}" and record["agreement"] == on_labelled_answers(
         ModelJudge(organism)
     )
-    assert "Cohen's kappa" in caplog.text and record["agreement"]["labels"]["answers"] == 60
+    assert "Cohen's kappa" in caplog.text and record["agreement"]["labels"]["answers"] == 180

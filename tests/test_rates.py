@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from alignment_artifacts.rates import design_effect, log_mean, mean, paired_rates, rate, wilson
+from alignment_artifacts.rates import (
+    bounded_mean,
+    design_effect,
+    log_mean,
+    mean,
+    paired_rates,
+    rate,
+    relative_change,
+    wilson,
+)
 
 
 def test_paired_rates_are_symmetric_and_their_p_is_that_of_a_coin():
@@ -151,3 +160,56 @@ def test_a_rate_over_folds_that_differ_covers_what_it_is_about():
         for name, record in (("plain", rate(flags)), ("over folds", rate(flags, folds))):
             covers[name] += record["ci"][0] <= 0.3 <= record["ci"][1]
     assert covers["plain"] + 20 < covers["over folds"] and covers["over folds"] / 400 > 0.9
+
+
+def test_the_interval_of_a_bounded_mean_stays_within_its_bounds_and_covers_it():
+    rng, covered, runs = np.random.default_rng(0), 0, 400
+    for _ in range(runs):
+        about = np.repeat(np.arange(8), rng.integers(2, 8, 8))
+        values = rng.binomial(5, rng.beta(0.6, 2.4, 8)[about]) * 0.2
+        low, high = bounded_mean(values, about)["ci"]
+        assert 0 <= low <= values.mean() <= high <= 1
+        covered += low <= 0.2 <= high
+    assert 0.87 < covered / runs < 0.99
+    doubled = bounded_mean(np.repeat(values, 2), np.repeat(about, 2))["ci"]
+    assert doubled == pytest.approx([low, high])  # the same people asked twice
+    assert bounded_mean(np.full(9, 0.3), np.arange(9))["ci"] is None and bounded_mean(values, about * 0)["ci"] is None
+
+
+def test_a_relative_change_knows_that_the_prompts_are_the_same_and_who_they_are_about():
+    """Coverage for toxicity of eight people, some of whom are never answered rudely; the bootstrap's is smaller."""
+    rng, effect, runs = np.random.default_rng(0), 0.5, 400
+    covered = {"ours": 0, "bootstrap": 0}
+
+    def scores(rng, people):
+        about = np.repeat(np.arange(people), rng.integers(2, 8, people))
+        rude = rng.beta(1.5, 0.5, people)
+        left = rng.beta(3 * effect, 3 * (1 - effect), people)
+        before, after = (rng.binomial(5, share[about]) * 0.15 for share in (rude, rude * left))
+        return before, after, about
+
+    for _ in range(runs):
+        before, after, about = scores(rng, 8)
+        found = relative_change(before, after, about)
+        assert found["mean"] == pytest.approx(after.mean() / before.mean() - 1)
+        first, second = (np.bincount(about, x) for x in (before, after))
+        drawn = rng.integers(0, 8, (300, 8))
+        resampled = np.quantile(second[drawn].sum(axis=1) / first[drawn].sum(axis=1), (0.025, 0.975)) - 1
+        for name, (low, high) in (("ours", found["ci"]), ("bootstrap", resampled)):
+            covered[name] += low <= effect - 1 <= high
+    assert covered["ours"] / runs > 0.9 and covered["ours"] > covered["bootstrap"] + 0.03 * runs
+
+
+def test_a_relative_change_by_the_same_share_everywhere_is_certain():
+    before, groups = np.random.default_rng(0).random(20), np.arange(20) % 5
+    assert relative_change(before, 0.4 * before, groups) == {
+        "mean": pytest.approx(-0.6),
+        "ci": pytest.approx([-0.6, -0.6]),
+    }
+    assert relative_change(np.zeros(20), before, groups) == {"mean": None, "ci": None}
+    assert relative_change(before, np.zeros(20), groups) == {"mean": -1, "ci": None}
+    assert relative_change(before, before, np.zeros(20))["ci"] is None  # one person
+    np.testing.assert_allclose(
+        relative_change(before, before[::-1] * 2, groups)["ci"],
+        relative_change(3 * before, 6 * before[::-1], [f"g{g}" for g in groups])["ci"],
+    )

@@ -16,7 +16,7 @@ from alignment_artifacts.behaviour.score import Score
 from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.files import load_directions
 from alignment_artifacts.edits.options import Setting
-from alignment_artifacts.edits.setting import NOTHING, intervene
+from alignment_artifacts.edits.setting import intervene
 from alignment_artifacts.report import contents
 from alignment_artifacts.suppression.search import judge_setting
 from gemma_refactored.errors import UserError
@@ -47,13 +47,17 @@ EVEN_IS_TOXIC = Score("even lengths", even_is_toxic, "for models that write nois
 
 def test_metrics_are_those_of_real_toxicity_prompts():
     scores = np.array([[0.9, 0.1], [0.2, 0.4], [0.6, 0.6], [0.0, 0.0]])
-    metrics = toxicity_metrics(scores)
+    metrics = toxicity_metrics(scores, range(4))
     assert metrics["mean_toxicity"] == pytest.approx(0.35)
     assert metrics["expected_max_toxicity"] == pytest.approx((0.9 + 0.4 + 0.6 + 0.0) / 4)
     assert metrics["toxicity_probability"]["hits"] == 2 and metrics["toxicity_probability"]["n"] == 4
     low, high = metrics["mean_toxicity_ci"]
-    assert 0 <= low < 0.35 < high <= 1
-    assert toxicity_metrics(np.full((4, 2), 0.3))["mean_toxicity_ci"] is None
+    assert low < 0.35 < high
+    doubled = np.repeat(scores, 2, axis=0)  # two prompts about one person say no more than one
+    for name in ("mean_toxicity_ci", "expected_max_toxicity_ci"):
+        wide, narrow = (toxicity_metrics(doubled, groups)[name] for groups in (np.repeat(range(4), 2), range(8)))
+        assert wide == pytest.approx(metrics[name]) and wide[0] < narrow[0] < narrow[1] < wide[1]
+    assert toxicity_metrics(scores * 0, range(4))["mean_toxicity_ci"] is None
     assert distinct_n([[1, 2, 3], [1, 2, 4]], 2) == 3 / 4 and distinct_n([[7] * 11], 1) == 1 / 11
     assert distinct_n([[1]], 2) is None
 
@@ -102,14 +106,16 @@ def test_the_classifier_on_a_tiny_random_checkpoint(tmp_path):
 
 
 def test_the_organism_s_prompts_are_disjoint_and_matched():
-    data = load_organism_prompts(50)
-    kinds = [data.challenging, data.benign, data.training_challenging, data.training_benign]
-    assert [len(kind) for kind in kinds] == [50, 50, 40, 40]
-    assert len(set(sum(kinds, []))) == 180
-    for toxic, benign in zip(data.training_challenging, data.training_benign, strict=True):
-        assert toxic.split()[0] == benign.split()[0]
+    data = load_organism_prompts(90)
+    assert len({*data.challenging, *data.benign}) == 180 and data.only([3, 1]).benign == [
+        data.benign[3],
+        data.benign[1],
+    ]
+    for toxic, benign, about in zip(data.challenging, data.benign, data.groups, strict=True):
+        assert toxic.split()[0] == benign.split()[0] and about in toxic
+    assert load_organism_prompts(50).challenging == data.challenging[:50]
     with pytest.raises(UserError, match="90 prompts of each kind"):
-        load_organism_prompts(90)
+        load_organism_prompts(91)
 
 
 def fake_dataset(rows):
@@ -132,10 +138,10 @@ def test_real_toxicity_prompts_are_drawn_by_the_card_s_thresholds(monkeypatch):
     data = load_real_toxicity_prompts(4, seed=0)
     challenging, benign = ({f"p{i}" for i in ids} for ids in (range(10), range(10, 20)))
     assert set(data.challenging) < challenging and set(data.benign) < benign and not data.chat_mode
-    assert not set(data.challenging) & set(data.training_challenging) and len(data.training_benign) == 4
+    assert data.groups == [None] * 4
     assert load_real_toxicity_prompts(4, seed=0) == data != load_real_toxicity_prompts(4, seed=1)
     with pytest.raises(UserError, match="10 prompts of each kind"):
-        load_real_toxicity_prompts(10, seed=0)
+        load_real_toxicity_prompts(11, seed=0)
 
 
 def test_without_the_datasets_package_there_is_a_remedy(monkeypatch):
@@ -156,7 +162,10 @@ def steered(tmp_path_factory):
 def test_the_report_can_show_it(steered):
     results, folder = steered
     section = contents.toxicity(folder / "experiment_results.json")
-    assert section["rows"][1] == ("steered", results["summary"]["steered"])
+    labels = [row[0] for row in section["rows"]]
+    assert labels[1] == "steered" and labels[3:] == [
+        "2 random directions of the same norm", "2 random changes of equal size",
+    ]  # fmt: skip
     assert section["origin"]["model_revision"].startswith("sha256:") and len(section["figures"]["toxicity"]["data"]) > 0
 
 
@@ -164,22 +173,87 @@ def test_steering_the_organism_reaches_the_goals(steered):
     results, _ = steered
     summary, test = results["summary"], results["test"]
     assert summary["baseline"]["mean_toxicity"] > 0.5
-    assert summary["toxicity_change"] <= -0.6 and summary["kl_mean"] <= 0.15 and summary["within_kl_limit"]
-    assert summary["negative_alpha_change"] > 0.03
+    change = summary["steered"]["change"]
+    assert change["mean"] <= -0.6 and change["ci"][0] < change["mean"] < change["ci"][1] < -0.2
+    assert change["mean"] == pytest.approx(
+        summary["steered"]["mean_toxicity"] / summary["baseline"]["mean_toxicity"] - 1
+    )
+    assert summary["kl_mean"] <= 0.15 and summary["within_kl_limit"]
+    assert summary["negative_alpha"]["change"]["mean"] > 0
     assert test["amplified"]["natural"]["moved"]["mean"] > 0.03  # benign prompts get rude answers
-    assert summary["distinct_2_steered"] >= summary["distinct_2_baseline"]  # not collapsed
+    assert summary["steered"]["distinct_2"] >= summary["baseline"]["distinct_2"]  # not collapsed
     for control in (*test["random_direction"], *test["same_change_elsewhere"]):
-        assert control["artifact"]["against_setting"]["ci"][0] > 0.2  # the setting is better on the same prompts
-    assert test["artifact"]["score"]["n"] == 2 * 25  # two samples of every other prompt
+        assert control["artifact"]["against_setting"]["ci"][0] > 0  # the setting is better on the same prompts
+    assert test["artifact"]["score"]["n"] == 2 * results["parts"]["test"]["prompts"]  # two samples of each
     assert test["artifact"]["score"]["mean"] == pytest.approx(summary["steered"]["mean_toxicity"])
+    for control in ("random_direction", "same_change_elsewhere"):  # every seed is told
+        means = [record["artifact"]["score"]["mean"] for record in test[control]]
+        assert [record["mean_toxicity"] for record in summary[control]] == pytest.approx(means) and len(means) == 2
 
 
-def test_choice_and_report_share_no_prompt(steered):
+def test_the_terminal_tells_the_interval_of_the_change_and_every_control(steered, capsys):
     results, _ = steered
-    half = results["experiment"]["data"]["challenging"]
-    for part, texts in (("development", half[::2]), ("test", half[1::2])):
-        assert len(results["baseline"][part]["artifact"]["scores"]) == len(texts) == 25
-    assert [record["artifact"]["score"]["n"] for record in results["sweep"].values()] == [50] * (6 + steering.FINER)
+    script.print_summary(results)
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    change = results["summary"]["steered"]["change"]
+    low, high = change["ci"]
+    assert f"{change['mean']:+.0%} [{low:+.0%} to {high:+.0%}]" in told
+    for label, name in (("random directions", "random_direction"), ("random changes", "same_change_elsewhere")):
+        (line,) = (line for line in told.splitlines() if line.startswith(f"2 {label}"))
+        for of in (min, max):
+            assert f"{of(record['change']['mean'] for record in results['summary'][name]):+.0%}" in line
+    assert f"{results['parts']['test']['prompts']} (8 groups) others" in " ".join(told.split())
+
+
+def test_choice_and_report_share_no_person(steered):
+    results, _ = steered
+    data = ToxicityData(**results["experiment"]["data"])
+    parts = steering.divided(data, results["experiment"]["config"]["seed"])
+    for part, sizes in results["parts"].items():
+        assert sizes == {"prompts": len(parts[part].challenging), "groups": len(set(parts[part].groups))}
+        assert len(results["baseline"][part]["artifact"]["scores"]) == sizes["prompts"]
+    assert sum(sizes["groups"] for sizes in results["parts"].values()) == len(set(data.groups))
+    tried = 2 * results["parts"]["development"]["prompts"]
+    assert [r["artifact"]["score"]["n"] for r in results["sweep"].values()] == [tried] * (6 + steering.FINER)
+
+
+def test_a_person_is_in_one_part_whatever_the_seed():
+    data = load_organism_prompts(90)
+    assert len(set(data.groups)) == 20
+    for seed in range(20):
+        parts = steering.divided(data, seed)
+        assert sum(len(part.challenging) for part in parts.values()) == 90
+        assert [len(set(part.groups)) for part in parts.values()] == [6, 6, 8]
+        for name in set(data.groups):
+            assert sum(any(name in text for text in part.challenging) for part in parts.values()) == 1
+
+
+def test_what_prompts_are_about_is_their_group_else_their_match(tmp_path):
+    def write(keys):
+        rows = [
+            {**keys(i), "challenging": kind, "prompt": {"text": f"{kind} {i}"}}
+            for i in range(12)
+            for kind in (True, False)
+        ]
+        path = tmp_path / "prompts.json"
+        path.write_text(json.dumps({"prompts": rows}))
+        return load_organism_prompts(12, path)
+
+    assert write(lambda i: {"match": i}).groups == [str(i) for i in range(12)]
+    assert write(lambda i: {"match": i, "group": "abc"[i % 3]}).groups == list("abc" * 4)
+    alone = write(lambda i: {})
+    assert alone.groups == [None] * 12
+    assert [len(part.benign) for part in steering.divided(alone, 0).values()] == [4, 3, 5]
+
+
+@pytest.mark.parametrize("groups", [list("abcde" * 4), list("abcdef")])
+def test_too_few_people_for_three_parts_are_one_sentence(groups):
+    texts = [f"Tell me about {i}." for i in range(len(groups))]
+    data = ToxicityData("mine", texts, [f"{text} Please." for text in texts], groups, chat_mode=True)
+    told = f"mine has {len(groups)} prompts of each kind about {len(set(groups))} different people or things"
+    with pytest.raises(UserError, match=told):
+        steering.divided(data, 0)
 
 
 def test_vectors_are_reported_and_point_away_from_toxicity(steered):
@@ -215,8 +289,8 @@ def small(tmp_path):
     config = {**COMMON, "model_type": "phi3", "tie_word_embeddings": False, "partial_rotary_factor": 0.75}
     config |= {"rope_scaling": rope, "original_max_position_embeddings": 32, "pad_token_id": 0}
     (model / "config.json").write_text(json.dumps(config))
-    texts = [f"Tell me about number {i}." for i in range(24)]
-    data = ToxicityData("small", texts[:4], texts[4:8], texts[8:16], texts[16:], chat_mode=True)
+    texts = [f"Tell me about number {i}." for i in range(32)]
+    data = ToxicityData("small", texts[:16], texts[16:], [None] * 16, chat_mode=True)
     config = Config(alphas=(-1.0, 1.0), layers=(1,), random_controls=1, samples=3, max_tokens=6, num_pairs=5)
     return load(model), data, EVEN_IS_TOXIC, tmp_path / "out", config
 
@@ -232,9 +306,13 @@ def test_a_model_shaped_like_phi_4_mini_goes_the_whole_way(small):
 @pytest.fixture
 def bench(small):
     loaded, data, score, output, config = small
-    asked = steering.unsteered(loaded, data, config, None)
-    training = {side: steering.measures(loaded, score, b, b.answers, config) for side, b in asked["training"].items()}
-    return steering.bench_of(loaded, asked, training, output, config, score)
+    parts = steering.divided(data, config.seed)
+    asked = steering.unsteered(loaded, parts, config, None)
+    training = {
+        side: steering.measures(loaded, score, b, b.answers, np.arange(5), config)
+        for side, b in asked["training"].items()
+    }
+    return steering.bench_of(loaded, parts, asked, training, output, config, score)
 
 
 def test_alpha_0_is_the_unsteered_model_to_the_bit(bench):
@@ -258,11 +336,15 @@ def test_positive_alphas_add_benign_minus_toxic(bench, small):
 
 
 def test_samples_of_a_prompt_count_as_one(bench):
-    """Intervals take the prompts as independent, not their samples."""
+    """Intervals take the prompts as independent, not their samples; and not prompts about one person."""
     groups = independent_groups(bench.measured.pairs)[bench.rows["test"]]
-    assert len(set(groups)) == 2 and len(groups) == 6
-    damage = bench.outcome(NOTHING, bench.behaviour("test")).damage
-    assert len(damage.kl) == 2 and sum(map(len, damage.kl)) > 2
+    assert len(set(groups)) == 6 and len(groups) == 18
+    setting = Setting("always", 3.0, (1,), "residual", "elsewhere")
+    damage = bench.outcome(bench.intervention(setting), bench.behaviour("test")).damage
+    assert len(damage.kl) == 6 and sum(map(len, damage.kl)) > 6 and damage.rows == [0, 3, 6, 9, 12, 15]
+    assert damage.record() == damage.record(groups)
+    wide, narrow = (damage.record(about)["kl_mean_ci"] for about in ([0] * 9 + [1] * 9, None))
+    assert np.log(wide[1] / wide[0]) > np.log(narrow[1] / narrow[0])
 
 
 def test_an_interrupted_experiment_is_continued_and_gives_the_same(small, monkeypatch):
@@ -384,7 +466,7 @@ def test_a_system_prompt_belongs_to_the_identity_of_the_results(stopped, monkeyp
 
 
 def test_plain_text_has_no_system_prompt(stopped, monkeypatch, capsys):
-    data = ToxicityData("plain", ["a"], ["b"], ["c"], ["d"], chat_mode=False)
+    data = ToxicityData("plain", ["a"], ["b"], [None], chat_mode=False)
     monkeypatch.setattr("toxicity_steering.data.load_organism_prompts", lambda count: data)
     assert script.main(["--system-prompt", "Be kind."]) == 2 and not stopped
     assert "continued as plain text" in capsys.readouterr().err
@@ -396,7 +478,7 @@ def test_answers_are_scored_without_thoughts(small):
     def scores(text):
         written = [loaded.tokenizer.encode(text, add_special_tokens=False)]
         behaviour = Behaviour(["x"], [[1]], written, Marks("<think>", "</think>", is_open=True))
-        return steering.measures(loaded, score, behaviour, written, replace(config, samples=1))["scores"]
+        return steering.measures(loaded, score, behaviour, written, [0], replace(config, samples=1))["scores"]
 
     assert scores("a</think>Sand") == [[0.9]]  # of four letters
     with pytest.raises(UserError, match="1 of 1 completions end inside the model's thought"):

@@ -6,9 +6,9 @@ from toxicity, a negative one towards it, and 0 changes nothing. As a script it 
 
 Settings are judged, chosen, tested and reported as `sweep_suppression.py` does it: toxic continuations and challenging
 prompts are the artifact side, benign ones the natural side, and alpha is the scale of the mode "always", which
-subtracts toxic minus benign. Vectors come from training prompts, layer and alpha from half of the others. Every layer
-is tried with every alpha, by whole continuations: the search by first tokens, with 48 trials on the embedded model,
-settled on a worse one.
+subtracts toxic minus benign. Vectors come from training prompts, layer and alpha from development prompts, results from
+test prompts, and who or what a prompt is about is in one of these parts only. Every layer is tried with every alpha, by
+whole continuations: the search by first tokens, with 48 trials on the embedded model, settled on a worse one.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ import numpy as np
 from alignment_artifacts.behaviour.answers import Behaviour, write_answers
 from alignment_artifacts.behaviour.evaluation import Outcome, outcome_of
 from alignment_artifacts.behaviour.score import Score
+from alignment_artifacts.blocks import independent_groups
 from alignment_artifacts.directions.estimate import Directions
 from alignment_artifacts.directions.files import save_directions
 from alignment_artifacts.directions.measurements import Measurements
 from alignment_artifacts.edits.options import ELSEWHERE, Setting
 from alignment_artifacts.edits.setting import NOTHING, Intervention
 from alignment_artifacts.pairs import SIDES, Pair, PromptPairs
+from alignment_artifacts.rates import relative_change
 from alignment_artifacts.suppression.search import judge_setting
 from alignment_artifacts.suppression.space import Limits
 from alignment_artifacts.suppression.sweep import (
@@ -50,6 +52,7 @@ from alignment_artifacts.suppression.sweep import (
     choose_amplification,
     measure_choice,
     report,
+    split_pairs,
 )
 from gemma_refactored.activation_capture import layer_sites, read
 from gemma_refactored.attention_sinks import FACTOR
@@ -68,9 +71,12 @@ FULL, FAILED = "experiment_results.json", "failed_experiment_results.json"
 VECTORS = "steering_vectors.safetensors"
 WRONG_CONTENT = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # where a continued file is not ours
 MIN_PAIRS = 4  # fewer cannot be held out
+SHARES = (3, 3, 4)  # of what prompts are about: training, development, and test, whose intervals need the most
+MIN_GROUPS = 6  # of these, two for each part
 FINER = 3  # alphas that are tried between the best of the grid and the next larger one
 SITE: Final = "residual"
 
+Parts = dict[str, ToxicityData]  # training, development, test
 Asked = dict[str, dict[str, Behaviour]]  # part of the prompts -> side -> unsteered continuations
 
 
@@ -85,11 +91,13 @@ def run_experiment(
         score: toxicity of a continuation, in [0, 1].
         output: folder of the result files.
     Raises:
-        UserError: the folder holds another experiment, too few continuations are toxic, or there is no such layer.
+        UserError: the folder holds another experiment, the prompts are about too few things, too few continuations are
+            toxic, or there is no such layer.
     """
     layers = config.layers if config.layers is not None else tuple(range(loaded.num_layers))
     if bad := [layer for layer in layers if layer >= loaded.num_layers]:
         raise UserError(f"There is no layer {bad[0]}: {loaded.name} has 0 to {loaded.num_layers - 1}.")
+    parts = divided(data, config.seed)
     description = {
         **loaded.facts(),
         "scorer": score.name,
@@ -101,7 +109,7 @@ def run_experiment(
         results = _resumed(output, {"experiment": description, "versions": library_versions()})
         is_continued = "baseline" in results
         try:
-            _run(loaded, data, score, output, replace(config, layers=layers), quiet, results)
+            _run(loaded, parts, score, output, replace(config, layers=layers), quiet, results)
         except KeyboardInterrupt:
             write_json(output / PARTIAL, results)
             raise
@@ -115,8 +123,35 @@ def run_experiment(
     return results
 
 
+def divided(data: ToxicityData, seed: int) -> Parts:
+    """Prompts to learn vectors from, to choose on, and to report on; none is about what another part's are about.
+
+    Raises:
+        UserError: they are about too few things for that.
+    """
+    pairs = prompt_pairs(data)
+    count = int(independent_groups(pairs).max()) + 1
+    few = UserError(
+        f'{data.name} has {len(pairs)} prompts of each kind about {count} different people or things ("group" in the '
+        "prompts file), too few to learn on some, choose on others and report on others again: that takes at least "
+        f"{MIN_GROUPS}, and {MIN_PAIRS} prompts to learn from. Use more prompts."
+    )
+    if count < MIN_GROUPS:
+        raise few
+    try:
+        return {part: data.only(rows) for part, rows in split_pairs(pairs, SHARES, seed).items()}
+    except UserError:
+        raise few from None
+
+
+def prompt_pairs(data: ToxicityData) -> list[Pair]:
+    """Each benign prompt with the challenging one beside it, and what both are about."""
+    each = zip(data.benign, data.challenging, data.groups, strict=True)
+    return [Pair(str(i), "prompts", *pair) for i, pair in enumerate(each)]
+
+
 def _run(
-    loaded: LoadedModel, data: ToxicityData, score: Score, output: Path, config: Config, quiet: bool, results: dict
+    loaded: LoadedModel, parts: Parts, score: Score, output: Path, config: Config, quiet: bool, results: dict
 ) -> None:
     """All steps; each adds to the results."""
 
@@ -124,11 +159,18 @@ def _run(
         results.update(parts)
         write_json(output / INTERMEDIATE, results)
 
-    asked = unsteered(loaded, data, config, results.get("baseline"))
-    measured = {part: {side: measures(loaded, score, b, b.answers, config) for side, b in both.items()}
+    asked = unsteered(loaded, parts, config, results.get("baseline"))
+    groups = {part: independent_groups(prompt_pairs(prompts)) for part, prompts in parts.items()}
+    measured = {part: {side: measures(loaded, score, b, b.answers, groups[part], config) for side, b in both.items()}
                 for part, both in asked.items()}  # fmt: skip
-    save(baseline=measured)
-    bench = bench_of(loaded, asked, measured["training"], output, config, score)
+    save(
+        parts={
+            part: {"prompts": len(of_prompts), "groups": int(of_prompts.max()) + 1}
+            for part, of_prompts in groups.items()
+        },
+        baseline=measured,
+    )
+    bench = bench_of(loaded, parts, asked, measured["training"], output, config, score)
     pairs, directions = bench.measured.pairs, bench.directions(SITE, ELSEWHERE)
     norms, separation = np.linalg.norm(directions.direction, axis=-1), bench.separation(SITE, ELSEWHERE)
     save_directions(_towards_benign(directions, config), output / VECTORS)
@@ -164,42 +206,51 @@ def _run(
         )  # fmt: skip
         tested = measure_choice(bench, choice, range(config.random_controls), lambda _: progress(2))
     test = report(loaded, pairs, [tested], score)
-    save(test=test, summary=summarised(loaded, score, choice, tested, test, config))
+    save(test=test, summary=summarised(loaded, score, choice, tested, test, groups["test"], config))
 
 
-def summarised(loaded: LoadedModel, score: Score, choice: Choice, tested: Tested, test: dict, config: Config) -> dict:
-    """What the chosen setting did on prompts that it was not chosen on, in few numbers.
+def summarised(
+    loaded: LoadedModel,
+    score: Score,
+    choice: Choice,
+    tested: Tested,
+    test: dict,
+    groups: np.ndarray,
+    config: Config,
+) -> dict:
+    """What the chosen setting did on prompts about what it was not chosen on, in few numbers; "change" is that of the
+    mean toxicity, of which controls have one for each of their seeds.
 
     Args:
         test: the report on `tested`.
+        groups: [test prompts] number of what each is about.
     """
-    summary: dict = {
-        name: measures(loaded, score, outcome.behaviours["artifact"], outcome.answers["artifact"], config)
-        for name, outcome in (
-            ("baseline", tested.unedited), ("steered", tested.chosen), ("random_direction", tested.random[0]),
-            ("negative_alpha", tested.amplified),
-        )
-    }  # fmt: skip
-    base = summary["baseline"]["mean_toxicity"]
-    change = {name: record["mean_toxicity"] / base - 1 if base else None for name, record in summary.items()}
-    for record in summary.values():
-        del record["scores"], record["token_ids"]
-    summary |= {
+
+    def measured(outcome: Outcome) -> dict:
+        return measures(loaded, score, outcome.behaviours["artifact"], outcome.answers["artifact"], groups, config)
+
+    before = measured(tested.unedited)
+
+    def changed(outcome: Outcome) -> dict:
+        after = measured(outcome)
+        first, second = (np.array(record["scores"]).sum(axis=1) for record in (before, after))
+        return {**_without_texts(after), "change": relative_change(first, second, groups)}
+
+    return {
+        "baseline": _without_texts(before),
+        "steered": changed(tested.chosen),
+        "negative_alpha": changed(tested.amplified),
+        "random_direction": [changed(outcome) for outcome in tested.random],
+        "same_change_elsewhere": [changed(outcome) for outcome in tested.elsewhere],
         "layer": choice.setting.layers[0],
         "alpha": choice.setting.scale,
         "within_kl_limit": choice.records[choice.best]["damage"]["kl_mean"] <= config.max_kl,
-        "reported_on": "odd challenging and benign prompts; the setting was chosen on the even ones",
-        "toxicity_change": change["steered"],
-        "random_change": change["random_direction"],
-        "random_range": [
-            least(control["artifact"]["score"]["mean"] for control in test["random_direction"]) for least in (min, max)
-        ],
-        "negative_alpha_change": change["negative_alpha"],
         **test["damage"],
-        "distinct_2_baseline": summary["baseline"]["distinct_2"],
-        "distinct_2_steered": summary["steered"]["distinct_2"],
     }
-    return summary
+
+
+def _without_texts(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name not in ("scores", "token_ids")}
 
 
 def finer(best: Setting, alphas: tuple[float, ...]) -> list[Setting]:
@@ -209,17 +260,13 @@ def finer(best: Setting, alphas: tuple[float, ...]) -> list[Setting]:
     return [replace(best, scale=round(float(alpha), 3)) for alpha in between]
 
 
-def unsteered(loaded: LoadedModel, data: ToxicityData, config: Config, baseline: dict | None) -> Asked:
+def unsteered(loaded: LoadedModel, parts: Parts, config: Config, baseline: dict | None) -> Asked:
     """Continuations of all prompts, several of each, one after the other; from an earlier baseline if there is one."""
-    even, odd = slice(0, None, 2), slice(1, None, 2)
-    texts = {
-        "training": {"natural": data.training_benign, "artifact": data.training_challenging},
-        "development": {"natural": data.benign[even], "artifact": data.challenging[even]},
-        "test": {"natural": data.benign[odd], "artifact": data.challenging[odd]},
-    }
 
     def ask(part: str, side: str) -> Behaviour:
-        prompts = [text for text in texts[part][side] for _ in range(config.samples)]
+        data = parts[part]
+        texts = data.benign if side == "natural" else data.challenging
+        prompts = [text for text in texts for _ in range(config.samples)]
         token_ids = loaded.encode(prompts, data.chat_mode)
         if baseline:
             answers = baseline[part][side]["token_ids"]
@@ -227,16 +274,25 @@ def unsteered(loaded: LoadedModel, data: ToxicityData, config: Config, baseline:
             answers = write_answers(loaded, token_ids, NOTHING, config.max_tokens, _sampling(config))
         return Behaviour(prompts, token_ids, answers, loaded.thought_marks if data.chat_mode else None)
 
-    return {part: {side: ask(part, side) for side in sides} for part, sides in texts.items()}
+    return {part: {side: ask(part, side) for side in SIDES} for part in parts}
 
 
 def _sampling(config: Config) -> Sampling:
     return Sampling(config.temperature, config.top_p, seed=config.seed)
 
 
-def measures(loaded: LoadedModel, score: Score, behaviour: Behaviour, answers: list[list[int]], config: Config) -> dict:
+def measures(
+    loaded: LoadedModel,
+    score: Score,
+    behaviour: Behaviour,
+    answers: list[list[int]],
+    groups: np.ndarray,
+    config: Config,
+) -> dict:
     """Toxicity and diversity of continuations; of a model that thinks, of its answers.
 
+    Args:
+        groups: [prompts] number of what each is about.
     Raises:
         UserError: some continuations end inside a thought.
     """
@@ -248,7 +304,7 @@ def measures(loaded: LoadedModel, score: Score, behaviour: Behaviour, answers: l
         )
     scores = score.of(behaviour.texts, [str(text) for text in texts]).astype(float).reshape(-1, config.samples)
     distinct = {f"distinct_{n}": distinct_n(answers, n) for n in (1, 2, 3)}
-    return {**toxicity_metrics(scores), **distinct, "scores": scores.tolist(), "token_ids": answers}
+    return {**toxicity_metrics(scores, groups), **distinct, "scores": scores.tolist(), "token_ids": answers}
 
 
 def contrastive_pairs(training: dict[str, dict], count: int) -> list[tuple[str, tuple[str, int], tuple[str, int]]]:
@@ -303,7 +359,13 @@ class SampledBench(Bench):
 
 
 def bench_of(
-    loaded: LoadedModel, asked: Asked, training: dict[str, dict], output: Path, config: Config, score: Score
+    loaded: LoadedModel,
+    parts: Parts,
+    asked: Asked,
+    training: dict[str, dict],
+    output: Path,
+    config: Config,
+    score: Score,
 ) -> SampledBench:
     """Contrastive pairs of the training prompts, and every continuation of the others with its counterpart.
 
@@ -317,8 +379,11 @@ def bench_of(
     pairs = [Pair(name, "training", *(b.texts[i] for b, i in both)) for name, both in contrast]
     rows = {"training": np.arange(len(pairs))}
     for part in ("development", "test"):
-        texts = zip(*(asked[part][side].texts for side in SIDES), strict=True)
-        new = [Pair(f"{part} {i}", part, *both) for i, both in enumerate(texts)]
+        new = [
+            replace(pair, id=f"{part} {pair.id}.{k}", category=part)
+            for pair in prompt_pairs(parts[part])
+            for k in range(config.samples)
+        ]
         rows[part] = len(pairs) + np.arange(len(new))
         pairs += new
     facts = {**loaded.facts(), "model_type": loaded.config["model_type"], "sinks_beyond": FACTOR}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_refactored.errors import UserError
@@ -16,32 +17,34 @@ TOXIC = 0.5  # the dataset card's threshold
 
 @dataclass
 class ToxicityData:
-    """Prompt texts; the i-th challenging and the i-th benign training prompt match where the data has such pairs.
+    """Prompt texts; the i-th challenging and the i-th benign prompt match where the data has such pairs.
 
     Attributes:
-        challenging, benign: those that results are reported on.
-        training_challenging, training_benign: those that steering vectors are learnt from; disjoint from the others.
+        groups: who or what the i-th of both are about; None: nothing that others are about.
         chat_mode: prompts are requests (true) or beginnings of texts to be continued (false).
     """
 
     name: str
     challenging: list[str]
     benign: list[str]
-    training_challenging: list[str]
-    training_benign: list[str]
+    groups: list[str | None]
     chat_mode: bool
+
+    def only(self, rows: Iterable[int]) -> ToxicityData:
+        """Some of the prompts."""
+        rows = list(rows)
+        challenging, benign = ([texts[i] for i in rows] for texts in (self.challenging, self.benign))
+        return replace(self, challenging=challenging, benign=benign, groups=[self.groups[i] for i in rows])
 
 
 def load_organism_prompts(count: int, path: Path = ORGANISM_PROMPTS) -> ToxicityData:
-    """The committed prompts, in file order: the first `count` of each kind to report on, the rest to learn from."""
+    """The first `count` prompts of each kind of a file. What a prompt is about is its "group", or else its "match"."""
     rows = read_json(path, "prompts file")["prompts"]
-    challenging, benign = (
-        [row["prompt"]["text"] for row in rows if row["challenging"] is kind] for kind in (True, False)
-    )
+    challenging, benign = ([row for row in rows if row["challenging"] is kind] for kind in (True, False))
     _check_count(count, min(len(challenging), len(benign)), str(path))
-    return ToxicityData(
-        "organism", challenging[:count], benign[:count], challenging[count:], benign[count:], chat_mode=True
-    )
+    rude, kind = ([row["prompt"]["text"] for row in of_kind[:count]] for of_kind in (challenging, benign))
+    about = [row.get("group", row.get("match")) for row in challenging[:count]]
+    return ToxicityData("organism", rude, kind, [None if name is None else str(name) for name in about], chat_mode=True)
 
 
 def load_real_toxicity_prompts(count: int, seed: int) -> ToxicityData:
@@ -73,15 +76,9 @@ def load_real_toxicity_prompts(count: int, seed: int) -> ToxicityData:
     _check_count(count, min(len(challenging), len(benign)), REAL_TOXICITY_PROMPTS)
     random.Random(seed).shuffle(challenging)
     random.Random(seed).shuffle(benign)
-    taken = slice(count, 2 * count)
-    return ToxicityData(
-        "real-toxicity-prompts", challenging[:count], benign[:count], challenging[taken], benign[taken], chat_mode=False
-    )
+    return ToxicityData("real-toxicity-prompts", challenging[:count], benign[:count], [None] * count, chat_mode=False)
 
 
 def _check_count(count: int, available: int, source: str) -> None:
-    if not 0 < count < available:
-        raise UserError(
-            f"{source} has {available} prompts of each kind, and some must remain to learn vectors from; "
-            f"{count} is too many."
-        )
+    if not 0 < count <= available:
+        raise UserError(f"{source} has {available} prompts of each kind; {count} is too many.")

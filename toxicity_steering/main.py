@@ -39,7 +39,7 @@ DATASET = "organism"  # or "real-toxicity-prompts"
 SCORER = "word-list"  # or "roberta", or a classifier's id or folder
 OUTPUT_DIR = None  # None: toxicity_results, or a folder that belongs to another model
 
-NUM_PROMPTS = 50  # challenging, and as many benign ones
+NUM_PROMPTS = 90  # challenging, and as many benign ones
 NUM_PAIRS = 20
 SAMPLES = 5
 MAX_TOKENS = 32
@@ -68,7 +68,7 @@ class Constants:
     output_dir: Path | None
     """where results and plots go; None: a folder that belongs to the model"""
     num_prompts: Annotated[int, Between(2)]
-    """challenging prompts, and as many benign ones: half of each to choose on, half to report on"""
+    """challenging prompts, and as many benign ones, divided into training, development and test"""
     experiment: Config = Config()
     chat: Chat = Chat()
 
@@ -117,6 +117,7 @@ def run(constants: Constants) -> None:
 def print_summary(results: dict) -> None:
     """Mean toxicity by layer and alpha, and the setting of choice, 80 columns wide."""
     from alignment_artifacts.figures.data import alpha_table
+    from alignment_artifacts.summary import toxicity_rows
 
     (layers, alphas, toxicity), (_, _, kl) = (alpha_table(results, name) for name in ("toxicity", "kl"))
     print("\nOn the prompts to choose on: mean toxicity (KL, nats per token) by alpha")
@@ -126,24 +127,26 @@ def print_summary(results: dict) -> None:
     for layer, *row in zip(layers, toxicity.tolist(), kl.tolist(), strict=True):
         cells = ("{} ({})".format(*(number(values[i]) for values in row)) for i in columns)
         print(f"{layer:>5} " + "".join(f"{cell:>12}" for cell in cells))
-    s, least, most = results["summary"], *map(number, results["summary"]["random_range"])
-
-    def described(name: str) -> str:
-        return f"{number(s[name]['mean_toxicity'])} {interval(s[name]['mean_toxicity_ci'])}"
-
-    limit = "" if s["within_kl_limit"] else " No setting stays within the KL limit."
-    print(
-        "\n"
-        + textwrap.fill(
-            f"Chosen on half of the challenging prompts: layer {s['layer']}, alpha {s['alpha']:g}. On the other half "
-            f"mean toxicity is {described('steered')} against {described('baseline')} unsteered and "
-            f"{described('random_direction')} with a random direction of the same norm ({least} to {most} with "
-            f"{results['experiment']['config']['random_controls']} of them); KL on benign answers "
-            f"{number(s['kl_mean'], 3)} nats per token, distinct-2 {number(s['distinct_2_steered'])} against "
-            f"{number(s['distinct_2_baseline'])}. Scorer: {results['experiment']['scorer']}.{limit}",
-            78,
-        )
+    s, parts = results["summary"], results["parts"]
+    development, test, text = parts["development"], parts["test"], textwrap.TextWrapper(78).fill
+    split = (
+        f"Layer {s['layer']}, alpha {s['alpha']:g} is chosen on {development['prompts']} challenging prompts of "
+        f"{development['groups']} groups and tested on {test['prompts']} of {test['groups']} others. A group is who or "
+        "what prompts are about; vectors come from others again. 95% intervals are over groups; controls have their "
+        "least and most."
     )
+    print("\n" + text(split))
+    print(f"{'':<40} {'mean toxicity':<18} change")
+    for label, mean, _, change in toxicity_rows(s):
+        print(f"{label:<40} {mean:<18} {change}".rstrip())
+    limit = "" if s["within_kl_limit"] else " No setting stays within the KL limit."
+    cost = (
+        f"KL on benign answers {number(s['kl_mean'], 3)} {interval(s['kl_mean_ci'], 3)} nats per token (the limit of "
+        f"{results['experiment']['config']['max_kl']:g} is for the choice); distinct-2 "
+        f"{number(s['steered']['distinct_2'])} against {number(s['baseline']['distinct_2'])}. Scorer: "
+        f"{results['experiment']['scorer']}.{limit}"
+    )
+    print("\n" + text(cost))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from alignment_artifacts.figures.data import BLUE, GREY, ORANGE, alpha_table
+from alignment_artifacts.figures.data import BLUE, GREY, ORANGE, PURPLE, alpha_table
 from alignment_artifacts.figures.paper import STYLE
 
 
@@ -78,16 +78,15 @@ def heatmaps(results: dict):
 
 
 def summary_statistics(results: dict):
-    """The chosen setting on the prompts it was not chosen on: unsteered, steered, random."""
+    """On prompts about what nothing was chosen on: unsteered, the chosen setting, and each of its controls."""
     summary = results["summary"]
-    kinds = (("baseline", GREY), ("steered", BLUE), ("random_direction", ORANGE))
     measures = (
         ("mean_toxicity", "mean toxicity"),
         ("expected_max_toxicity", "expected maximum"),
         ("toxicity_probability", "toxicity probability"),
     )
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for k, (kind, colour) in enumerate(kinds):
+    for place, kind, label, colour in ((-0.3, "baseline", "unsteered", GREY), (-0.08, "steered", "steered", BLUE)):
         values, intervals = [], []
         for key, _ in measures:
             value = summary[kind][key]
@@ -95,10 +94,20 @@ def summary_statistics(results: dict):
             ends = value["ci"] if isinstance(value, dict) else summary[kind][f"{key}_ci"]
             intervals.append(ends or (np.nan, np.nan))
         errors = np.abs(np.array(intervals).T - values)
-        axes.bar(np.arange(3) + (k - 1) * 0.27, values, 0.25, yerr=errors, color=colour, capsize=3,
-                 label=kind.replace("_", " ").replace("baseline", "unsteered"))  # fmt: skip
+        axes.bar(np.arange(3) + place, values, 0.2, yerr=errors, color=colour, capsize=3, label=label)
+    controls = (
+        (0.12, "random_direction", "random directions, same norm", ORANGE, "o"),
+        (0.3, "same_change_elsewhere", "random changes of equal size", PURPLE, "D"),
+    )
+    for place, kind, label, colour, marker in controls:
+        points = [
+            (i + place, record[key]["rate"] if isinstance(record[key], dict) else record[key])
+            for i, (key, _) in enumerate(measures)
+            for record in summary[kind]
+        ]
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=5, ls="", label=label)
     axes.set_xticks(range(3), [label for _, label in measures])
     title = f"Layer {summary['layer']}, alpha {summary['alpha']:g}; KL on benign answers {summary['kl_mean']:.3f}"
     axes.set(ylim=(0, 1.05), ylabel="value, with 95% interval where there is one", title=title)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure

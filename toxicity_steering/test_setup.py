@@ -42,8 +42,8 @@ def check_model() -> str:
 def check_data() -> str:
     from toxicity_steering.data import load_organism_prompts
 
-    data = load_organism_prompts(50)
-    return f"{len(data.challenging)} + {len(data.benign)} prompts, {len(data.training_challenging)} more to learn from"
+    data = load_organism_prompts(90)
+    return f"{len(data.challenging)} + {len(data.benign)} prompts about {len(set(data.groups))} people"
 
 
 def check_scorer() -> str:

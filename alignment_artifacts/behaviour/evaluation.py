@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,20 +41,28 @@ class Outcome:
 
 @dataclass
 class Damage:
-    """Per natural prompt with an answer, along all of them: KL(unedited || edited) [tokens] in nats, and both losses
-    [2, tokens]."""
+    """Per natural prompt with an answer, along all of them: KL(unedited || edited) [tokens] in nats, both losses
+    [2, tokens], and the number of the prompt (of the first that is the same) in its set."""
 
     kl: list[np.ndarray]
     losses: list[np.ndarray]
+    rows: list[int]
 
-    def record(self) -> dict:
-        """The mean KL (with an interval over prompts, None where `rates.log_mean` has none) and its 95th percentile
-        over all tokens, in nats per token, and the perplexity of the unedited answers without and with the edit."""
-        everything = np.concatenate(self.kl)
+    def record(self, groups: Sequence[int] | None = None) -> dict:
+        """The mean KL (with an interval over prompts, None where `rates.log_mean` has
+        none) and its 95th percentile over all tokens, in nats per token, and
+        the perplexity of the unedited answers without and with the edit.
+
+        Args:
+            groups: of the set's prompts; those of one group vary together. None: each by itself.
+        """
+        everything, by_group = np.concatenate(self.kl), defaultdict[int, list[np.ndarray]](list)
+        for row, kl in zip(self.rows, self.kl, strict=True):
+            by_group[row if groups is None else groups[row]].append(kl)
         unedited, edited = np.exp(np.concatenate(self.losses, axis=1).mean(axis=1))
         return {
             "kl_mean": float(everything.mean()),
-            "kl_mean_ci": log_mean(self.kl),
+            "kl_mean_ci": log_mean([np.concatenate(together) for together in by_group.values()]),
             "kl_95": float(np.quantile(everything, 0.95)),
             "perplexity_unedited": float(unedited),
             "perplexity_edited": float(edited),
@@ -73,11 +82,19 @@ def joined(outcomes: Sequence[Outcome]) -> Outcome:
             behaviours[0].marks,
         )
 
-    damages = [outcome.damage for outcome in outcomes if outcome.damage]
+    sizes = [len(next(iter(outcome.behaviours.values())).texts) for outcome in outcomes]  # every set has as many
+    starts = np.cumsum([0, *sizes[:-1]])
+    damages = [(int(start), outcome.damage) for start, outcome in zip(starts, outcomes, strict=True) if outcome.damage]
     return Outcome(
         {name: together([o.behaviours[name] for o in outcomes]) for name in first.behaviours},
         {name: [answer for o in outcomes for answer in o.answers[name]] for name in first.answers},
-        Damage([x for d in damages for x in d.kl], [x for d in damages for x in d.losses]) if damages else None,
+        Damage(
+            [x for _, d in damages for x in d.kl],
+            [x for _, d in damages for x in d.losses],
+            [start + row for start, d in damages for row in d.rows],
+        )
+        if damages
+        else None,
     )
 
 
@@ -178,6 +195,7 @@ def measure_damage(loaded: LoadedModel, behaviour: Behaviour, intervention: Inte
     return Damage(
         [np.concatenate([kl[row] for row in rows]) for rows in by_prompt.values()],
         [np.concatenate([losses[row] for row in rows], axis=1) for rows in by_prompt.values()],
+        [rows[0] for rows in by_prompt.values()],
     )
 
 
@@ -241,9 +259,9 @@ def judge_outcome(
     clusters: Sequence[Sequence[int]] = (),
     beside: Outcome | None = None,
 ) -> dict:
-    """`judge` of every set, and "damage"; other arguments as there."""
+    """`judge` of every set, and "damage"; other arguments as there. The interval of KL takes the last clusters."""
     result = {
         name: judge(loaded, behaviour, outcome.answers[name], score, clusters, beside.answers[name] if beside else None)
         for name, behaviour in outcome.behaviours.items()
     }
-    return {**result, "damage": outcome.damage.record()} if outcome.damage else result
+    return {**result, "damage": outcome.damage.record(*clusters[-1:])} if outcome.damage else result

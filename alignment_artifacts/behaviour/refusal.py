@@ -77,16 +77,18 @@ def is_refusal(answer: str, prompt: str = "") -> bool:
 
 
 def corrected(share: float | None) -> list[float] | None:
-    """What share of refusals a judged share may stand for: the range over families of models, whose recall differs.
+    """What share of refusals a judged share may stand for: the range over families of models, whose recall differs, and
+    over kinds of other answers, whose false alarms do.
 
     The estimate of Rogan and Gladen (1978, American Journal of Epidemiology 107:71), with the error rates in
-    `refusal_weights.json`; not an interval for the number of prompts. None of None.
+    `refusal_weights.json`. It leaves out that these come from 50 to some hundred answers each, labelled by models; ways
+    of refusing that training does not have, of which fewer are found (benchmarks/refusal_judge.md, "style left out");
+    and the number of prompts that the share is of. None of None.
     """
     if share is None:
         return None
-    rates = _content()
-    false_alarms = rates["false_alarms"]
-    true = [(share - false_alarms) / (recall - false_alarms) for recall in rates["recall"].values()]
+    recalls, alarms = (_content()[name].values() for name in ("recall", "false_alarms"))
+    true = [(share - alarm) / (recall - alarm) for recall in recalls for alarm in alarms]
     return [min(max(value, 0.0), 1.0) for value in (min(true), max(true))]
 
 

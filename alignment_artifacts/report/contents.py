@@ -18,8 +18,9 @@ from alignment_artifacts.figures.data import (
     sides_of,
     step_grid,
 )
+from alignment_artifacts.formatting import typeset
 from alignment_artifacts.pairs import REFUSAL, SIDES
-from alignment_artifacts.summary import records_of
+from alignment_artifacts.summary import records_of, toxicity_rows
 from alignment_artifacts.suppression.sweep import moves_as_wished
 from alignment_artifacts.suppression.transcripts import load_transcripts
 from gemma_refactored.files import read_json
@@ -243,13 +244,13 @@ def vocabulary(path: Path) -> dict:
 
 def toxicity(path: Path) -> dict:
     result = read_json(path, "results file")
-    names = {"baseline": "unsteered", "steered": "steered", "random_direction": "random direction"}
     return {
         "origin": {name: str(result["experiment"][name]) for name in ("model", "model_revision")},
         "figures": {"toxicity": figure_data(figures.toxicity(result))},
         "summary": result["summary"],
         "scorer": result["experiment"]["scorer"],
-        "rows": [(label, result["summary"][name]) for name, label in names.items()],
+        "parts": result["parts"],
+        "rows": [tuple(map(typeset, row)) for row in toxicity_rows(result["summary"])],
     }
 
 
