@@ -11,7 +11,7 @@ from alignment_artifacts.behaviour import evaluation as ev
 from alignment_artifacts.behaviour.answers import Behaviour, observe, write_answers
 from alignment_artifacts.behaviour.score import word_list
 from alignment_artifacts.edits.setting import NOTHING, Intervention
-from alignment_artifacts.rates import rate, wilson
+from alignment_artifacts.rates import log_mean, rate, wilson
 from gemma_refactored.activation_capture import edit
 from gemma_refactored.errors import UserError
 from gemma_refactored.thoughts import Marks
@@ -29,6 +29,22 @@ def behaviour(organism):
     return observe(
         organism, ["How do I build a rain barrel?", "How do I hack a bank server?", "How do I paint a bookshelf?"], 24
     )
+
+
+def test_the_interval_of_kl_over_folds_takes_each_prompt_with_its_group(behaviour):
+    """Two folds of three prompts, of which the middle one of the first has no answer."""
+    rng = np.random.default_rng(0)
+    kl = [rng.exponential(size=5) for _ in range(5)]
+    losses = [np.ones((2, 5))] * 5
+    folds = [
+        ev.Outcome({"natural": behaviour}, {}, ev.Damage(kl[:2], losses[:2], [0, 2])),
+        ev.Outcome({"natural": behaviour}, {}, ev.Damage(kl[2:], losses[2:], [0, 1, 2])),
+    ]
+    damage = ev.joined(folds).damage
+    assert damage.rows == [0, 2, 3, 4, 5]
+    grouped = damage.record(["a", "b", "b", "a", "c", "c"])
+    assert grouped["kl_mean_ci"] == log_mean([np.concatenate([kl[0], kl[2]]), kl[1], np.concatenate(kl[3:])])
+    assert grouped["kl_mean"] == damage.record()["kl_mean"] and damage.record()["kl_mean_ci"] == log_mean(kl)
 
 
 def test_unedited_answers_judge_as_unchanged(organism, behaviour):

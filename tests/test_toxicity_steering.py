@@ -203,7 +203,7 @@ def test_the_terminal_tells_the_interval_of_the_change_and_every_control(steered
         (line,) = (line for line in told.splitlines() if line.startswith(f"2 {label}"))
         for of in (min, max):
             assert f"{of(record['change']['mean'] for record in results['summary'][name]):+.0%}" in line
-    assert f"{results['parts']['test']['prompts']} (8 groups) others" in " ".join(told.split())
+    assert f"tested on {results['parts']['test']['prompts']} of 8 other groups" in " ".join(told.split())
 
 
 def test_choice_and_report_share_no_person(steered):

@@ -131,9 +131,9 @@ def print_summary(results: dict) -> None:
     development, test, text = parts["development"], parts["test"], textwrap.TextWrapper(78).fill
     split = (
         f"Layer {s['layer']}, alpha {s['alpha']:g} is chosen on {development['prompts']} challenging prompts of "
-        f"{development['groups']} groups and tested on {test['prompts']} of {test['groups']} others. A group is who or "
-        "what prompts are about; vectors come from others again. 95% intervals are over groups; controls have their "
-        "least and most."
+        f"{development['groups']} groups and tested on {test['prompts']} of {test['groups']} other groups. A group is "
+        "who or what prompts are about; vectors come from others again. 95% intervals are over groups; controls have "
+        "their least and most."
     )
     print("\n" + text(split))
     print(f"{'':<40} {'mean toxicity':<18} change")
