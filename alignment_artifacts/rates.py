@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 FEWEST = 3  # values that a mean needs for an interval: two have no skewness
-CARRIERS = 10  # prompts that must carry CARRIED of a KL; with fewer, those not met may matter more than those seen
+CARRIERS = 10  # prompts that must carry CARRIED of a KL that spares some; those not met may matter more
 CARRIED = 0.9
 ROUNDING = 1e-6  # nats per token: a prompt with less KL was not touched
 
@@ -164,19 +164,20 @@ def log_mean(groups: Sequence[np.ndarray], wider: float = 1.25) -> list[float] |
     """95% interval of a mean KL over all members of groups that vary as wholes, such as prompts.
 
     Symmetric on the logarithm: a few large values carry the mean, and resampled means omit what did not occur. It is
-    made wider than the t distribution asks for because a sample says too little of such values. None where fewer than
-    CARRIERS groups carry CARRIED of the sum, and so with that few groups: an edit that touches one prompt in fifty is
-    often not seen at all, and a sample without the large values looks as if there were none. What is left of that
-    (benchmarks/simulated_rates.py): prompts that are log-normal with a standard deviation of 1 are covered; of 1.5,
-    9 times in 10 with 50 prompts, 8 in 10 with 25, and less with fewer, since the samples without large values are
-    those that have an interval.
+    made wider than the t distribution asks for because a sample says too little of such values. None where some groups
+    are untouched and fewer than CARRIERS carry CARRIED of the sum: an edit that touches one prompt in fifty is often not
+    seen at all. Where all are touched, prompts that are log-normal with a standard deviation of 1 are covered; of 1.5,
+    9 times in 10 (benchmarks/simulated_rates.py).
 
     Args:
         groups: nats per token, [tokens] each.
     """
     sums, counts = np.array([g.sum() for g in groups]), np.array([len(g) for g in groups])
-    touched = np.sort(np.where(sums > ROUNDING * counts, sums, 0.0))[::-1].cumsum()
-    if not len(groups) or (touched < CARRIED * touched[-1]).sum() + 1 < CARRIERS:
+    is_touched = sums > ROUNDING * counts
+    carried = np.sort(sums[is_touched])[::-1].cumsum()
+    if len(groups) < 2 or not is_touched.any():
+        return None
+    if not is_touched.all() and (carried < CARRIED * carried[-1]).sum() + 1 < CARRIERS:
         return None
     mean, n = sums.sum() / counts.sum(), len(groups)
     error = np.sqrt(n / (n - 1) * ((sums - mean * counts) ** 2).sum()) / counts.sum() / mean

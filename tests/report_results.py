@@ -180,8 +180,8 @@ def write_toxicity(folder, model=MODEL):
             for s in settings
         },
         "summary": {"layer": 1, "alpha": 1.0, "kl_mean": 0.05, "baseline": metrics(0.7), "steered": metrics(0.5),
-                    "negative_alpha": metrics(0.8),
-                    "random_direction": [metrics(0.69) | {"mean_toxicity_ci": None}, metrics(0.6)],
+                    "negative_alpha": metrics(0.8) | {"mean_toxicity_ci": None},
+                    "random_direction": [metrics(0.69), metrics(0.6)],
                     "same_change_elsewhere": [metrics(0.75)]},
         "parts": {part: {"prompts": 30, "groups": 8} for part in ("training", "development", "test")},
     }  # fmt: skip

@@ -91,7 +91,8 @@ def test_damage_against_numpy(organism, behaviour):
     assert damage["kl_mean"] == pytest.approx(np.mean(kl), rel=1e-3)
     assert damage["kl_95"] == pytest.approx(np.quantile(kl, 0.95), rel=1e-3)
     assert damage["perplexity_edited"] == pytest.approx(np.exp(np.mean(nll)), rel=1e-3)
-    assert damage["kl_mean_ci"] is None  # of three prompts
+    low, high = damage["kl_mean_ci"]
+    assert low < damage["kl_mean"] < high
 
 
 def test_sets_are_judged_apart(organism, behaviour):

@@ -67,7 +67,8 @@ def test_the_interval_of_a_skewed_kl_covers_it():
 def test_a_kl_that_few_prompts_carry_has_no_interval():
     rng = np.random.default_rng(0)
     alike = [rng.exponential(size=20) for _ in range(50)]
-    assert log_mean(alike) is not None and log_mean(alike[:9]) is None and log_mean([]) is None
+    assert log_mean(alike) is not None and log_mean(alike[:1]) is None and log_mean([]) is None
+    assert log_mean(alike[:9]) is not None and log_mean([*alike[:9], np.zeros(20)]) is None
     few = [g * (i < 9) for i, g in enumerate(alike)]
     assert log_mean(few) is None and log_mean([g + 1e-9 for g in few]) is None
     assert log_mean([np.full(20, 1e-8 * i) for i in range(50)]) is None  # nothing but rounding

@@ -319,7 +319,7 @@ def test_a_section_of_another_model_or_other_pairs_says_so(results, tmp_path, so
 
 def test_only_the_toxicity_results_of_this_model_are_in_it(results, home):
     page = build(results["folder"])
-    assert 'id="plot-toxicity"' in page and "<td>0.69 <small>(no interval)</small></td>" in page
+    assert 'id="plot-toxicity"' in page and "<td>0.80 (no interval)</td>" in page
     path = home / "toxicity_results/experiment_results.json"
     original = path.read_text()
     try:
