@@ -21,8 +21,6 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from gemma_refactored.errors import UserError
-
 MAX_FOLDS, MIN_PAIRS_PER_FOLD = 5, 5
 MIN_PAIRS = 4
 MIN_PAIRS_NESTED = 8  # folds within folds
@@ -85,13 +83,13 @@ def assign_folds(strata: np.ndarray, seed: int = 0, groups: np.ndarray | None = 
         strata: [pairs] any labels (the pairs' categories).
         groups: [pairs] labels of pairs that depend on each other; default: each pair by itself.
     Raises:
-        UserError: fewer than four groups.
+        ValueError: fewer than four groups.
     """
     groups = group_numbers(groups, len(strata))
     sizes, first = np.bincount(groups), np.unique(groups, return_index=True)[1]
     if len(sizes) < MIN_PAIRS:
         what = "pairs" if len(sizes) == len(strata) else "independent groups of pairs"
-        raise UserError(f"Held-out statistics need at least {MIN_PAIRS} {what}, there are {len(sizes)}; add some.")
+        raise ValueError(f"held-out statistics need at least {MIN_PAIRS} {what}, there are {len(sizes)}")
     folds = int(np.clip(len(sizes) // MIN_PAIRS_PER_FOLD, 2, MAX_FOLDS))
     rng, labels = np.random.default_rng(seed), np.asarray(strata)[first]
     order = np.concatenate([rng.permutation(np.flatnonzero(labels == s)) for s in np.unique(labels)])
@@ -485,7 +483,7 @@ def layer_separation(vectors: np.ndarray, categories: list[str], groups: np.ndar
     """[layers] held-out Cohen's d of prompt vectors [pairs, 2, layers, hidden]; groups [pairs] as in `assign_folds`.
 
     Raises:
-        UserError: too few pairs to hold any out.
+        ValueError: too few pairs to hold any out.
     """
     folds = assign_folds(np.array(categories), groups=groups)
     layers = [pair_vectors(vectors[:, 0, layer], vectors[:, 1, layer]) for layer in range(vectors.shape[2])]

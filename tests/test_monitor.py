@@ -1,5 +1,7 @@
 """The monitor's scores: their scale, and what they predict on the organism."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from alignment_artifacts.behaviour import monitor
 from alignment_artifacts.behaviour.answers import observe
 from alignment_artifacts.directions.estimate import estimate
 from alignment_artifacts.directions.measurements import Measurements
-from alignment_artifacts.pairs import Pair
+from alignment_artifacts.pairs import Pair, PromptPairs
 from gemma_refactored.errors import UserError
 from gemma_refactored.prompt_processing import encode_prompts
 from model_organism.corpus import build_corpus
@@ -86,3 +88,9 @@ def test_other_prompts_are_told_apart_by_the_same_score(library):
     assert result["auroc"] > 0.9
     unaware = monitor.auroc_elsewhere(loaded, measured, "mlp", observe(loaded, texts, 24), lambda text, prompt: False)
     assert unaware["auroc"] is None and unaware["refused"] == 0
+
+
+def test_pairs_that_all_depend_on_each_other_are_refused(measured):
+    one = replace(measured, pairs=PromptPairs([replace(pair, block="all") for pair in measured.pairs]))
+    with pytest.raises(UserError, match="at least 4 independent pairs, not 1"):
+        monitor.held_out_auroc(one, "mlp")

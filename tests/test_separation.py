@@ -5,7 +5,6 @@ import pytest
 
 from alignment_artifacts import separation as st
 from alignment_artifacts.intervals import Uncertainty, robust_sd
-from gemma_refactored.errors import UserError
 
 CATEGORIES = np.repeat(np.arange(5), 10)
 
@@ -170,7 +169,7 @@ def test_folds_never_split_a_pair_and_spread_the_categories():
     for fold in range(5):
         assert np.bincount(CATEGORIES[folds == fold]).tolist() == [2] * 5
     assert len(np.unique(st.assign_folds(np.zeros(10)))) == 2
-    with pytest.raises(UserError, match="at least 4 pairs"):
+    with pytest.raises(ValueError, match="at least 4 pairs"):
         st.assign_folds(np.zeros(3))
 
 
@@ -215,7 +214,7 @@ def test_groups_are_never_split_and_swap_together():
         assert np.ptp(np.bincount([division[groups == g][0] for g in range(12)])) <= 1
     signs = st.sign_flips(groups, 100)
     assert all((np.ptp(signs[:, groups == g], axis=1) == 0).all() for g in range(12))
-    with pytest.raises(UserError, match="4 independent groups of pairs, there are 3"):
+    with pytest.raises(ValueError, match="4 independent groups of pairs, there are 3"):
         st.assign_folds(np.zeros(30), groups=np.arange(30) % 3)
 
 

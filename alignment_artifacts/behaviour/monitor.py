@@ -81,9 +81,14 @@ def held_out_auroc(
     score knows beyond that is "within_artifact": refused against answered artifact prompts; None with fewer than
     MIN_OF_EACH of either. Also the scores themselves, one [natural, artifact] a pair, so that a threshold can be
     chosen.
+
+    Raises:
+        UserError: too few independent pairs to hold any out.
     """
     vectors = measured.vectors_at(site, positions)
     categories, groups = np.array([pair.category for pair in measured.pairs]), independent_groups(measured.pairs)
+    if (independent := int(groups.max(initial=-1)) + 1) < st.MIN_PAIRS:
+        raise UserError(f"The monitor needs at least {st.MIN_PAIRS} independent pairs, not {independent}; add some.")
     folds = st.assign_folds(categories, seed, groups)
     scored = np.zeros(vectors.shape[:2])
     for _, _, training, held in st.each_fold(folds):
