@@ -107,8 +107,8 @@ class Adapter:
         notes = []
         if not has_effect:
             notes.append(
-                f"The adapter {self.folder} adds zeros only, as before any training, or less than the weights can "
-                "hold: none of them changes."
+                f"The adapter {self.folder} adds zeros only, as before any training, or no more than rounding the "
+                "weights would."
             )
         for name in BESIDE_ADAPTER:
             mine, theirs = self.folder / name, base / name
