@@ -120,7 +120,8 @@ def rounding(first: LoadedModel, second: LoadedModel, changes: Sequence[TensorCh
     return (
         f"{len(blurred)} of the {len(changed)} changed tensors are stored in 16 bits and changed so little that norm, "
         "rank and direction of their change are in part of rounding, whose expected norm is "
-        f"{percent(shares[most])} of the change's in {most}; where an adapter made the change, its own tensors have it exactly."
+        f"{percent(shares[most])} of the change's in {most}; where an adapter made the change, its own tensors "
+        "have it exactly."
     )
 
 
