@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +35,7 @@ PEFT_KEYS = {
 }  # fmt: skip
 # The others (PiSSA, OLoRA, LoftQ, ..) also change the weights of the model that the adapter is added to.
 PEFT_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+LARGEST = 3.4028235e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Change:
         a, b: [.., rank, in] and [.., out, rank]; of an embedding, in are its rows. None: no low-rank change.
         magnitude: the norm that each row of the sum gets (DoRA); None: as it comes.
         values: parameters that take the place of the model's, by name.
+        name: the module's in PEFT's file, which is transformers'.
     """
 
     a: mx.array | None = None
@@ -53,6 +54,7 @@ class Change:
     scale: float = 1.0
     magnitude: mx.array | None = None
     values: Mapping[str, mx.array] = field(default_factory=dict)
+    name: str = ""
 
     def added(self) -> mx.array | None:
         """[.., out, in] scale * B A, float32."""
@@ -66,18 +68,16 @@ class Adapter:
     Attributes:
         label: the last part of its name.
         digest: hash of its tensors and its config.
+        config: as on disk, its keys checked; `adapters.must_change` says what it asks for of a model.
         changes: by the module's name, without CONTAINERS.
-        last_layers: how many of the last blocks it changes, the same modules in each (0: all); None: not said.
-        targets: ends of the names of all modules that it changes; none: not said.
         trained_on: the model that its config names.
     """
 
     folder: Path
     kind: str
     digest: str
+    config: dict
     changes: dict[str, Change]
-    last_layers: int | None = None
-    targets: tuple[str, ...] = ()
     trained_on: str | None = None
     label: str = ""
 
@@ -92,17 +92,24 @@ class Adapter:
         trained = f", trained on {self.trained_on}" if self.trained_on else ""
         return f"{self.folder} ({self.kind}{rank}, {len(self.changes)} modules{trained})"
 
-    def notes(self, base: Path) -> list[str]:
+    def changed(self) -> set[str]:
+        """The modules that it adds to ("layers.0.mlp.up_proj") and parameters that it replaces ("lm_head.weight")."""
+        added = {name for name, change in self.changes.items() if change.a is not None}
+        return added | {f"{name}.{key}" for name, change in self.changes.items() for key in change.values}
+
+    def notes(self, base: Path, has_effect: bool) -> list[str]:
         """What to know before its numbers are believed, in sentences.
 
         Args:
             base: folder of the model that it is added to.
+            has_effect: whether a weight differs with it, of `adapters.fuse`.
         """
         notes = []
-        if not any(
-            change.values or (change.b is not None and mx.any(change.b).item()) for change in self.changes.values()
-        ):
-            notes.append(f"The adapter {self.folder} adds zeros only, as before any training.")
+        if not has_effect:
+            notes.append(
+                f"The adapter {self.folder} adds zeros only, as before any training, or no more than rounding the "
+                "weights would."
+            )
         for name in BESIDE_ADAPTER:
             mine, theirs = self.folder / name, base / name
             if mine.exists() and not (theirs.exists() and theirs.read_bytes() == mine.read_bytes()):
@@ -135,6 +142,8 @@ def read_adapter(name: str | Path) -> Adapter:
         UserError: no such folder, missing or damaged files, a kind of adapter or a key of its config that is not known
             here.
     """
+    if not isinstance(name, str | Path):
+        raise UserError(f"An adapter is the name of one folder or a Hugging Face id, not {shown(name)}.")
     folder = locate_adapter(name)
     config, path = _config_and_file(folder)
     tensors = _read_tensors(path)
@@ -204,22 +213,38 @@ def _whole_number(value: Any, where: str) -> int:
     return value
 
 
+def _rank(value: Any, where: str) -> int:
+    if _whole_number(value, where) < 1:
+        raise UserError(f"{where} must be 1 or more, not {shown(value)}.")
+    return value
+
+
 def _number(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{where} must be a number, not {shown(value)}.")
+    """Also refused is what float32, in which it is multiplied, makes infinite."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= LARGEST:
+        raise UserError(f"{where} must be a number that float32 can hold, not {shown(value)}.")
     return float(value)
 
 
-def _low_rank(path: Path, name: str, a: mx.array | None, b: mx.array | None, rank: int, scale: float) -> Change:
-    """A change from the two factors [.., rank, in] and [.., out, rank] of a module."""
+def _names(config: Mapping, key: str, where: str) -> list[str]:
+    """A list of names in a config; empty where there is none."""
+    names = config.get(key)
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{where}: {key} must be a list of names, not {shown(names)}.")
+    return names or []
+
+
+def _low_rank(path: Path, name: str, a: mx.array | None, b: mx.array | None, rank: int) -> Change:
+    """A change of scale 1 from the two factors [.., rank, in] and [.., out, rank] of a module."""
     if a is None or b is None:
         raise UserError(f"{path} has only one of the two factors of {name}; download it again.")
     if a.ndim != b.ndim or a.ndim < 2 or not a.shape[-2] == b.shape[-1] == rank:
         raise UserError(
-            f"{path}: the factors of {name} are {list(b.shape)} and {list(a.shape)}, which is not the rank {rank} that "
-            f"{CONFIG} says; the two files do not belong together."
+            f"{path}: the factors of {name} are {list(b.shape)} and {list(a.shape)}, which is not the rank "
+            f"{shown(rank)} that {CONFIG} says; the two files do not belong together."
         )
-    return Change(a, b, scale)
+    return Change(a, b)
 
 
 def _read_mlx_lm(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Adapter:
@@ -228,10 +253,10 @@ def _read_mlx_lm(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Ad
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora", "full"):
         raise UserError(f"{where}: fine_tune_type {shown(kind)} is not known here; lora, dora and full are.")
-    last = max(_whole_number(config.get("num_layers"), f"{where}: num_layers"), 0)
+    _whole_number(config.get("num_layers"), f"{where}: num_layers")
     trained_on = config.get("model")
     adapter = Adapter(
-        folder, {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tune"}[kind], "", {}, last,
+        folder, {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tune"}[kind], "", config, {},
         trained_on=trained_on if isinstance(trained_on, str) else None,
     )  # fmt: skip
     parts = _by_module(tensors)
@@ -242,8 +267,9 @@ def _read_mlx_lm(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Ad
         raise UserError(f"{where} has no lora_parameters with rank and scale.")
     if unknown := [key for key in about if key not in ("rank", "scale", "dropout", "keys")]:
         raise UserError(f"{where}: lora_parameters has {unknown[0]}, which is not known here.")
-    rank = _whole_number(about.get("rank"), f"{where}: rank")
+    rank = _rank(about.get("rank"), f"{where}: rank")
     scale = _number(about.get("scale"), f"{where}: scale")
+    _names(about, "keys", str(where))
     changes = {}
     for module, values in parts.items():
         expected = {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])}
@@ -252,13 +278,10 @@ def _read_mlx_lm(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Ad
         a, b = values.get("lora_a"), values.get("lora_b")
         if a is not None and a.ndim == 2:  # of experts, side by side, both are kept as they are multiplied
             a, b = a.T, b if b is None else b.T
-        change = _low_rank(path, module, a, b, rank, scale)
+        change = _low_rank(path, module, a, b, rank)
         if kind == "dora" and "m" not in values:
             raise UserError(f"{path} has no magnitudes for {module}, and {CONFIG} says dora.")
-        changes[module] = replace(change, magnitude=values.get("m"))
-    keys = about.get("keys")
-    if isinstance(keys, list) and any(re.search(r"\.\d+\.", str(key)) for key in keys):
-        adapter = replace(adapter, last_layers=None)  # modules named one by one
+        changes[module] = replace(change, scale=scale, magnitude=values.get("m"))
     return replace(adapter, changes=changes)
 
 
@@ -294,27 +317,25 @@ def _read_peft(folder: Path, config: dict, tensors: dict[str, mx.array]) -> Adap
         values = {key: value for key, value in found.items() if key in ("weight", "bias")}
         change = Change(values=values)
         if found.keys() - values.keys():
-            rank = _whole_number(_of_pattern(config, "rank_pattern", module, config.get("r")), f"{where}: r")
+            rank = _rank(_of_pattern(config, "rank_pattern", module, config.get("r")), f"{where}: r")
             alpha = _of_pattern(config, "alpha_pattern", module, config.get("lora_alpha"))
-            scale = _number(alpha, f"{where}: lora_alpha") / max(rank**0.5 if config.get("use_rslora") else rank, 1)
-            change = replace(_low_rank(path, module, found.get("a"), found.get("b"), rank, scale), values=values)
+            change = _low_rank(path, module, found.get("a"), found.get("b"), rank)
+            scale = _number(alpha, f"{where}: lora_alpha") / (rank**0.5 if config.get("use_rslora") else rank)
+            change = replace(change, scale=scale, values=values)
             if is_dora != ("magnitude" in found):
                 state = "has no magnitudes for" if is_dora else "has magnitudes for"
                 raise UserError(f"{path} {state} {module}, and {CONFIG} says use_dora = {is_dora}.")
             change = replace(change, magnitude=found.get("magnitude"))
         if core_name(module) in changes:
             raise UserError(f"{path} changes {core_name(module)} under two names; it was put together from several.")
-        changes[core_name(module)] = change
-    targets = config.get("target_modules")  # a text is a pattern of names that transformers alone has
-    leaves_out = any(config.get(key) not in EMPTY for key in ("layers_to_transform", "exclude_modules"))
-    names = [] if leaves_out or not isinstance(targets, list) else [core_name(str(target)) for target in targets]
+        changes[core_name(module)] = replace(change, name=module)
     trained_on = config.get("base_model_name_or_path")
     return Adapter(
         folder,
         "PEFT DoRA" if is_dora else "PEFT LoRA",
         "",
+        config,
         changes,
-        targets=tuple(names),
         trained_on=trained_on if isinstance(trained_on, str) and trained_on else None,
     )
 
@@ -323,13 +344,59 @@ def _check_peft(where: Path, config: dict) -> None:
     if config["peft_type"] != "LORA":
         raise UserError(f"{where}: adapters of the type {shown(config['peft_type'])} are not supported; LORA is.")
     start = config.get("init_lora_weights", True)
-    if start not in PEFT_STARTS:
+    if not _is_one_of(start, PEFT_STARTS):
         raise UserError(
             f"{where}: init_lora_weights {shown(start)} also changes the model's own weights; convert the adapter to a "
             "plain one (PEFT's save_pretrained(.., path_initial_model_for_weight_conversion=..))."
         )
-    if unknown := [key for key, value in config.items() if key not in PEFT_KEYS and value not in EMPTY]:
+    if unknown := [key for key, value in config.items() if key not in PEFT_KEYS and not _is_one_of(value, EMPTY)]:
         raise UserError(f"{where}: {unknown[0]} = {shown(config[unknown[0]])} is not supported.")
+    for key in ("use_dora", "use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(key), bool | None):
+            raise UserError(f"{where}: {key} must be true or false, not {shown(config[key])}.")
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        raise UserError(f"{where}: bias must be none, all or lora_only, not {shown(config['bias'])}.")
+    if config.get("target_modules") is None:
+        raise UserError(f"{where} has no target_modules; save the adapter again with PEFT, which writes them.")
+    _names(config, "modules_to_save", str(where))
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        if not isinstance(config.get(key), str):
+            _names(config, key, str(where))
+    for number in _listed(config.get("layers_to_transform")):
+        _whole_number(number, f"{where}: layers_to_transform")
+    try:
+        is_peft_target(config, "")
+    except re.error as error:
+        raise UserError(f"{where}: its patterns of names cannot be read ({error}); mend them.") from None
+
+
+def _is_one_of(value: Any, values: tuple) -> bool:
+    """`in`, for which 0 is False and 1 is True."""
+    return any(type(value) is type(other) and value == other for other in values)
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
+
+
+def is_peft_target(config: Mapping, name: str) -> bool:
+    """Does PEFT add to the module that transformers calls so? Its `check_target_module_exists` is the definition."""
+
+    def is_named(names: str | list[str]) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, name) is not None
+        return any(f".{name}".endswith(f".{end}") for end in names)
+
+    targets, layers = config["target_modules"], _listed(config.get("layers_to_transform"))
+    is_saved = any([re.match(rf"(^|.*\.){part}($|\..*)", name) for part in config.get("modules_to_save") or []])
+    is_excluded, is_target = is_named(config.get("exclude_modules") or []), is_named(targets)
+    named = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in _listed(config.get("layers_pattern"))]
+    numbers = [re.match(pattern, name) for pattern in named or [r".*?\.[^.]*\.(\d+)\."]]
+    if is_excluded or is_saved or not is_target:
+        return False
+    if not layers or isinstance(targets, str) or name in targets:
+        return True
+    return next((int(number[1]) in layers for number in numbers if number), False)
 
 
 def _peft_name(name: str) -> tuple[str, str]:

@@ -192,9 +192,9 @@ def load(
         log.warning("The weights are float16, which Gemma's residual stream can overflow: running in float32.")
         model.set_dtype(mx.float32)
     if added:
-        fuse(model, added, config["model_type"], getattr(mx, weights_dtype(model)))
+        has_effect = fuse(model, added, config["model_type"], getattr(mx, weights_dtype(model)))
         log.info("Adapter: %s", added.describe())
-        for note in added.notes(folder):
+        for note in added.notes(folder, has_effect):
             log.warning("%s", note)
     if is_expanded and isinstance(model, Gemma):
         share_rotations(model)

@@ -246,6 +246,10 @@ def test_files_that_are_not_an_adapter(what, llama, tmp_path):
         load(llama[0], adapter=copy)
 
 
+def lora(rank=3, scale=1, **others):
+    return {"lora_parameters": {"rank": rank, "scale": scale, **others}}
+
+
 CONFIGS = {
     "another kind": ({"fine_tune_type": "prefix"}, "fine_tune_type 'prefix'"),
     "no layers": ({"num_layers": None}, "num_layers must be"),
@@ -257,7 +261,20 @@ CONFIGS = {
     "a scale that is none": ({"lora_parameters": {"rank": 3, "scale": float("nan")}}, "scale must be a number"),
     "fewer layers": ({"num_layers": 1}, "changes layers.1.mlp.down_proj, though"),
     "more layers": ({"num_layers": -1}, "leaves out layers.0"),
-}
+    "fewer keys": (lora(keys=["self_attn.q_proj"]), "changes layers.1.mlp.down_proj, though"),
+    "more keys": (lora(keys=[*KEYS["llama"], "mlp.up_proj"]), "leaves out layers.1.mlp.up_proj, though"),
+    "a key of one layer": (
+        lora(keys=["model.layers.1.self_attn.q_proj", "mlp.down_proj"]), "changes layers.2.self_attn.q_proj, though",
+    ),
+    "keys of more layers": (
+        lora(keys=[*KEYS["llama"], "model.layers.0.mlp.down_proj"]), "leaves out layers.0.mlp.down_proj, though",
+    ),
+    "a key outside the layers": (lora(keys=[*KEYS["llama"], "model.embed_tokens"]), "leaves out embed_tokens"),
+    "keys that are a text": (lora(keys="self_attn.q_proj"), "keys must be a list of names"),
+    "no rank": (lora(rank=0), "rank must be 1 or more, not 0"),
+    "a scale of 400 digits": (lora(scale=10**400), "scale must be a number that float32 can hold"),
+    "a scale that float32 has not": (lora(scale=1e39), "scale must be a number that float32 can hold, not 1e.39"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", CONFIGS)
@@ -278,6 +295,12 @@ TENSORS = {
                              "changes extra, and this model of 3 layers has no such module"),
     "of more layers": (lambda t: {k.replace("layers.2", "layers.7"): v for k, v in t.items()}, "3 layers has no such"),
     "twice": (lambda t: {**t, FIRST.removeprefix("model."): t[FIRST]}, "two tensors for lora_a of layers.1"),
+    "under two names": (lambda t: {**t, **{k.replace("model.layers", "transformer.h"): v for k, v in t.items()}},
+                        "changes layers.1.* under two names"),
+    "too large": (lambda t: {**t, FIRST: t[FIRST] * 1e37, FIRST[:-1] + "b": t[FIRST[:-1] + "b"] * 1e37},
+                  "copy makes layers.1.self_attn.q_proj.weight infinite or NaN in float32"),
+    "beside a layer": (lambda t: {**t, "model.embed_tokens.lora_a": mx.zeros((300, 3)),
+                                  "model.embed_tokens.lora_b": mx.zeros((3, 64))}, "changes embed_tokens, though"),
     "of an unknown kind": (lambda t: {**t, "model.layers.1.self_attn.q_proj.lora_c": t[FIRST]}, "lora_c, which"),
 }  # fmt: skip
 
@@ -301,7 +324,35 @@ PEFT = {
     "not DoRA": ("dora", {"use_dora": False}, "has magnitudes"),
     "more modules": ("plain", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]}, "leaves out"),
     "more layers": ("some_layers", {"layers_to_transform": None}, "leaves out layers.1"),
-}
+    "layers of a list": ("some_layers", {"layers_to_transform": [0, 1, 2]}, "leaves out layers.1.self_attn.o_proj, th"),
+    "one layer": ("plain", {"layers_to_transform": 0}, "changes layers.1.mlp.down_proj, though"),
+    "layers of another list": ("plain", {"layers_to_transform": [0], "layers_pattern": "blocks"}, "changes layers.0"),
+    "fewer modules": ("plain", {"target_modules": ["q_proj", "v_proj", "o_proj"]}, "changes layers.0.mlp.down_proj, t"),
+    "fewer by a pattern": ("multimodal", {"target_modules": r".*language_model.*\.q_proj"}, "changes layers.0.mlp.do"),
+    "more by a pattern": (
+        "multimodal", {"target_modules": r".*language_model.*\.(q|up|down)_proj"}, "leaves out layers.0.mlp.up_proj",
+    ),
+    "a pattern of other names": ("multimodal", {"target_modules": r"language_model.*\.(q|down)_proj"}, "changes la"),
+    "all of them": ("plain", {"target_modules": "all-linear"}, "leaves out layers.0.mlp.gate_proj"),
+    "excluded": ("plain", {"exclude_modules": ["v_proj"]}, "changes layers.0.self_attn.v_proj"),
+    "excluded by a pattern": ("plain", {"exclude_modules": r".*\.1\..*"}, "changes layers.1"),
+    "an unembedding": ("plain", {"modules_to_save": ["lm_head"]}, "leaves out lm_head.weight"),
+    "a norm": ("untied", {"modules_to_save": ["lm_head", "model.norm"]}, "leaves out norm.weight"),
+    "all biases": ("untied", {"bias": "all"}, "leaves out layers.0.self_attn.k_proj.bias"),
+    "no biases": ("untied", {"bias": "none"}, "changes layers.0.self_attn.q_proj.bias"),
+    "other biases": ("plain", {"bias": "some"}, "bias must be none, all or lora_only"),
+    "no modules": ("plain", {"target_modules": None}, "has no target_modules"),
+    "numbers of modules": ("plain", {"target_modules": [1]}, "target_modules must be a list of names"),
+    "names of layers": ("plain", {"layers_to_transform": ["0"]}, "layers_to_transform must be a whole number"),
+    "no pattern": ("plain", {"target_modules": "("}, "patterns of names cannot be read"),
+    "a text for a truth": ("plain", {"use_rslora": "false"}, "use_rslora must be true or false, not 'false'"),
+    "a number for a start": ("plain", {"init_lora_weights": 1}, "init_lora_weights 1 also"),
+    "unknown and 0": ("plain", {"use_something": 0}, "use_something = 0 is not supported"),
+    "a negative rank": ("plain", {"r": -2, "use_rslora": True}, "r must be 1 or more, not -2"),
+    "a rank of 400 digits": ("plain", {"r": 10**400, "use_rslora": True}, "not the rank 1000"),
+    "an alpha of 400 digits": ("plain", {"lora_alpha": 10**400}, "lora_alpha must be a number that float32 can hold"),
+    "an alpha that float32 has not": ("plain", {"lora_alpha": 1e300}, "lora_alpha must be a number that float32"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", PEFT)
@@ -310,6 +361,56 @@ def test_configs_of_peft_that_are_refused(what, tmp_path):
     model, kind = base_of(case)
     with pytest.raises(UserError, match=message):
         fuse(model, read_adapter(peft_copy(case, tmp_path / "copy", config)), kind, mx.float32)
+
+
+SAME = {
+    "layers": ("plain", {"layers_to_transform": [0, 1, 2, 3], "layers_pattern": ["layers", "h"]}),
+    "whole names": ("conv1d", {"target_modules": [
+        f"transformer.h.{layer}.attn.{name}" for layer in range(3) for name in ("c_attn", "c_proj")]}),
+    "a pattern": ("plain", {"target_modules": r"model\.layers\.\d+\.(mlp\.down|self_attn\.[qvo])_proj"}),
+    "a pattern for the embedding": (
+        "untied", {"target_modules": r"model\.(embed_tokens|layers\.\d\.self_attn\.q_proj)"},
+    ),
+    "layers by what is excluded": ("some_layers", {"layers_to_transform": None, "exclude_modules": r".*\.1\..*"}),
+    "what there is not": ("plain", {"exclude_modules": ["lm_head"], "bias": "all"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_configs_of_peft_that_say_the_same_in_other_words(what, tmp_path):
+    case, config = SAME[what]
+    model, kind = base_of(case)
+    golden = mx.load(str(ADAPTERS / case / "golden.safetensors"))
+    assert fuse(model, read_adapter(peft_copy(case, tmp_path / "copy", config)), kind, mx.float32)
+    assert relative_error(model(golden["tokens"]), golden["logits"]) < 1e-5
+
+
+def test_all_linear_is_every_matrix_but_the_unembedding(tmp_path):
+    """PEFT's words; with one module less or more the adapter is refused."""
+    shapes = {path: module.weight.shape for path, module in base_of("untied")[0].named_modules()
+              if path.endswith("_proj") or path == "lm_head"}  # fmt: skip
+    config = {"target_modules": "all-linear", "modules_to_save": None, "bias": "none"}
+
+    def added(names):
+        sides = [(name, {"A": (3, shapes[name][1]), "B": (shapes[name][0], 3)}) for name in names]
+        return {
+            f"base_model.model.{name}.lora_{part}.weight": mx.ones(shape)
+            for name, parts in sides
+            for part, shape in parts.items()
+        }
+
+    inside = sorted(shapes.keys() - {"lm_head"})
+    assert len(inside) == 3 * 7
+    for names, message in ((inside, None), (inside[1:], "leaves out layers.0.mlp.down"), (shapes, "changes lm_head")):
+        model, kind = base_of("untied")
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        tmp_path.mkdir()
+        adapter = read_adapter(peft_copy("untied", tmp_path / "copy", config, lambda _, names=names: added(names)))
+        if message is None:
+            assert fuse(model, adapter, kind, mx.float32)
+        else:
+            with pytest.raises(UserError, match=message):
+                fuse(model, adapter, kind, mx.float32)
 
 
 def test_peft_on_weights_that_are_not_transformers():
@@ -354,6 +455,9 @@ def test_an_adapter_that_is_named_as_a_model(llama):
         load(llama[1])
     with pytest.raises(UserError, match="no adapter folder"):
         load(llama[0], adapter="./absent")
+    for several in ([str(llama[1]), "x/y"], 3):
+        with pytest.raises(UserError, match="the name of one folder or a Hugging Face id, not"):
+            load(llama[0], adapter=several)
 
 
 def test_what_is_to_be_known_is_said(llama, tmp_path, caplog):
@@ -367,6 +471,34 @@ def test_what_is_to_be_known_is_said(llama, tmp_path, caplog):
     load(base, adapter=zeros)
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 2 and "adds zeros only" in said[0] and said[1].startswith("The chat_template.jinja beside")
+
+
+def test_an_adapter_without_effect_is_one_whose_weights_are_the_models(llama, tmp_path, caplog):
+    """Not one whose B is 0: a scale can be 0, and DoRA's magnitudes can have been trained."""
+    base, adapter = llama
+    untrained = {"lora_b": 0.0, "lora_a": 1.0}
+    dora = write_adapter(tmp_path / "dora", base, 2, "dora", KEYS["llama"])
+    start = {f"{name}.m": mx.linalg.norm(module.weight, axis=1) for name, module in load(base).model.named_modules()
+             if name.endswith("_proj")}  # fmt: skip
+
+    def of_dora(stretch):
+        return lambda tensors: {
+            name: start[name] * stretch if name in start else value * untrained[name.rpartition(".")[2]]
+            for name, value in tensors.items()
+        }
+
+    cases = {
+        "scale": (adapter, lora(scale=0, keys=KEYS["llama"]), lambda tensors: tensors, False),
+        "start": (dora, None, of_dora(1 + 1e-7), False),
+        "magnitudes": (dora, None, of_dora(1.01), True),
+    }
+    plain = dict(tree_flatten(load(base).model.parameters()))
+    for name, (source, config, tensors, has_effect) in cases.items():
+        caplog.clear()
+        fused = load(base, adapter=edited(source, tmp_path / "copies" / name, config, tensors)).model
+        moved = max(relative_error(value, plain[name]) for name, value in tree_flatten(fused.parameters()))
+        said = [record.message for record in caplog.records if "adds zeros only" in record.message]
+        assert (len(said), moved > 1e-3) == ((0, True) if has_effect else (1, False))
 
 
 def test_an_edited_adapter_does_not_continue_a_collection(llama, tmp_path, capsys):

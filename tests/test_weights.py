@@ -156,7 +156,58 @@ def test_quantised_weights_count_as_what_they_stand_for(tmp_path):
     assert len(changes) == num_tensors(other)
     matrices = [c for c in changes if len(c.shape) == 2]
     assert all(0.01 < c.relative_change < 0.3 and c.effective_rank > 10 for c in matrices)
-    assert "quantised: what rounding did" in weights.rounding(other, kept) and weights.rounding(other, other) is None
+    assert "quantised: what rounding did" in weights.rounding(other, kept, changes)
+    assert weights.rounding(other, other, weight_changes(other, other)) is None
+
+
+@pytest.mark.parametrize("dtype, relative", [(mx.bfloat16, 0.0017), (mx.float16, 0.0002)])
+def test_what_rounding_to_sixteen_bits_does_is_estimated(dtype, relative):
+    """By the truth: what it does to a matrix with a change of rank one, larger than the spacing of its numbers."""
+    before = mx.array(RNG.standard_normal((96, 128)).astype(np.float32)).astype(dtype).astype(mx.float32)
+    size = float(mx.linalg.norm(before).item())
+    after = before + mx.array(0.1 * size * np.outer(unit(96), unit(128)).astype(np.float32))
+    about = weights.TensorChange("x.weight", 0, "x", before.shape)
+    exact = weights._change(about, before, after, False)
+    rounded = weights._change(about, before, after.astype(dtype).astype(mx.float32), False)
+    truth = float(mx.linalg.norm(after.astype(dtype).astype(mx.float32) - after).item())
+    assert exact.rounding_norm == 0 and exact.rank_99 == 1
+    assert rounded.rounding_norm == pytest.approx(truth, rel=0.1) == pytest.approx(relative * size, rel=0.15)
+
+
+@pytest.mark.parametrize("share, is_blurred", [(0.3, False), (0.001, True)])
+def test_small_changes_of_sixteen_bit_weights_are_said_to_be_rounding_in_part(share, is_blurred, tmp_path):
+    model = random_gemma()
+    model.set_dtype(mx.bfloat16)
+    write_checkpoint(tmp_path / "a", model)
+    name = "layers__1__mlp__down_proj__weight"
+    weight = model.layers[1].mlp.down_proj.weight.astype(mx.float32)
+    added = share * float(mx.linalg.norm(weight).item()) * np.outer(*(unit(size) for size in weight.shape))
+    both = [load(tmp_path / "a"), load(changed_copy(tmp_path / "a", tmp_path / "b", **{name: added}))]
+    changes = changes_or_reason(both)
+    (change,) = [change for change in changes if change.norm]
+    assert (change.effective_rank > 1.5) == is_blurred
+    result = weights.compare_weights(both, changes, [], np.zeros((0, 64)), np.zeros((0, 64)), ("x", "y"), {})
+    note = result["rounding"] or ""
+    assert note.startswith("1 of the 1 changed tensors are stored in 16 bits") == is_blurred == bool(note)
+    assert result["summary"].endswith(note) and result["tensors"][0]["rounding_norm"] == change.rounding_norm > 0
+    adapter = write_adapter(tmp_path / "adapter", tmp_path / "a", keys=["mlp.down_proj"], scale=1e-3)
+    fused = load(tmp_path / "a", adapter=adapter)  # in float32: exact
+    assert weights.rounding(both[0], fused, weight_changes(both[0], fused)) is None
+
+
+@pytest.mark.parametrize("family, name", [("gemma3", "model__norm__weight"), ("llama", "model__norm__weight"),
+                                          ("gemma3", "layers__1__self_attn__q_norm__weight")])  # fmt: skip
+def test_a_norm_changes_by_what_it_multiplies_with(family, name, tmp_path):
+    """Rescaled by 1%, which Gemma stores as another w of 1 + w."""
+    folder = tmp_path / "a"
+    write_checkpoint(folder, random_gemma()) if family == "gemma3" else write_family(folder, family)
+    tensors = read_safetensors(folder / "model.safetensors")[0]
+    (stored,) = [np.array(value) for key, value in tensors.items() if key.endswith(name.replace("__", "."))]
+    used = stored + (family == "gemma3")
+    both = load(folder), load(changed_copy(folder, tmp_path / "b", **{name: 0.01 * used}))
+    (change,) = [change for change in weight_changes(*both) if change.norm]
+    assert change.relative_change == pytest.approx(0.01, rel=1e-4)
+    assert change.norm == pytest.approx(0.01 * np.linalg.norm(used), rel=1e-4)
 
 
 def test_models_of_other_tensors_are_one_sentence(tmp_path):

@@ -6,6 +6,7 @@ what they stand for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ KEPT = 16  # singular values of a change
 ITERATIONS, OVERSAMPLED = 12, 8  # of the search for them (Halko et al. 2011, arXiv 0909.4061)
 MOST_OF_IT = 0.99  # of a change's squared norm
 MOST_CHANGED = 10  # tensors whose leading direction a result file has
+SIXTEEN_BITS = ((mx.bfloat16, 8, -133), (mx.float16, 11, -24))  # binary digits, and the exponent of the smallest number
 BLOCK_NUMBERS = 1 << 22  # that are compared at a time
 # What architectures call the last matrix of a part; where a matrix is square, only its name tells which end is which.
 WRITERS = (
@@ -38,7 +40,10 @@ class TensorChange:
 
     Attributes:
         layer: of the model; None outside its blocks. kind: the name without the block's.
-        norm: Frobenius norm of the change; relative_change: by that of the tensor before (None where that is 0).
+        norm: Frobenius norm of the change; relative_change: by that of the tensor before (None where that is 0), of
+            1 + w where a norm multiplies by that, as Gemma's do.
+        rounding_norm: expected norm of what rounding to 16 bits does to the tensor after, uniform within the spacing of
+            its numbers; 0 where they have more bits.
         effective_rank: participation ratio of the change's squared singular values, (sum s^2)^2 / sum s^4; 1 for a
             change along one direction, n for n equal ones. None for a vector, and where nothing changed.
         rank_99: number of singular values that make up 99% of the squared norm; None for more than KEPT.
@@ -54,6 +59,7 @@ class TensorChange:
     shape: tuple[int, ...]
     norm: float = 0.0
     relative_change: float | None = 0.0
+    rounding_norm: float = 0.0
     effective_rank: float | None = None
     rank_99: int | None = None
     singular_values: list[float] = field(default_factory=list)
@@ -62,8 +68,8 @@ class TensorChange:
 
     def record(self) -> dict:
         """For a result file, without the directions."""
-        names = ("name", "layer", "kind", "shape", "norm", "relative_change", "effective_rank", "rank_99", "stream",
-                 "singular_values")  # fmt: skip
+        names = ("name", "layer", "kind", "shape", "norm", "relative_change", "rounding_norm", "effective_rank",
+                 "rank_99", "stream", "singular_values")  # fmt: skip
         total = self.norm**2
         shares = {"share_of_first": self.singular_values[0] ** 2 / total if self.singular_values else None}
         return {name: getattr(self, name) for name in names} | shares
@@ -88,7 +94,8 @@ def weight_changes(
         kind = name if layer is None else name.removeprefix(blocks[layer])
         shape, is_table = _shape(module, key), isinstance(module, nn.Embedding)
         about = TensorChange(name, layer, kind, shape, stream=_stream(name, is_table, shape, second.hidden_size))
-        changes.append(_change(about, _array(*before[name]), _array(module, key), is_table))
+        offset = _less_than_used(module, key)
+        changes.append(_change(about, _array(*before[name]), _array(module, key), is_table, offset))
         progress(1)
     return sorted(changes, key=lambda change: (change.layer is None, change.layer or 0))
 
@@ -97,13 +104,25 @@ def num_tensors(loaded: LoadedModel) -> int:
     return len(_tensors(loaded.model))
 
 
-def rounding(first: LoadedModel, second: LoadedModel) -> str | None:
+def rounding(first: LoadedModel, second: LoadedModel, changes: Sequence[TensorChange]) -> str | None:
     """What to know about changes that are none of training's, in a sentence; None: nothing."""
     rounded = [m.name for m in (first, second) if m.config.get("quantization") or (m.folder / WEIGHTS).exists()]
-    if not rounded:
+    if rounded:
+        verb = "is" if len(rounded) == 1 else "are"
+        return f"{' and '.join(rounded)} {verb} quantised: what rounding did to the weights counts as change."
+    changed = [change for change in changes if change.norm]
+    shares = {change.name: change.rounding_norm / change.norm for change in changed}
+    # That much of the squared norm is what `rank_99` leaves out.
+    blurred = [name for name, share in shares.items() if share**2 > 1 - MOST_OF_IT]
+    if not blurred:
         return None
-    verb = "is" if len(rounded) == 1 else "are"
-    return f"{' and '.join(rounded)} {verb} quantised: what rounding did to the weights counts as change."
+    most = max(blurred, key=lambda name: shares[name])
+    return (
+        f"{len(blurred)} of the {len(changed)} changed tensors are stored in 16 bits and changed so little that norm, "
+        "rank and direction of their change are in part of rounding, whose expected norm is "
+        f"{percent(shares[most])} of the change's in {most}; where an adapter made the change, its own tensors "
+        "have it exactly."
+    )
 
 
 def output_sites(model: nn.Module) -> list[str]:
@@ -177,7 +196,7 @@ def compare_weights(
             if given <= MOST_CHANGED:
                 record["direction"] = [float(f"{x:.6g}") for x in direction]
         records.append(record)
-    note = rounding(*models)
+    note = rounding(models[0], models[1], changes)
     summary = _summarise(records, len(changes), sides, note)
     return {"not_compared": None, "summary": summary, "num_tensors": len(changes), "rounding": note, "tensors": records}
 
@@ -261,8 +280,25 @@ def _stream(name: str, is_table: bool, shape: tuple[int, ...], hidden: int) -> s
     return "writes" if writes else "reads" if reads else None
 
 
-def _change(about: TensorChange, before: mx.array, after: mx.array, is_table: bool) -> TensorChange:
-    """Args: is_table: of an embedding, whose rows are what is written."""
+def _less_than_used(module: nn.Module, key: str) -> float:
+    """1 where a norm multiplies by 1 + w, by what it makes of numbers of root mean square 1; 0 elsewhere."""
+    is_norm = re.search(r"Norm(1P)?$", type(module).__name__) and type(module) not in (nn.RMSNorm, nn.LayerNorm)
+    if not is_norm or key != "weight" or module[key].ndim != 1:
+        return 0.0
+    signs = 1 - 2 * (mx.arange(module[key].size) % 2).astype(mx.float32)
+    used = (module(signs) - module.get("bias", 0)) * signs
+    return float(bool(mx.allclose(used, 1 + module[key], rtol=0.01, atol=0.01)))
+
+
+def _change(
+    about: TensorChange, before: mx.array, after: mx.array, is_table: bool, offset: float = 0.0
+) -> TensorChange:
+    """Compare one tensor.
+
+    Args:
+        is_table: of an embedding, whose rows are what is written.
+        offset: what is added to the tensor where it is used.
+    """
     if mx.array_equal(before, after):
         return about
     has_stream_last = about.stream == "reads" or is_table
@@ -275,13 +311,21 @@ def _change(about: TensorChange, before: mx.array, after: mx.array, is_table: bo
     is_wide = after.shape[0] < after.shape[1]
     small = min(after.shape)
 
-    gram, size = np.zeros((small, small)), 0.0
+    gram, size, rounded = np.zeros((small, small)), 0.0, 0.0
+    digits, least = next((bits for dtype, *bits in SIXTEEN_BITS if _fits(after, dtype)), (None, 0))
     for old, new in _blocks(before, after, is_wide):
         difference = new - old
         gram += difference.T @ difference
-        size += (old * old).sum()
+        size += ((old + offset) ** 2).sum()
+        if digits:
+            exponents = np.frexp(new[new != 0])[1] - digits
+            rounded += (4.0 ** np.maximum(exponents, least)).sum() / 12  # the variance within a spacing
     total = float(np.trace(gram))
-    values = {"norm": total**0.5, "relative_change": float((total / size) ** 0.5) if size else None}
+    values = {
+        "norm": total**0.5,
+        "relative_change": float((total / size) ** 0.5) if size else None,
+        "rounding_norm": float(rounded**0.5),
+    }
     if len(about.shape) < 2 or not total:
         return replace(about, **values)
     squares, vectors = _leading(gram)
@@ -297,6 +341,11 @@ def _change(about: TensorChange, before: mx.array, after: mx.array, is_table: bo
             vectors = np.concatenate(projected) / np.sqrt(squares)
         values["directions"] = vectors.T.astype(np.float32)
     return replace(about, **values)
+
+
+def _fits(array: mx.array, dtype: mx.Dtype) -> bool:
+    """Are all numbers of a type, whatever type they are kept in?"""
+    return array.dtype == dtype or bool(mx.array_equal(array.astype(dtype).astype(mx.float32), array))
 
 
 def _blocks(before: mx.array, after: mx.array, is_wide: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
