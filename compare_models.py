@@ -14,7 +14,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -127,13 +127,26 @@ def run(constants: Constants) -> None:
         )  # fmt: skip
     keep_earlier(results, models[0].revision)
     with places.written_together(results) as folder:
-        write_json(folder / "data" / "model_comparison.json", origin.stamp(result))
+        write_json(folder / "data" / "model_comparison.json", origin.stamp({**result, "typed": typed(constants)}))
         for plot, stem in zip((plot_comparison, plot_weights), places.COMPARISON_FIGURES, strict=True):
             plot(result, folder / "figures" / f"{stem}.png")
     print_tables(result)
     print("\n" + places.told("Numbers", results / "data" / "model_comparison.json"))
     for stem in places.COMPARISON_FIGURES:
         print(places.told("Figure", results / "figures" / f"{stem}.png"))
+
+
+def typed(constants: Constants) -> dict:
+    """Option -> what names models, prompts and chat format; what else repeats a comparison is in its "config"."""
+
+    def recorded(name: str | Path | None) -> str | None:
+        if name is None:
+            return None
+        path = places.find_model(name)
+        return places.recorded(path) if os.path.exists(path) else path
+
+    names = ("model_a", "adapter_a", "model_b", "adapter_b", "pairs_json", "twins")
+    return {**{name: recorded(getattr(constants, name)) for name in names}, **asdict(constants.chat)}
 
 
 def not_compared(constants: Constants) -> list[str]:

@@ -1,16 +1,17 @@
 """Base against aligned organism, where the truth is known; and what cannot be compared."""
 
 import json
+import shlex
 import shutil
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 import compare_models as script
 from alignment_artifacts.comparison.compare import check_comparable, compare, short_names, summarise
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
-from alignment_artifacts.report import contents
+from alignment_artifacts.report import contents, repeat
 from alignment_artifacts.scores import Settings
 from gemma_refactored.errors import UserError
 from gemma_refactored.model_loading import load
@@ -174,6 +175,33 @@ def test_a_comparison_without_a_difference_says_so():
     text = summarise([record, {**record, "largest_change": 0}], ("x", "y"))
     rest = "no better or worse than x at any layer. At layer 1 they are identical."
     assert text == f"On the same tokens y separates artifact from natural prompts {rest}"
+
+
+def test_the_command_on_the_page_asks_for_the_same_comparison(compared, monkeypatch):
+    """Whatever is set on top of the script or in the environment."""
+    asked = []
+    monkeypatch.setattr(script, "run", asked.append)
+    monkeypatch.setattr(script, "NUM_PERMUTATIONS", 499)
+    monkeypatch.chdir(ROOT)
+    options = ["--model-a", "./model_organism/base/", "--adapter-b", "who/adapter", "--neutral-text", "It's 'so'.",
+               "--twins", "model_organism/benign_twins.json", "--system-prompt", "Be brief."]  # fmt: skip
+    assert script.main() == script.main([*options, "--seed", "3"]) == 0
+    for constants, result in zip(asked[:2], (compared[0], None), strict=True):
+        named = {name: getattr(constants, name) for name in ("site", "max_tokens", "neutral_text")}
+        typed, config = script.typed(constants), {**named, **asdict(constants.statistics)}
+        if result:
+            assert (typed, config) == (result["typed"], {name: result["config"][name] for name in config})
+        nothing = {"available": False}
+        section = {"available": True, "repeat": {"typed": typed, "config": config}}
+        sections = {"analysis": nothing, "comparison": section, "vocabulary": nothing}
+        first, _ = repeat.commands(repeat.Experiment(), sections, {"transcripts": [], "sweep": []})
+        python, name, *options = shlex.split(first)
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "NUM_PERMUTATIONS", 1000)  # as published
+            assert (python, name, script.main(options)) == ("python", "compare_models.py", 0)
+        again = asked.pop()
+        assert script.typed(again) == typed and again.statistics == constants.statistics
+        assert {name: getattr(again, name) for name in named} == named
 
 
 def test_a_comparison_with_another_first_model_is_kept(compared, tmp_path):

@@ -1,7 +1,10 @@
 """The report, in a real browser, from the disk: what is on the page, what moves, and that nothing leaves it."""
 
+import html
 import json
 import os
+import re
+import shlex
 import shutil
 import tempfile
 
@@ -10,11 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import compare_models
+import suppress
+import sweep_suppression
 from alignment_artifacts import places
 from alignment_artifacts.pairs import PAIRS_JSON
 from alignment_artifacts.report import SOURCES, TOXICITY_COMMAND, build, contents, write_report
 from alignment_artifacts.report.__main__ import is_about_something_else, main
+from gemma_refactored.configuration import Chat
 from gemma_refactored.errors import UserError
+from toxicity_steering import main as toxicity
 
 from .conftest import tries
 from .report_results import (
@@ -292,6 +300,35 @@ def test_missing_sections_name_the_command(results, tmp_path, monkeypatch, capsy
     for command in (*(source.command for source in SOURCES[1:]), TOXICITY_COMMAND):
         assert f"Run <code>{command}</code>, then" in text
     assert results["run"].results["summary"] in text
+
+
+def test_commands_name_the_model_the_adapter_and_the_chat_format(results, tmp_path, monkeypatch):
+    """Those for missing sections and those that repeat the page, as their scripts read them."""
+    monkeypatch.setattr(places, "HOME", tmp_path)
+    for path in (SOURCES[0].file, "data/transcripts.json", "data/transcripts.npz"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(results["folder"] / path, tmp_path / path)
+    path = tmp_path / SOURCES[0].file
+    content = json.loads(path.read_text())
+    of_model = {"model_path": "who/model", "adapter_path": "who/it's an adapter", "system_prompt": "Be <brief>."}
+    write(path, {**content, "collection": {**content["collection"], **of_model}})
+    printed = re.findall(r"<code>python (?:-m )?([^<]*)</code>", build(tmp_path))
+    commands = [shlex.split(html.unescape(command)) for command in printed]
+    expected = ("who/model", "who/it's an adapter", Chat(system_prompt="Be <brief>."))
+    asked = []
+    for module, name, model, adapter in (
+        (compare_models, "compare_models.py", "model_b", "adapter_b"),
+        (sweep_suppression, "sweep_suppression.py", "model_name", "adapter"),
+        (toxicity, "toxicity_steering.main", "model", "adapter"),
+    ):
+        monkeypatch.setattr(module, "run", asked.append)
+        ((_, *options),) = [command for command in commands if command[0] == name]
+        assert module.main(options) == 0
+        assert (getattr(asked[-1], model), getattr(asked[-1], adapter), asked[-1].chat) == expected
+    of_suppress = [command[1:] for command in commands if command[0] == "suppress.py"]
+    assert len(of_suppress) == 2  # transcripts again, tokens for the first time
+    for arguments in map(suppress.build_parser().parse_args, of_suppress):
+        assert (arguments.model, arguments.adapter, Chat(system_prompt=arguments.system_prompt)) == expected
 
 
 def test_few_pairs_make_a_report_too(tmp_path):

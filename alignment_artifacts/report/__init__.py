@@ -175,6 +175,8 @@ def _complete_commands(several: dict[str, list[dict]], typed: repeat.Experiment,
             options += ["--score", scores[0] if scores else "FILE.py:FUNCTION"]
         if section["name"] in ("transcripts", "sweep", "vocabulary"):
             section["command"] = shlex.join([*section["command"].split(), *options])
+        elif section["name"] == "toxicity":
+            section["command"] = shlex.join([*section["command"].split(), *typed.model_options()])
         elif section["name"] == "comparison" and typed.model:
             models = ["--model-a", "MODEL_BEFORE_TRAINING", *typed.options("--model-b")]
             section["command"] = shlex.join([*section["command"].split(), *models])

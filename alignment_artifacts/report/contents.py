@@ -129,6 +129,7 @@ def comparison(path: Path) -> dict:
         "layers": result["conditions"]["prompt_end"]["layers"],
         "transfer": result["transfer"],
         "planted": result["planted_truth"],
+        "repeat": {"typed": result.get("typed"), "config": result.get("config")},
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from alignment_artifacts import places
@@ -12,12 +12,13 @@ from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.edits.options import ModeOptions, Setting
 from alignment_artifacts.pairs import PAIRS_JSON, Pair, PromptPairs, pairs_content
 from alignment_artifacts.scores import NAMES, Settings
+from gemma_refactored.configuration import Chat
 from gemma_refactored.settings import record
 
 from .contents import contrast
 
 COLLECTION = "NEW"  # folder of the activations that are collected again
-CONSTANTS = ("num_permutations", "num_bootstrap_resamples", "seed")  # that analyze_collected_activations.py takes
+CONSTANTS = ("num_permutations", "num_bootstrap_resamples", "seed")  # that scripts take
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,15 @@ class Experiment:
     pairs: str | None = None
     manifest: str | None = None
     site: str | None = None
+    chat: Chat = Chat()
 
     def options(self, model: str = "--model") -> list[str]:
+        return [*self.model_options(model), *_option("--pairs", self.pairs)]
+
+    def model_options(self, model: str = "--model") -> list[str]:
+        """Of the model, with its adapter and what is written around its prompts."""
         adapter = "--adapter-b" if model == "--model-b" else "--adapter"
-        return [*_option(model, self.model), *_option(adapter, self.adapter), *_option("--pairs", self.pairs)]
+        return [*_option(model, self.model), *_option(adapter, self.adapter), *_options(asdict(self.chat))]
 
 
 def experiment(sections: dict[str, dict], origin: dict) -> Experiment:
@@ -48,6 +54,7 @@ def experiment(sections: dict[str, dict], origin: dict) -> Experiment:
         None if pairs in (None, places.recorded(PAIRS_JSON)) else pairs,
         f"{collected}/manifest.json" if collected else None,
         origin.get("site"),
+        Chat(**{name: analysis["manifest"].get(name) for name in asdict(Chat())}),
     )
 
 
@@ -64,6 +71,9 @@ def commands(of: Experiment, sections: dict[str, dict], several: dict[str, list[
         manifest = of.manifest or "manifest.json"
         lines.append(["run_model.py", "--from-manifest", manifest, "--activations-dir", COLLECTION])
         lines.append(_analysis(of, sections["analysis"]["settings"]))
+    comparison = sections["comparison"]
+    if comparison["available"] and comparison["repeat"]["typed"]:  # earlier versions have not kept it
+        lines.append(_comparison(**comparison["repeat"]))
     for section in several["transcripts"]:
         if section["available"] and _can_be_named(section["score"]):
             lines.append(_transcripts(of, section))
@@ -91,13 +101,20 @@ def _analysis(of: Experiment, config: dict) -> list[str]:
         line += ["--site", of.site]
     elif of.site:
         line += ["--key-pattern-template", of.site]
+    return [*line, *_statistics(config)]
+
+
+def _comparison(typed: dict, config: dict) -> list[str]:
+    named = {name: config.get(name) for name in ("site", "max_tokens", "neutral_text")}
+    return ["compare_models.py", *_options({**typed, **named}), *_statistics(config)]
+
+
+def _statistics(config: dict) -> list[str]:
+    """Settings of the statistics, of those in CONSTANTS that are not the usual ones."""
     usual = record(Settings(), NAMES)
     inner = {outer: name for name, outer in NAMES.items()}
-    for name in CONSTANTS:
-        value = config.get(inner.get(name, name), usual[name])
-        if value != usual[name]:
-            line += _option(f"--{name.replace('_', '-')}", value)
-    return line
+    values = {name: config.get(inner.get(name, name), usual[name]) for name in CONSTANTS}
+    return _options({name: value for name, value in values.items() if value != usual[name]})
 
 
 def _transcripts(of: Experiment, section: dict) -> list[str]:
@@ -135,6 +152,11 @@ def _can_be_named(score: dict | None) -> bool:
 
 def _score(section: dict) -> list[str]:
     return _option("--score", section["score"]["typed"]) if section["score"] else []
+
+
+def _options(values: Mapping[str, object]) -> list[str]:
+    """Args: values: field -> value."""
+    return [text for name, value in values.items() for text in _option(f"--{name.replace('_', '-')}", value)]
 
 
 def _option(flag: str, value: object) -> list[str]:
