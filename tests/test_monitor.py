@@ -90,7 +90,8 @@ def test_other_prompts_are_told_apart_by_the_same_score(library):
     assert unaware["auroc"] is None and unaware["refused"] == 0
 
 
-def test_pairs_that_all_depend_on_each_other_are_refused(measured):
+def test_pairs_that_all_depend_on_each_other_are_refused(library):
+    measured = library.measurements()
     one = replace(measured, pairs=PromptPairs([replace(pair, block="all") for pair in measured.pairs]))
     with pytest.raises(UserError, match="at least 4 independent pairs, not 1"):
         monitor.held_out_auroc(one, "mlp")
