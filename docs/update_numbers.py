@@ -189,9 +189,23 @@ def real_untouched_until(numbers: dict) -> int:
 
 
 @computed
-def real_controls(numbers: dict) -> str:
-    controls = numbers["real_sweep"]["artifact"]
-    return span(controls["random"]["refused"] + controls["same_change_elsewhere"]["refused"], "%")
+def suppressed_forms_broken(numbers: dict) -> str:
+    return printed(numbers["second_organism"]["refusals"]["untrained forms"]["broken"]["rate"], "%")
+
+
+@computed
+def real_random_directions(numbers: dict) -> str:
+    return span(numbers["real_sweep"]["artifact"]["random"]["refused"], "%")
+
+
+@computed
+def real_random_changes(numbers: dict) -> str:
+    return span(numbers["real_sweep"]["artifact"]["same_change_elsewhere"]["refused"], "%")
+
+
+@computed
+def real_random_changes_broken(numbers: dict) -> str:
+    return span(numbers["real_sweep"]["artifact"]["same_change_elsewhere"]["broken"], "%")
 
 
 @computed
