@@ -214,7 +214,7 @@ def print_table(result: dict) -> None:
         needs = ", ".join(f"d = {d}: {n}" for d, n in found["groups_needed"].items())
         text += f" With 80% power they find a d of {found['smallest_d']:.2f}; groups needed for {needs}."
     print(textwrap.fill(text, 78))
-    for paragraph in result["summary"].splitlines():
+    for paragraph in result["summary"].split("\n\n"):
         print("\n" + textwrap.fill(paragraph, 78))
 
 

@@ -13,13 +13,13 @@ WHERE = {
 
 
 def summarise(result: dict) -> str:
-    """The main result, a paragraph per line: the prompt's end (length first where it separates), generated tokens,
+    """The main result in paragraphs: the prompt's end (length first where it separates), generated tokens,
     caveats."""
     parts: list[list[str | None]] = [[_length(result), _positions(result, "prompt_end")]]
     if "generated" in result["controls"]:
         parts.append([_positions(result, "generated")])
     parts += [[*_answers(result)], [_independence(result["independence"]), _outliers(result)]]
-    return "\n".join(" ".join(part for part in parts if part) for parts in parts if any(parts))
+    return "\n\n".join(" ".join(part for part in parts if part) for parts in parts if any(parts))
 
 
 def _length(result: dict) -> str | None:
