@@ -26,7 +26,7 @@ stage 2 "Separation per layer, held out" 1
 stage 3 "What did training change? Both models read the same tokens; twins" 15
 MODEL_A="$MODEL_NAME" MODEL_B="$MODEL_NAME" ADAPTER_B="$ADAPTER" ADAPTER='' "$PYTHON" compare_models.py
 
-stage 4 "Search for a suppression, tested on 100 pairs it was not chosen on; the monitor" 40
+stage 4 "Search for a suppression, tested on 104 pairs it was not chosen on; the monitor" 40
 "$PYTHON" sweep_suppression.py --folds 0 --shares 60,40,100 --random-controls 3
 
 stage 5 "All pairs before and after that suppression" 18
