@@ -167,7 +167,7 @@ def log_mean(groups: Sequence[np.ndarray], wider: float = 1.25) -> list[float] |
     made wider than the t distribution asks for because a sample says too little of such values. None where some
     groups are untouched and fewer than CARRIERS carry CARRIED of the sum: an edit that touches one prompt in fifty is
     often not seen at all. Where all are touched, prompts that are log-normal with a standard deviation of 1 are
-    covered; of 1.5, 9 times in 10 (benchmarks/simulated_rates.py).
+    covered; of 1.5, 8 to 9 times in 10 (benchmarks/simulated_rates.py).
 
     Args:
         groups: nats per token, [tokens] each.
