@@ -67,8 +67,8 @@ def undeclared_dependence(pairs: Sequence[Pair], groups: np.ndarray) -> str | No
         return None
     return (
         f"{len(alike)} of {len(pairs)} pairs share an object or a template with others, by their words; to the extent "
-        "that such pairs are dependent, p is too small and intervals are too narrow. Give them the same group in the pairs "
-        "file to have it counted."
+        "that such pairs are dependent, p is too small and intervals are too narrow. Give them the same group in the "
+        "pairs file to have it counted."
     )
 
 

@@ -33,7 +33,7 @@ CATEGORIES = 5
 
 
 def pairs_of(prompts: int) -> list[Pair]:
-    return [Pair(f"p_{i}", f"category_{i % CATEGORIES}", "natural", "artifact") for i in range(prompts // 2)]
+    return [Pair(f"p_{i}", f"category_{i % CATEGORIES}", f"natural {i}", f"artifact {i}") for i in range(prompts // 2)]
 
 
 def simulate(folder: Path, prompts: int) -> None:

@@ -167,7 +167,11 @@ def plot_comparison(result: dict, path: str | Path) -> None:
             colour = data.GREEN if name == "prompt_end" else data.GREY if name == "own_answers" else "#444444"
             middle.plot(numbers, difference, style, color=colour, ms=4, lw=1.3, label=title)
         middle.axhline(0, color="black", lw=0.8)
-        left.set(title="Separation at the prompt's end\n(bands: pointwise 95% intervals)", xlabel="layer", ylabel="Cohen's d, held out")
+        left.set(
+            title="Separation at the prompt's end\n(bands: pointwise 95% intervals)",
+            xlabel="layer",
+            ylabel="Cohen's d, held out",
+        )
         middle.set(title="Difference B - A", xlabel="layer", ylabel="difference of d")
         for axes in (left, middle):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
