@@ -205,7 +205,8 @@ def print_table(result: dict) -> None:
         _print_row(kind.replace("mean difference", "embed"), record)
     if result["length_baseline"]:
         _print_row("length", result["length_baseline"])
-    print(f"nested, LDA: layer chosen inside the folds; pairs: {result['sides'][1]} above its own partner")
+    text = f"nested, LDA: layer chosen inside the folds; pairs: {result['sides'][1]} above its own partner"
+    print(textwrap.fill(text, 80))
     print("rows of single layers: intervals are pointwise, the highest of many is too high")
     independence, found = result["independence"], result["power"]
     text = f"{independence['num_pairs']} pairs, {independence['num_groups']} independent groups; "

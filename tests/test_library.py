@@ -254,10 +254,10 @@ def test_few_pairs_are_enough_where_layers_are_named(tmp_path, count):
     for mode in ("ablate", "cap", "subspace"):
         result = few.suppress_and_generate(REFUSED, mode=mode, target_layers=[3], max_tokens=3)
         assert result.proof.tokens > 0
-    with pytest.raises(UserError, match="at least 4 pairs, not .*; name the layers"):
+    with pytest.raises(UserError, match="at least 4 independent pairs, not .*; name the layers"):
         few.suppress_and_generate(REFUSED, mode="ablate")
     setting, _ = few.choose(None, "ablate", None, layers=(3,))
-    with pytest.raises(UserError, match=f"at least 4 of them; there are {count}"):
+    with pytest.raises(UserError, match=f"at least 4 groups of them; there are {count}"):
         transcribe(few.load(), few.measurements(), setting, 3)
     with pytest.raises(UserError, match=f"^Shares of 20, 15, 15 make .* of {count} pairs?; a sweep needs at"):
         split_pairs(few.measurements().pairs, (20, 15, 15))

@@ -279,8 +279,7 @@ def test_words_follow_the_pairs_and_nothing_is_said_of_twins_there_are_not(plant
     result, printed, page, _ = planted_llama
     assert result["num_twins"] == 0 and list(result["transfer"]["b"]) == ["plain/polite -> plain/polite"]
     assert (
-        "There are no twins for these pairs" in " ".join(printed.split())
-        and "Politeness: polite beside plain" in printed
+        "There are no twins for these pairs" in " ".join(printed.split()) and "Politeness: polite and plain" in printed
     )
     section = page[page.index('<section id="comparison">') :]
     section = section[: section.index("</section>")]
