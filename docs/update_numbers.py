@@ -189,7 +189,17 @@ def real_untouched_until(numbers: dict) -> int:
 
 
 @computed
-def suppressed_forms_broken(numbers: dict) -> str:
+def forms_tuned(numbers: dict) -> str:
+    return printed(numbers["second_organism"]["refusals"]["untrained forms"]["tuned"]["rate"], "%")
+
+
+@computed
+def forms_suppressed(numbers: dict) -> str:
+    return printed(numbers["second_organism"]["refusals"]["untrained forms"]["suppressed"]["rate"], "%")
+
+
+@computed
+def forms_broken(numbers: dict) -> str:
     return printed(numbers["second_organism"]["refusals"]["untrained forms"]["broken"]["rate"], "%")
 
 
