@@ -23,6 +23,7 @@ EXCERPTS = ROOT / "docs" / "results"
 BENCHMARKS = {
     "speed": "results", "scaling": "analysis_scaling", "simulated_d": "simulated_cohens_d",
     "simulated_comparison": "simulated_model_comparison", "simulated_coverage": "simulated_coverage",
+    "architectures": "architectures",
 }  # fmt: skip
 DOCUMENTS = ("*.md", "docs/*.md", "toxicity_steering/*.md", "gemma_refactored/*.md")
 MARKER = re.compile(r"<!--=([^>\s]+)(?: ([^>]+?))?-->(.*?)<!--=-->", re.DOTALL)
@@ -286,6 +287,17 @@ def golden_table(numbers: dict) -> str:
 @computed
 def golden_worst(numbers: dict) -> float:
     return max(r[kind] for r in numbers["golden"]["layouts"] for kind in ("float32", "four_bit"))
+
+
+@computed
+def architectures_table(numbers: dict) -> str:
+    """Seconds of ours and of transformers with hooks at its best batch size, by model."""
+    rows = []
+    for name, result in numbers["architectures"]["models"].items():
+        seconds = dict(result["seconds"])
+        ours, best = seconds.pop("ours"), min(seconds.values())
+        rows.append([name, printed(ours, ".1f"), printed(best, ".1f"), printed(ours / best, ".2f")])
+    return table(["whole process, seconds", "this repository", "transformers + hooks, best batch", "ratio"], rows)
 
 
 @computed
