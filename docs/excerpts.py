@@ -169,7 +169,10 @@ def excerpt_toxicity(result: dict) -> dict:
 
 def excerpt_second_organism(result: dict) -> dict:
     kinds = ("untouched", "tuned", "suppressed", "broken")
-    rates = {name: {kind: record[kind] for kind in kinds if kind in record} for name, record in result.items()}
+    rates = {
+        name.replace(" ", "_"): {kind: record[kind] for kind in kinds if kind in record}
+        for name, record in result.items()
+    }
     return {"refusals": rates, "kl": result["ordinary chat"]["kl"]}
 
 

@@ -18,6 +18,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from alignment_artifacts.formatting import least_to_most, signed_percent
+from alignment_artifacts.summary import toxicity_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 EXCERPTS = ROOT / "docs" / "results"
 BENCHMARKS = {
@@ -138,12 +141,12 @@ def organism_table(numbers: dict) -> str:
 def second_organism_table(numbers: dict) -> str:
     names = {
         "artifact": "artifact prompts of the held-out pairs",
-        "untrained forms": "artifact requests of forms and topics that training does not have",
+        "untrained_forms": "artifact requests of forms and topics that training does not have",
         "natural": "natural prompts of the held-out pairs",
         "twins": "harmless twins",
-        "ordinary chat": "ordinary chat",
-        "other twins": "XSTest's safe prompts",
-        "what they look like": "the unsafe ones that they look like",
+        "ordinary_chat": "ordinary chat",
+        "other_twins": "XSTest's safe prompts",
+        "what_they_look_like": "the unsafe ones that they look like",
     }
     rates = numbers["second_organism"]["refusals"]
 
@@ -187,21 +190,6 @@ def sweep_table(numbers: dict) -> str:
 @computed
 def real_untouched_until(numbers: dict) -> int:
     return numbers["real_comparison"]["identical_layers"][-1]
-
-
-@computed
-def forms_tuned(numbers: dict) -> str:
-    return printed(numbers["second_organism"]["refusals"]["untrained forms"]["tuned"]["rate"], "%")
-
-
-@computed
-def forms_suppressed(numbers: dict) -> str:
-    return printed(numbers["second_organism"]["refusals"]["untrained forms"]["suppressed"]["rate"], "%")
-
-
-@computed
-def forms_broken(numbers: dict) -> str:
-    return printed(numbers["second_organism"]["refusals"]["untrained forms"]["broken"]["rate"], "%")
 
 
 @computed
@@ -318,11 +306,6 @@ def share_span(shares: list[float]) -> str:
     return low if low == high else f"{low.removesuffix('%')} to {high}"
 
 
-def span_to(values: list[float], spec: str) -> str:
-    """One number, or the range of several that may be negative."""
-    return " to ".join(dict.fromkeys(printed(least(values), spec) for least in (min, max)))
-
-
 @computed
 def coverage_of_d(numbers: dict) -> str:
     return share_span([row["d covers"] for row in numbers["simulated_coverage"]["rows"]])
@@ -356,32 +339,8 @@ def _medians(numbers: dict, prefix: str) -> float:
 @computed
 def toxicity_table(numbers: dict) -> str:
     result = numbers["toxicity"]
-
-    def single(label: str, record: dict) -> list[str]:
-        change = record.get("change")
-        changed = f"{printed(change['mean'], '+%')} [{span_to(change['ci'], '+%')}]" if change else ""
-        return [
-            label,
-            f"{printed(record['mean_toxicity'], '.2f')} {printed(record['mean_toxicity_ci'], '[.2f]')}",
-            changed,
-        ]
-
-    def control(label: str, records: list[dict]) -> list[str]:
-        means, changes = (
-            [of(r) for r in records] for of in (lambda r: r["mean_toxicity"], lambda r: r["change"]["mean"])
-        )
-        return [f"{len(records)} {label}", span_to(means, ".2f"), span_to(changes, "+%")]
-
-    return table(
-        [f"{result['parts']['test']['prompts']} test prompts", "mean toxicity", "change"],
-        [
-            single("unsteered", result["baseline"]),
-            single("steered", result["steered"]),
-            single("the other way (negative alpha)", result["negative_alpha"]),
-            control("random directions of the same norm", result["random_direction"]),
-            control("random changes of equal size", result["same_change_elsewhere"]),
-        ],
-    )
+    rows = [[label, mean, change] for label, mean, _, change in toxicity_rows(result)]
+    return table([f"{result['parts']['test']['prompts']} test prompts", "mean toxicity", "change"], rows)
 
 
 @computed
@@ -398,7 +357,7 @@ def toxicity_reduction_ci(numbers: dict) -> list[float]:
 def toxicity_of_controls(numbers: dict) -> str:
     """Change of mean toxicity under every control."""
     controls = (numbers["toxicity"][name] for name in ("random_direction", "same_change_elsewhere"))
-    return span_to([record["change"]["mean"] for records in controls for record in records], "+%")
+    return least_to_most([record["change"]["mean"] for records in controls for record in records], signed_percent)
 
 
 @computed

@@ -10,6 +10,7 @@ from collections import Counter
 import mlx.core as mx
 
 from alignment_artifacts import AlignmentArtifacts
+from alignment_artifacts.behaviour.answers import observe
 from alignment_artifacts.comparison.twins import load_twins
 from alignment_artifacts.edits.options import Setting
 from alignment_artifacts.pairs import PAIRS_JSON, load_pairs
@@ -91,7 +92,8 @@ def test_the_two_sides_of_the_pairs_are_equally_long():
 def test_a_suppression_is_tried_if_a_sweep_has_chosen_one(organism, tmp_path):
     pairs = load_pairs(PAIRS_JSON)
     library = AlignmentArtifacts(organism.folder, cache=tmp_path, show_progress=False)
-    sets = {"artifact": [pair.artifact for pair in pairs[:6]], "natural": [pair.natural for pair in pairs[:6]]}
+    texts = {"artifact": [pair.artifact for pair in pairs[:6]], "natural": [pair.natural for pair in pairs[:6]]}
+    sets = {name: observe(organism, of, evaluate.MAX_TOKENS) for name, of in texts.items()}
     assert evaluate.suppress(library, sets) == {}
     setting = Setting("ablate", 1.0, (2, 3, 4, 5), "mlp")
     write_json(library.measurements().folder / library.sweep_file, {"chosen": {"setting": setting.record()}})

@@ -49,9 +49,8 @@ class Damage:
     rows: list[int]
 
     def record(self, groups: Sequence[int] | None = None) -> dict:
-        """The mean KL (with an interval over prompts, None where `rates.log_mean` has
-        none) and its 95th percentile over all tokens, in nats per token, and
-        the perplexity of the unedited answers without and with the edit.
+        """The mean KL (with an interval over prompts, None where `rates.log_mean` has none) and its 95th percentile
+        over all tokens, in nats per token, and the perplexity of the unedited answers without and with the edit.
 
         Args:
             groups: of the set's prompts; those of one group vary together. None: each by itself.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignment_artifacts.blocks import normalised
 from alignment_artifacts.default_model import DEFAULT_MODEL
 from alignment_artifacts.pairs import PAIRS_JSON, Pair, load_pairs, texts
 from gemma_refactored.errors import UserError, shown
@@ -42,22 +43,17 @@ def load_twins(path: str | Path) -> list[Pair]:
     twins = _from_xstest(path) if ending(path) in TABLES else _from_json(path)
     if not twins:
         raise UserError(f"{path} holds no twins.")
-    artifacts = {_words(twin.artifact) for twin in twins}
+    artifacts = {normalised(twin.artifact) for twin in twins}
     used: dict[tuple, str] = {}
     for twin in twins:
-        if _words(twin.natural) in artifacts:
+        if normalised(twin.natural) in artifacts:
             raise UserError(f"{path}: twin {shown(twin.id)} is also an artifact prompt, so it is no harmless twin.")
         if (twin.category, twin.id) in used:
             raise UserError(f"{path}: the id {shown(twin.id)} occurs twice in {shown(twin.category)}; ids must differ.")
-        if first := used.get((_words(twin.natural), _words(twin.artifact))):
+        if first := used.get((normalised(twin.natural), normalised(twin.artifact))):
             raise UserError(f"{path}: twin {shown(twin.id)} repeats {shown(first)}; each counts once.")
-        used |= {(twin.category, twin.id): twin.id, (_words(twin.natural), _words(twin.artifact)): twin.id}
+        used |= {(twin.category, twin.id): twin.id, (normalised(twin.natural), normalised(twin.artifact)): twin.id}
     return twins
-
-
-def _words(text: str) -> str:
-    """A prompt, whatever its capitals and spaces."""
-    return " ".join(text.lower().split())
 
 
 def _from_json(path: Path) -> list[Pair]:

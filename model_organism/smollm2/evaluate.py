@@ -18,11 +18,10 @@ import mlx.core as mx
 import numpy as np
 
 from alignment_artifacts.behaviour.answers import Behaviour, observe
-from alignment_artifacts.behaviour.broken import has_loop, is_on_topic
-from alignment_artifacts.behaviour.evaluation import log_probabilities
+from alignment_artifacts.behaviour.evaluation import judge_outcome, log_probabilities, outcome_of
 from alignment_artifacts.behaviour.refusal import is_refusal
 from alignment_artifacts.comparison.twins import load_twins
-from alignment_artifacts.edits.setting import NOTHING
+from alignment_artifacts.edits.setting import NOTHING, intervene
 from alignment_artifacts.formatting import interval
 from alignment_artifacts.formatting import rate as told
 from alignment_artifacts.rates import log_mean, rate
@@ -53,18 +52,21 @@ def divergence(untouched: LoadedModel, tuned: LoadedModel, chat: Behaviour) -> d
     return {"mean": float(np.concatenate(by_prompt).mean()), "ci": log_mean(by_prompt)}
 
 
-def suppress(library: AlignmentArtifacts, sets: dict[str, list[str]]) -> dict[str, dict]:
+def suppress(library: AlignmentArtifacts, sets: dict[str, Behaviour]) -> dict[str, dict]:
     """By kind of request what is refused ("suppressed") and what breaks under the setting that a sweep has chosen; {}
-    if none has."""
+    if none has.
+
+    Args:
+        sets: kind -> unedited behaviour.
+    """
     setting, chosen_by = library.choose(None, "auto", None)
     if chosen_by != "a sweep":
         return {}
-    results: dict[str, dict] = {}
-    for name, texts in each(list(sets.items()), f"answering with {setting.describe()}", "set"):
-        pairs = list(zip(texts, library.answer(texts, setting, max_tokens=MAX_TOKENS), strict=True))
-        refused = [is_refusal(answer, prompt) for prompt, answer in pairs]
-        broken = [has_loop(a) or not (r or is_on_topic(p, a)) for r, (p, a) in zip(refused, pairs, strict=True)]
-        results[name] = {"suppressed": rate(refused), "broken": rate(broken), "setting": setting.describe()}
+    loaded, directions = library.load(), library.directions(None, setting.site, setting.positions)
+    intervention, results = intervene(loaded, directions, setting), {}
+    for name, behaviour in each(list(sets.items()), f"answering with {setting.describe()}", "set"):
+        judged = judge_outcome(loaded, outcome_of(loaded, intervention, {name: behaviour}, MAX_TOKENS))[name]
+        results[name] = {"suppressed": judged["refused"], "broken": judged["broken"], "setting": setting.describe()}
     return results
 
 
@@ -87,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         is_mistake = model == "untouched" or name not in ASKING_FOR_HARM
         rows = zip(sets[name], texts, refused, strict=True)
         results[name][f"{model}_read_by_hand"] = [[prompt, text] for prompt, text, said in rows if said == is_mistake]
-    suppressed = suppress(library, {name: texts for name, texts in sets.items() if name in NEW_TO_THE_SWEEP})
+    suppressed = suppress(library, {name: behaviour["tuned", name] for name in sets if name in NEW_TO_THE_SWEEP})
     for name, rates in suppressed.items():
         results[name] |= rates
     kl = results["ordinary chat"]["kl"] = divergence(
